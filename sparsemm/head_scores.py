@@ -1,0 +1,256 @@
+"""Visual-head scores (spec section 4): one non-negative number per query head, and where they come from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparsemm.errors import HeadScoreError
+from sparsemm.io import write_json_atomic
+
+if TYPE_CHECKING:
+    from sparsemm.config import CompressionConfig
+
+FORMAT = "sparsemm-head-scores"
+FORMAT_VERSION = 1
+_KEY = re.compile(r"(0|[1-9][0-9]*)-(0|[1-9][0-9]*)")
+
+
+class HeadScores:
+    """Scores of the query heads of one language model.
+
+    Args:
+        values: Table `[num_layers, num_query_heads]`: finite, non-negative, not all zero. Kept as float64 on the CPU.
+        **provenance: What the scores come from, as JSON values: model, dataset, num_images, num_hits, match_rule, seed,
+            library versions. Saved beside the values.
+
+    Raises:
+        HeadScoreError: The table has no such form; the message names the head, or what is wrong.
+    """
+
+    def __init__(self, values: Any, **provenance: Any) -> None:
+        try:
+            table = torch.as_tensor(values).detach().to(device="cpu", dtype=torch.float64, copy=True)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise HeadScoreError(f"head scores are not a rectangular table of numbers ({error})") from error
+        if table.ndim != 2 or 0 in table.shape:
+            raise HeadScoreError(
+                f"head scores have shape {list(table.shape)}; give a table [num_layers, num_query_heads]"
+            )
+        if not torch.isfinite(table).all():
+            raise HeadScoreError(f"head scores hold NaN or infinity at {_first_head(~torch.isfinite(table))}")
+        if (table < 0).any():
+            raise HeadScoreError(f"head scores are negative at {_first_head(table < 0)}; scores count hits, so >= 0")
+        if not (table > 0).any():
+            raise HeadScoreError("head scores are all zero, so they rank no head; chase again with more images")
+        self.values: Tensor = table
+        self.provenance: dict[str, Any] = dict(provenance)
+
+    @property
+    def num_layers(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def num_query_heads(self) -> int:
+        return self.values.shape[1]
+
+    def __repr__(self) -> str:
+        model = self.provenance.get("model", "unknown model")
+        return f"HeadScores({self.num_layers} layers x {self.num_query_heads} query heads, {model})"
+
+    def describe(self) -> dict[str, Any]:
+        """Shape, digest of the values and provenance: what a result file needs to say which table it used."""
+        digest = hashlib.sha256(self.values.contiguous().numpy().tobytes()).hexdigest()
+        return {"shape": list(self.values.shape), "sha256": digest, "provenance": self.provenance}
+
+    def check_shape(self, num_layers: int, num_query_heads: int) -> None:
+        """Raise `HeadScoreError` unless the table is `[num_layers, num_query_heads]`."""
+        if tuple(self.values.shape) != (num_layers, num_query_heads):
+            raise HeadScoreError(
+                f"head scores are for {self.num_layers} layers x {self.num_query_heads} query heads, the model has "
+                f"{num_layers} x {num_query_heads}; use the file chased for this model"
+            )
+
+    def normalised(self) -> Tensor:
+        """The table divided by its sum: float64 `[num_layers, num_query_heads]`."""
+        # Division by the largest first keeps the sum finite for very large scores.
+        scaled = self.values / self.values.max()
+        return scaled / scaled.sum()
+
+    def to_kv_heads(self, num_kv_heads: int) -> Tensor:
+        """Scores summed over each kv head's query heads: float64 `[num_layers, num_kv_heads]`.
+
+        Raises:
+            HeadScoreError: The number of query heads is not a multiple of `num_kv_heads`.
+        """
+        if num_kv_heads < 1 or self.num_query_heads % num_kv_heads:
+            raise HeadScoreError(
+                f"{self.num_query_heads} query heads cannot be grouped under num_kv_heads={num_kv_heads}"
+            )
+        return self.values.view(self.num_layers, num_kv_heads, -1).sum(-1)
+
+    def top_share(self, fraction: float) -> float:
+        """Share of the whole score held by the top `fraction` of the heads (`floor(fraction * heads)` of them)."""
+        if not 0.0 <= fraction <= 1.0:
+            raise HeadScoreError(f"fraction={fraction} must lie between 0 and 1")
+        count = math.floor(fraction * self.values.numel() + 1e-9)
+        return float(self.normalised().flatten().sort(descending=True).values[:count].sum())
+
+    def num_heads_holding(self, share: float) -> int:
+        """The smallest number of heads that together hold `share` of the whole score."""
+        if not 0.0 < share <= 1.0:
+            raise HeadScoreError(f"share={share} must lie above 0 and at most 1")
+        held = self.normalised().flatten().sort(descending=True).values.cumsum(0)
+        return min(int((held < share - 1e-12).sum()) + 1, held.numel())
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write values and provenance as JSON, atomically; `load` returns the same float64 values."""
+        document = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "num_layers": self.num_layers,
+            "num_query_heads": self.num_query_heads,
+            "provenance": self.provenance,
+            "values": self.values.tolist(),
+        }
+        write_json_atomic(path, document, indent=None if self.values.numel() > 4096 else 1)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> HeadScores:
+        """Read a file of ours, or one in the original release's format (`{"layer-head": [score of each sample, ...]}`).
+
+        The release's scores are averaged over samples and normalised to sum 1; keys are read by name.
+
+        Raises:
+            HeadScoreError: The file is missing, not JSON, in neither format, or its table is not one of scores.
+        """
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        except FileNotFoundError:
+            raise HeadScoreError(f"head-score file {os.fspath(path)} does not exist; check the path") from None
+        except OSError as error:
+            raise HeadScoreError(f"head-score file {os.fspath(path)} cannot be read ({error})") from error
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise HeadScoreError(f"head-score file {os.fspath(path)} is not valid JSON ({error})") from error
+        except HeadScoreError as error:
+            raise HeadScoreError(f"{os.fspath(path)}: {error}") from None
+        try:
+            if isinstance(document, dict) and document.get("format") == FORMAT:
+                return _from_document(document)
+            return _from_release(document, source=Path(path).name)
+        except HeadScoreError as error:
+            raise HeadScoreError(f"{os.fspath(path)}: {error}") from error
+
+
+def resolve_head_scores(config: CompressionConfig, num_layers: int, num_query_heads: int) -> HeadScores | None:
+    """The head scores that `config` runs with on a model: given, drawn from its seed, or None if its method needs none.
+
+    Call it once per model. The draw, uniform `[num_layers, num_query_heads]`, depends on the seed and the shape only.
+
+    Raises:
+        HeadScoreError: The scores do not fit the model, or their file cannot be used.
+    """
+    from sparsemm.methods import get_method
+
+    source = get_method(config.method).head_scores
+    if source == "none":
+        return None
+    if source == "random":
+        generator = torch.Generator().manual_seed(config.seed)
+        drawn = torch.rand(num_layers, num_query_heads, generator=generator, dtype=torch.float64)
+        return HeadScores(drawn, source="seeded uniform draw", seed=config.seed)
+    scores = config.head_scores if isinstance(config.head_scores, HeadScores) else HeadScores.load(config.head_scores)
+    scores.check_shape(num_layers, num_query_heads)
+    return scores
+
+
+def _first_head(bad: Tensor) -> str:
+    layer, head = bad.nonzero()[0].tolist()
+    return f"layer {layer}, head {head}"
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise HeadScoreError(f"key {twice!r} occurs twice")
+    return mapping
+
+
+def _from_document(document: dict[str, Any]) -> HeadScores:
+    version = document.get("version")
+    if version != FORMAT_VERSION:
+        raise HeadScoreError(
+            f"format version {version!r} is not {FORMAT_VERSION}; use the library version that wrote it"
+        )
+    if "values" not in document:
+        raise HeadScoreError("the table 'values' is missing")
+    provenance = document.get("provenance", {})
+    if not isinstance(provenance, dict):
+        raise HeadScoreError("'provenance' is not an object")
+    scores = HeadScores(_numbers(document["values"]))
+    scores.provenance = provenance
+    for name, found in {"num_layers": scores.num_layers, "num_query_heads": scores.num_query_heads}.items():
+        if document.get(name, found) != found:
+            raise HeadScoreError(f"{name} is {document[name]!r}, but the table has {found}")
+    return scores
+
+
+def _numbers(rows: Any) -> list[list[float]]:
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        raise HeadScoreError("'values' is not a list of rows, one per layer")
+    lengths = {len(row) for row in rows}
+    if len(lengths) > 1:
+        raise HeadScoreError(f"layers have different numbers of heads ({sorted(lengths)}); a head is missing")
+    for layer, row in enumerate(rows):
+        for head, value in enumerate(row):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise HeadScoreError(f"layer {layer}, head {head} is {value!r}, not a number")
+    return rows
+
+
+def _from_release(document: Any, *, source: str) -> HeadScores:
+    if not isinstance(document, dict) or not document:
+        raise HeadScoreError('neither a {"layer-head": [score, ...]} file nor one of this package')
+    means: dict[tuple[int, int], float] = {}
+    for key, samples in document.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise HeadScoreError(f'key {key!r} is not of the form "layer-head", such as "0-31"')
+        means[int(match[1]), int(match[2])] = _mean_score(key, samples)
+    num_layers = max(layer for layer, _ in means) + 1
+    num_heads = max(head for _, head in means) + 1
+    if len(means) != num_layers * num_heads:
+        missing = next(
+            f"{layer}-{head}" for layer in range(num_layers) for head in range(num_heads) if (layer, head) not in means
+        )
+        raise HeadScoreError(
+            f"head {missing!r} is missing ({len(means)} of {num_layers} x {num_heads} heads are there)"
+        )
+    table = torch.zeros(num_layers, num_heads, dtype=torch.float64)
+    for (layer, head), mean in means.items():
+        table[layer, head] = mean
+    raw = HeadScores(table)
+    return HeadScores(raw.normalised(), source=source, source_format="release")
+
+
+def _mean_score(key: str, samples: Any) -> float:
+    if not isinstance(samples, list) or not samples:
+        raise HeadScoreError(f"key {key!r} holds {samples!r}, not a list of one score per sample")
+    for value in samples:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise HeadScoreError(f"key {key!r} holds {value!r}, which is not a number")
+        if not math.isfinite(value):
+            raise HeadScoreError(f"key {key!r} holds NaN or infinity")
+        if value < 0:
+            raise HeadScoreError(f"key {key!r} holds the negative score {value!r}")
+    return math.fsum(samples) / len(samples)

@@ -1,0 +1,66 @@
+"""What a method is: a row of a table that answers how many rows a head keeps, and which heads are masked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sparsemm.budgets import BudgetRequest
+    from sparsemm.config import CompressionConfig
+    from sparsemm.head_scores import HeadScores
+
+ModelBudgetRule = Callable[["BudgetRequest"], Tensor]
+"""`rule(request) -> LongTensor [num_layers, num_kv_heads]` on the CPU: rows kept, window included."""
+
+LayerBudgetRule = Callable[["CompressionConfig", Tensor, Tensor], Tensor]
+"""`rule(config, scores, valid) -> LongTensor [batch, num_kv_heads]`: rows kept beyond the window in one layer.
+
+`scores` float32 and `valid` bool are `[batch, num_kv_heads, columns]`, both on the device: the scores of the columns
+before the window, and which of them hold a row. The rule must not read a value back to the host. It is asked only
+about prompts longer than the budget: what it says about the others is replaced by "all rows".
+"""
+
+PositionScorer = Callable[["CompressionConfig", Tensor, Tensor, Tensor, Tensor, int], Tensor]
+"""`scorer(config, query, key, starts, num_queries, columns) -> float32 [batch, num_kv_heads, columns]`.
+
+`query` `[batch, num_query_heads, n, head_dim]` are the last n queries, `key` `[batch, num_kv_heads, seq_len, head_dim]`
+the keys right-aligned, `starts` int32 `[batch, num_kv_heads]` the first valid column, `num_queries` int32 `[batch]` how
+many of the n queries are valid. Higher is kept first; values of columns before `starts` are not read.
+"""
+
+MaskRule = Callable[["CompressionConfig", "HeadScores"], Tensor]
+"""`rule(config, head_scores) -> BoolTensor [num_layers, num_query_heads]`, True where the head is masked."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the method table (spec section 3).
+
+    Attributes:
+        name: The name users give.
+        model_budgets: Rows per head from the prompt length alone. At most one of this and `layer_budgets`.
+        layer_budgets: Rows per head from the position scores of the layer (AdaKV).
+        head_scores: Where head scores come from: `none`, `given` by the configuration, or drawn at `random`.
+        score_positions: Ranks the columns before the window; None is SnapKV's scoring (spec section 2).
+        masked_heads: Which query heads are masked; None is no head.
+    """
+
+    name: str
+    model_budgets: ModelBudgetRule | None = None
+    layer_budgets: LayerBudgetRule | None = None
+    head_scores: Literal["none", "given", "random"] = "none"
+    score_positions: PositionScorer | None = None
+    masked_heads: MaskRule | None = None
+
+    def __post_init__(self) -> None:
+        if self.model_budgets is not None and self.layer_budgets is not None:
+            raise ValueError(f"method {self.name!r} has two budget rules; give model_budgets or layer_budgets")
+
+    @property
+    def compresses(self) -> bool:
+        """Whether prompt rows are dropped at all."""
+        return self.model_budgets is not None or self.layer_budgets is not None

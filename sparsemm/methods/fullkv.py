@@ -1,0 +1,7 @@
+"""The full cache: every row of every head is kept."""
+
+from __future__ import annotations
+
+from sparsemm.methods.base import Method
+
+FULLKV = Method(name="fullkv")

@@ -1,0 +1,8 @@
+"""SparseMM: every head keeps its window, a uniform share, and a share in proportion to its visual score."""
+
+from __future__ import annotations
+
+from sparsemm.budgets import score_budgets
+from sparsemm.methods.base import Method
+
+SPARSEMM = Method(name="sparsemm", model_budgets=score_budgets, head_scores="given")
