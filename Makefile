@@ -1,0 +1,59 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+# Both create .venv and install pinned versions first; a second run finds that done and costs nothing.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+CONSTRAINTS := constraints.txt
+TEST_WORKERS ?= 2
+PYTEST_ARGS ?=
+
+# The stamp carries a digest of what the installation depends on, so that a changed pin installs again.
+STAMP := $(VENV)/.installed-$(shell cat $(CONSTRAINTS) pyproject.toml setup.py 2>/dev/null | sha256sum | cut -c1-16)
+
+# Without a GPU pip may take a CPU build (torch==2.13.0+cpu) where its configuration offers one; with a GPU
+# `===` insists on the release itself, which carries the CUDA libraries.
+TORCH_VERSION := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
+TORCH := $(if $(shell nvidia-smi -L 2>/dev/null),torch===$(TORCH_VERSION),torch==$(TORCH_VERSION))
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help quickstart test lint format install kernels gpu-check clean
+
+help:  ## This list
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
+
+quickstart: $(STAMP)  ## The whole method on a miniature: table, JSON and plot in results/quickstart
+	PATH="$(abspath $(BIN)):$$PATH" bash scripts/quickstart.sh
+
+# torch spreads one operation over all cores; two test processes of one thread each finish sooner.
+test: lint  ## Style check and all tests
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## Style check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## Apply the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+install: $(STAMP)  ## Virtual environment with pinned versions and this package
+
+$(STAMP): | $(VENV)
+	$(PIP) install --constraint $(CONSTRAINTS) "$(TORCH)"
+	$(PIP) install --constraint $(CONSTRAINTS) setuptools ninja
+	$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable ".[dev]"
+	rm -f $(VENV)/.installed-*
+	touch $@
+
+$(VENV):
+	$(PYTHON) -m venv $(VENV)
+
+kernels: $(STAMP)  ## Compile csrc (CPU always; CUDA where nvcc is found)
+	$(BIN)/python csrc/build.py
+
+gpu-check: $(STAMP)  ## Everything that needs a GPU
+	PATH="$(abspath $(BIN)):$$PATH" bash scripts/others/gpu_check.sh
+
+clean:  ## Remove build folders and caches; results, runs and .venv stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,89 @@
+"""How well a text was read: character accuracy, exact match and ANLS, each between 0 and 1.
+
+All three compare `clean_text` of both sides: ends stripped, runs of white space counted as one space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+ANLS_THRESHOLD = 0.5
+
+
+def clean_text(text: str) -> str:
+    """`text` without white space at its ends, inner runs of white space replaced by one space."""
+    return " ".join(text.split())
+
+
+def edit_distance(first: str, second: str) -> int:
+    """Levenshtein distance: fewest insertions, deletions and substitutions of one character that turn one into the other.
+
+    O(len(first) * len(second)) time, one row of memory.
+    """
+    if len(first) < len(second):
+        first, second = second, first
+    row = list(range(len(second) + 1))
+    for i, character in enumerate(first, start=1):
+        diagonal, row[0] = row[0], i
+        for j, other in enumerate(second, start=1):
+            substituted = diagonal + (character != other)
+            diagonal = row[j]
+            row[j] = min(substituted, diagonal + 1, row[j - 1] + 1)
+    return row[-1]
+
+
+def normalised_distance(prediction: str, reference: str) -> float:
+    """`edit_distance / max(len(prediction), len(reference))`, 0 for two empty texts; always between 0 and 1."""
+    longest = max(len(prediction), len(reference))
+    return edit_distance(prediction, reference) / longest if longest else 0.0
+
+
+def character_accuracy(prediction: str, reference: str) -> float:
+    """`1 - edit_distance / max(len(prediction), len(reference))`; case counts."""
+    return 1.0 - normalised_distance(clean_text(prediction), clean_text(reference))
+
+
+def exact_match(prediction: str, reference: str) -> float:
+    """1.0 when both texts are the same, case included, else 0.0."""
+    return float(clean_text(prediction) == clean_text(reference))
+
+
+def anls(prediction: str, references: str | Iterable[str], *, threshold: float = ANLS_THRESHOLD) -> float:
+    """Average normalised Levenshtein similarity of one answer, as DocVQA scores it.
+
+    With NL the normalised distance of the lower-cased texts, the score is the best over the references of
+    `1 - NL if NL < threshold else 0` (Biten et al., "Scene Text Visual Question Answering", ICCV 2019, equation 1).
+
+    Args:
+        prediction: The model's answer.
+        references: The accepted answer, or several of them.
+        threshold: From this distance on an answer counts as wrong.
+
+    Raises:
+        ValueError: No reference is given.
+    """
+    accepted = [references] if isinstance(references, str) else list(references)
+    if not accepted:
+        raise ValueError("references is empty; give at least one accepted answer")
+    answer = clean_text(prediction).lower()
+    distances = (normalised_distance(answer, clean_text(reference).lower()) for reference in accepted)
+    return max(1.0 - distance if distance < threshold else 0.0 for distance in distances)
+
+
+METRICS: dict[str, Callable[[str, str], float]] = {
+    "accuracy": character_accuracy,
+    "exact_match": exact_match,
+    "anls": anls,
+}
+
+
+def mean_metrics(predictions: Iterable[str], references: Iterable[str]) -> dict[str, float]:
+    """Mean of every metric of `METRICS` over pairs of texts.
+
+    Raises:
+        ValueError: No pair is given, or the two differ in number.
+    """
+    pairs = list(zip(predictions, references, strict=True))
+    if not pairs:
+        raise ValueError("there is no prediction to score")
+    return {name: sum(metric(*pair) for pair in pairs) / len(pairs) for name, metric in METRICS.items()}
