@@ -23,6 +23,7 @@ def adaptive_budgets(config: CompressionConfig, scores: Tensor, valid: Tensor) -
     """
     num_kv_heads, columns = scores.shape[1:]
     base = config.budget - config.window_size
+    scores = scores.nan_to_num(0.0)  # a broken model must still yield the number of rows that the host counts on
     counts = _counts_in_layer_top(_weighted(scores, valid, base), valid, num_kv_heads * min(base, columns))
     if config.rounding == "paper":
         rows = torch.round((1.0 - config.adakv_floor) * counts.double() + int(config.adakv_floor * base)).long()

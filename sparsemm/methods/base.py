@@ -20,8 +20,9 @@ LayerBudgetRule = Callable[["CompressionConfig", Tensor, Tensor], Tensor]
 """`rule(config, scores, valid) -> LongTensor [batch, num_kv_heads]`: rows kept beyond the window in one layer.
 
 `scores` float32 and `valid` bool are `[batch, num_kv_heads, columns]`, both on the device: the scores of the columns
-before the window, and which of them hold a row. The rule must not read a value back to the host. It is asked only
-about prompts longer than the budget: what it says about the others is replaced by "all rows".
+before the window, and which of them hold a row. The rule must not read a value back to the host: under `exact` the
+rows of a layer have to sum to `num_kv_heads * (budget - window_size)`, which the caller relies on. What it says about
+prompts that the budget covers is replaced by "all rows".
 """
 
 PositionScorer = Callable[["CompressionConfig", Tensor, Tensor, Tensor, Tensor, int], Tensor]
