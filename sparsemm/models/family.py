@@ -1,0 +1,238 @@
+"""What every model family offers, and the parts of it that do not differ between them."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from sparsemm.errors import ConfigError, DataError, UnsupportedModelError
+from sparsemm.models.geometry import ImageLayout, split_images_by_row
+
+if TYPE_CHECKING:
+    import PIL.Image
+    import torch
+    from transformers import BatchFeature, PretrainedConfig, ProcessorMixin
+
+Messages = list[dict[str, Any]]
+"""A conversation in the chat-template form: `[{"role": "user", "content": [{"type": "image", "image": …}, …]}]`."""
+
+
+class ModelFamily(ABC):
+    """Loading, prompts and image-token geometry of one model class. Stateless: one instance serves every model."""
+
+    name: str
+    """As in result files: "llava_next", "qwen2_vl" (the `model_type` of the configuration)."""
+    model_class: str
+    """Name of the one transformers class that is supported."""
+    text_model_types: tuple[str, ...]
+    """`model_type` of the language models that are supported inside it."""
+
+    # -- models -------------------------------------------------------------------------------------------------------
+
+    def check_config(self, config: PretrainedConfig) -> None:
+        """Raise `UnsupportedModelError` unless the language model is one that the attention forward serves."""
+        text_type = config.get_text_config().model_type
+        if text_type not in self.text_model_types:
+            raise UnsupportedModelError(
+                f"{self.model_class} with a {text_type!r} language model is not supported; "
+                f"use a checkpoint with one of: {', '.join(self.text_model_types)}"
+            )
+
+    def text_model(self, model: nn.Module) -> nn.Module:
+        """The decoder stack (`layers`, `embed_tokens`, `norm`) inside `model`."""
+        return model.model.language_model
+
+    def load_weights(self, path: str, **kwargs: Any) -> nn.Module:
+        """The model class's `from_pretrained`, safetensors only."""
+        import transformers
+
+        return getattr(transformers, self.model_class).from_pretrained(
+            path, use_safetensors=True, trust_remote_code=False, **kwargs
+        )
+
+    # -- processors and prompts ---------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def load_processor(
+        self, path: str, *, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> ProcessorMixin:
+        """The processor of a checkpoint folder or hub id, padding on the left."""
+
+    def build_inputs(
+        self,
+        processor: ProcessorMixin,
+        images: Sequence[Any] | None,
+        prompts: str | Messages | Sequence[str | Messages],
+        device: torch.device | str | None = None,
+    ) -> BatchFeature:
+        """Model inputs of a batch, through the chat template, padded on the left.
+
+        Args:
+            processor: From `load_processor` (or `load_model`).
+            images: One entry per prompt: a `PIL.Image.Image`, a path, a list of either, or None for no image. None for
+                a batch whose images, if any, stand in messages.
+            prompts: One prompt, or one per row: the user's text, or a conversation as chat-template messages whose
+                images are `PIL.Image.Image`s, paths or base64 data URIs.
+            device: Where the tensors go; the CPU by default.
+
+        Returns:
+            `input_ids`, `attention_mask` int64 `[batch, seq_len]`, `pixel_values`, and what the family's model needs.
+
+        Raises:
+            DataError: An image cannot be read, their number differs from the prompts', or there is no chat template.
+        """
+        prompts = [prompts] if isinstance(prompts, str) or _is_conversation(prompts) else list(prompts)
+        if images is None:
+            images = [None] * len(prompts)
+        elif not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
+            images = [images]
+        if len(images) != len(prompts):
+            raise DataError(
+                f"{len(images)} image entries for {len(prompts)} prompts; give one per prompt (None for none)"
+            )
+        texts: list[str] = []
+        media: dict[str, list[Any]] = {"images": [], "videos": []}
+        for entry, prompt in zip(images, prompts, strict=True):
+            conversation, found = self._conversation(entry, prompt)
+            texts.append(_render(processor, conversation))
+            for kind, values in found.items():
+                media[kind].extend(values)
+        bos = processor.tokenizer.bos_token
+        inputs = processor(
+            **{kind: values for kind, values in media.items() if values},
+            text=texts,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            # A template that writes the beginning-of-text token itself must not get a second one.
+            add_special_tokens=not (bos and all(text.startswith(bos) for text in texts)),
+        )
+        inputs = self.finish_inputs(processor, inputs)
+        return inputs if device is None else inputs.to(device)
+
+    def finish_inputs(self, processor: ProcessorMixin, inputs: BatchFeature) -> BatchFeature:
+        """Hook: entries that only this family's model needs."""
+        return inputs
+
+    def read_media(self, conversation: Messages) -> dict[str, list[Any]]:
+        """The "images" (and "videos") of a conversation in order, ready for the processor."""
+        images = []
+        for item in _media_items(conversation):
+            if item.get("type") == "video":
+                raise DataError(f"{self.name} prompts take still images only; remove the video from the messages")
+            images.append(open_image(item.get("image", item.get("url", item.get("path")))))
+        return {"images": images}
+
+    def _conversation(self, entry: Any, prompt: str | Messages) -> tuple[Messages, dict[str, list[Any]]]:
+        entries = [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
+        if isinstance(prompt, str):
+            opened = [open_image(source) for source in entries]
+            content: list[dict[str, Any]] = [{"type": "image"} for _ in opened]
+            return [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}], {"images": opened}
+        if not _is_conversation(prompt):
+            raise DataError(f"a prompt is text or a list of messages with 'role' and 'content', got {prompt!r}")
+        if not entries:
+            return prompt, self.read_media(prompt)
+        places = sum(1 for _ in _media_items(prompt))
+        if places != len(entries):
+            raise DataError(f"the messages hold {places} image places, {len(entries)} images were given beside them")
+        return prompt, {"images": [open_image(source) for source in entries]}
+
+    # -- geometry -----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def image_layouts(self, config: PretrainedConfig, inputs: Mapping[str, Tensor]) -> list[ImageLayout]:
+        """The layout of every image of a batch, in order, `columns` still counted from each image's first token."""
+
+    def image_token_layout(self, config: PretrainedConfig, inputs: Mapping[str, Tensor]) -> list[list[ImageLayout]]:
+        """The images of each row of a batch: which token of `input_ids` shows which cell of which image.
+
+        Args:
+            config: The model's configuration.
+            inputs: From `build_inputs` (or the processor itself).
+
+        Raises:
+            DataError: The image tokens do not fit the images.
+        """
+        from dataclasses import replace
+
+        input_ids = inputs["input_ids"]
+        layouts = self.image_layouts(config, inputs)
+        counts = [len(layout) for layout in layouts]
+        rows = []
+        for row, indices in enumerate(split_images_by_row(input_ids, config.image_token_id, counts)):
+            columns = (input_ids[row] == config.image_token_id).nonzero().flatten().cpu()
+            pieces = columns.split([counts[index] for index in indices]) if indices else ()
+            rows.append([replace(layouts[index], columns=piece) for index, piece in zip(indices, pieces, strict=True)])
+        return rows
+
+
+def open_image(source: Any) -> PIL.Image.Image:
+    """An RGB image from a `PIL.Image.Image`, a path, a file URI or a base64 data URI; nothing is downloaded.
+
+    Raises:
+        DataError: It is none of these, missing, or not an image.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    if not isinstance(source, (str, os.PathLike)):
+        raise DataError(f"an image is a PIL image or a path, got {type(source).__name__}")
+    text = os.fspath(source)
+    if text.startswith(("http://", "https://")):
+        raise DataError(f"{text} is not a local file; download the image and give its path")
+    shown = text if len(text) < 200 else text[:60] + "…"
+    try:
+        if text.startswith("data:"):
+            with Image.open(io.BytesIO(base64.b64decode(text.partition(",")[2], validate=True))) as image:
+                return image.convert("RGB")
+        with Image.open(Path(text.removeprefix("file://"))) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise DataError(f"image {shown} does not exist; check the path") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, binascii.Error) as error:
+        raise DataError(f"image {shown} cannot be read ({error})") from error
+
+
+def refuse_pixel_limits(name: str, min_pixels: int | None, max_pixels: int | None) -> None:
+    """Raise `ConfigError` when limits are given to a family whose image sizes are fixed by its checkpoint."""
+    if min_pixels is not None or max_pixels is not None:
+        raise ConfigError(
+            f"min_pixels={min_pixels} and max_pixels={max_pixels} have no meaning for {name}; only Qwen2-VL takes them"
+        )
+
+
+def pad_left(processor: ProcessorMixin) -> ProcessorMixin:
+    """Set the tokenizer to pad on the left, with the end-of-text token where the checkpoint names no padding."""
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return processor
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and "role" in item for item in value)
+
+
+def _media_items(conversation: Messages):
+    for message in conversation:
+        content = message.get("content")
+        for item in content if isinstance(content, list) else []:
+            if item.get("type") in ("image", "image_url", "video"):
+                yield item
+
+
+def _render(processor: ProcessorMixin, conversation: Messages) -> str:
+    if not (processor.chat_template or processor.tokenizer.chat_template):
+        raise DataError("the checkpoint has no chat template; put a chat_template.jinja into its folder")
+    return processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)

@@ -1,0 +1,122 @@
+"""From a checkpoint's name to a model and its processor."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sparsemm.errors import ConfigError, DataError, UnsupportedModelError
+from sparsemm.models.family import ModelFamily
+from sparsemm.models.llava_next import LLAVA_NEXT
+from sparsemm.models.qwen2_vl import QWEN2_VL
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
+
+FAMILIES: dict[str, ModelFamily] = {family.name: family for family in (LLAVA_NEXT, QWEN2_VL)}
+
+
+def family_of(model_or_config: nn.Module | PretrainedConfig) -> ModelFamily:
+    """The family of a model (`LlavaNextForConditionalGeneration`, `Qwen2VLForConditionalGeneration`) or configuration.
+
+    Raises:
+        UnsupportedModelError: It is of no supported class, or its language model is not supported.
+    """
+    config = getattr(model_or_config, "config", model_or_config)
+    family = FAMILIES.get(getattr(config, "model_type", None))
+    supported = " or ".join(known.model_class for known in FAMILIES.values())
+    if family is None:
+        shown = getattr(config, "model_type", None) or type(model_or_config).__name__
+        raise UnsupportedModelError(f"models of type {shown!r} are not supported; use {supported}")
+    if isinstance(model_or_config, nn.Module):
+        classes = {base.__name__ for base in type(model_or_config).__mro__}
+        if family.model_class not in classes:
+            raise UnsupportedModelError(
+                f"{type(model_or_config).__name__} is not supported; use {supported} (the whole model, unwrapped)"
+            )
+    family.check_config(config)
+    return family
+
+
+def load_model(
+    name_or_path: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str = "sdpa",
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a checkpoint folder, or a model of the Hugging Face hub, for inference.
+
+    Args:
+        name_or_path: A folder as `save_pretrained` writes it, or a hub id ("llava-hf/llava-v1.6-vicuna-7b-hf").
+        device: "cuda" where there is one, else "cpu"; "auto" spreads the layers (needs accelerate).
+        dtype: bfloat16 on a GPU, float32 on the CPU; a `torch.dtype`, its name, or "auto" for the checkpoint's own.
+        attn_implementation: transformers' name of the prefill attention: "sdpa", "eager", "flash_attention_2".
+        min_pixels, max_pixels: Bounds of the area images are resized to (Qwen2-VL only).
+
+    Returns:
+        The model in eval mode, and its processor, padding on the left.
+
+    Raises:
+        DataError: There is no such folder or hub id, or files are missing from it.
+        UnsupportedModelError: The checkpoint is of another class.
+        ConfigError: An unknown dtype, or pixel limits for a family that has none.
+    """
+    path = _existing(name_or_path)
+    config = _load_config(path)
+    family = family_of(config)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    dtype = _resolve_dtype(dtype, on_cpu=str(device) == "cpu" or (device == "auto" and not torch.cuda.is_available()))
+    try:
+        # First the small files: a folder without a tokenizer should fail before gigabytes are read.
+        processor = family.load_processor(path, min_pixels=min_pixels, max_pixels=max_pixels)
+        placement = {"device_map": "auto"} if device == "auto" else {}
+        model = family.load_weights(path, dtype=dtype, attn_implementation=attn_implementation, **placement)
+    except OSError as error:
+        raise DataError(f"{path} cannot be loaded, a file is missing or unreadable: {error}") from error
+    if device != "auto":
+        model = model.to(device)
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    return model.eval(), processor
+
+
+def _existing(name_or_path: str | os.PathLike[str]) -> str:
+    text = os.path.expanduser(os.fspath(name_or_path))
+    path = Path(text)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise DataError(f"{text} holds no config.json; give the folder that save_pretrained wrote")
+        return text
+    looks_like_hub_id = isinstance(name_or_path, str) and text.count("/") == 1 and text[0] not in "./"
+    if path.exists() or not looks_like_hub_id:
+        raise DataError(f"{text} is no folder; check the path, or give a hub id such as org/name")
+    return text
+
+
+def _load_config(path: str) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except OSError as error:
+        raise DataError(f"{path} is neither a folder here nor a model that the hub serves: {error}") from error
+    except (ValueError, KeyError) as error:
+        raise UnsupportedModelError(f"the configuration of {path} is of no known model type: {error}") from error
+
+
+def _resolve_dtype(dtype: str | torch.dtype | None, *, on_cpu: bool) -> str | torch.dtype:
+    if dtype is None:
+        return torch.float32 if on_cpu else torch.bfloat16
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    found = getattr(torch, str(dtype), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ConfigError(f"dtype={dtype!r} is unknown; use float32, bfloat16, float16 or auto")
+    return found

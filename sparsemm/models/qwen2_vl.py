@@ -1,0 +1,100 @@
+"""Qwen2-VL: images at their own aspect ratio, positions in three axes (M-RoPE)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparsemm.errors import ConfigError, DataError
+from sparsemm.models.family import Messages, ModelFamily, _media_items, pad_left
+from sparsemm.models.geometry import ImageLayout, grid_cells
+
+if TYPE_CHECKING:
+    from transformers import BatchFeature, PretrainedConfig, ProcessorMixin
+
+
+class Qwen2VL(ModelFamily):
+    name = "qwen2_vl"
+    model_class = "Qwen2VLForConditionalGeneration"
+    text_model_types = ("qwen2_vl_text",)
+
+    def load_processor(
+        self, path: str, *, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> ProcessorMixin:
+        """The processor of a checkpoint; `min_pixels` and `max_pixels` bound the area images are resized to.
+
+        Where torchvision is present this is transformers' own class, which also reads videos.
+        """
+        from transformers.utils import is_torchvision_available
+
+        if is_torchvision_available():
+            from transformers import Qwen2VLProcessor
+        else:
+            from sparsemm.models.processing_qwen2_vl import Qwen2VLProcessor
+        processor = Qwen2VLProcessor.from_pretrained(path, trust_remote_code=False)
+        _limit_pixels(processor.image_processor, min_pixels, max_pixels)
+        return pad_left(processor)
+
+    def finish_inputs(self, processor: ProcessorMixin, inputs: BatchFeature) -> BatchFeature:
+        # M-RoPE positions are computed from these: without them the model refuses, or numbers image tokens as text.
+        if "mm_token_type_ids" not in inputs:
+            ids = inputs["input_ids"]
+            image, video = processor.image_token_id, processor.video_token_id
+            inputs["mm_token_type_ids"] = (ids == image).long() + 2 * (ids == video).long()
+        return inputs
+
+    def read_media(self, conversation: Messages) -> dict[str, list[Any]]:
+        """As for every family; addresses and videos through `qwen-vl-utils`, where it imports."""
+        items = list(_media_items(conversation))
+        if not any(item.get("type") == "video" or _is_address(item) for item in items):
+            return super().read_media(conversation)
+        try:
+            from qwen_vl_utils import process_vision_info
+        except ImportError as error:
+            raise DataError(
+                "images by address and videos in messages need qwen-vl-utils and torchvision: install the [qwen] "
+                "extra, or give PIL images or local paths"
+            ) from error
+        images, videos = process_vision_info(conversation)[:2]
+        return {"images": images or [], "videos": videos or []}
+
+    def image_layouts(self, config: PretrainedConfig, inputs: Mapping[str, Tensor]) -> list[ImageLayout]:
+        merge = config.vision_config.spatial_merge_size
+        grids = inputs["image_grid_thw"].tolist() if "image_grid_thw" in inputs else []
+        return [_layout(frames, height // merge, width // merge) for frames, height, width in grids]
+
+
+def _layout(frames: int, num_rows: int, num_cols: int) -> ImageLayout:
+    rows, cols = grid_cells(num_rows, num_cols)
+    return ImageLayout(
+        columns=torch.arange(frames * num_rows * num_cols),
+        parts=("grid",) * (frames * num_rows * num_cols),
+        rows=rows.repeat(frames),
+        cols=cols.repeat(frames),
+        grids={"grid": (num_rows, num_cols)},
+        main_part="grid",
+    )
+
+
+def _is_address(item: dict[str, Any]) -> bool:
+    source = item.get("image", item.get("image_url", item.get("url")))
+    return isinstance(source, dict) or (isinstance(source, str) and source.startswith(("http://", "https://")))
+
+
+def _limit_pixels(image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
+    for name, value in {"min_pixels": min_pixels, "max_pixels": max_pixels}.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value} must be a number of pixels, at least 1")
+    size = dict(image_processor.size)
+    smallest = size["shortest_edge"] if min_pixels is None else min_pixels
+    largest = size["longest_edge"] if max_pixels is None else max_pixels
+    if smallest > largest:
+        raise ConfigError(f"min_pixels={smallest} is above max_pixels={largest}; set both")
+    if min_pixels is not None or max_pixels is not None:
+        image_processor.size = type(image_processor.size)(**{"shortest_edge": smallest, "longest_edge": largest})
+
+
+QWEN2_VL = Qwen2VL()
