@@ -113,16 +113,17 @@ def fill_in_proportion(shares: np.ndarray, *, total: float, limit: float) -> np.
     """
     order = np.argsort(-shares, kind="stable")
     descending = shares[order]
-    # With the k largest full, lambda_k = (total - k * limit) / sum of the other shares. The smallest k whose next
-    # entry stays within the limit is the answer; sums run from the small end, where precision matters.
-    others = np.cumsum(descending[::-1])[::-1]
-    left = total - limit * np.arange(len(shares))
-    fits = descending * left <= limit * others
     positive = int(np.count_nonzero(descending))
-    full = int(np.argmax(fits[:positive])) if fits[:positive].any() else positive
+    # With the k largest full, the next one gets its part of what the others share: left_k * share / sum of the others.
+    # The smallest k for which that is within the limit is the answer; sums run from the small end, for precision.
+    others = np.cumsum(descending[:positive][::-1])[::-1]
+    left = total - limit * np.arange(len(shares) + 1)
+    fits = descending[:positive] / others * left[:positive] <= limit
+    full = int(np.argmax(fits)) if fits.any() else positive
     filled = np.full_like(descending, limit)
     if full < positive:
-        filled[full:] = descending[full:] * (left[full] / others[full])
+        filled[full:positive] = descending[full:positive] / others[full] * left[full]
+        filled[positive:] = 0.0
     elif full < len(shares):
         filled[full:] = left[full] / (len(shares) - full)
     result = np.empty_like(filled)

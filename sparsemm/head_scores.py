@@ -38,7 +38,8 @@ class HeadScores:
 
     def __init__(self, values: Any, **provenance: Any) -> None:
         try:
-            table = torch.as_tensor(values).detach().to(device="cpu", dtype=torch.float64, copy=True)
+            given = values.detach().cpu() if isinstance(values, Tensor) else values
+            table = torch.as_tensor(given, dtype=torch.float64).clone()
         except (TypeError, ValueError, RuntimeError) as error:
             raise HeadScoreError(f"head scores are not a rectangular table of numbers ({error})") from error
         if table.ndim != 2 or 0 in table.shape:
