@@ -1,3 +1,50 @@
-"""SparseMM: per-head key/value caches for vision-language models."""
+"""SparseMM: per-head key/value caches for vision-language models.
+
+The names below are the public interface; each is imported when it is first used, so that `import sparsemm` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOME = {
+    "CompressionConfig": "sparsemm.config",
+    "HeadScores": "sparsemm.head_scores",
+    "head_budgets": "sparsemm.budgets",
+    "select_positions": "sparsemm.selection",
+    "patch": "sparsemm.patching",
+    "PatchHandle": "sparsemm.patching",
+    "SparseCache": "sparsemm.cache",
+    "CacheStats": "sparsemm.cache",
+    "load_model": "sparsemm.models",
+    "chase": "sparsemm.chase",
+    "SparseMMError": "sparsemm.errors",
+}
+
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from sparsemm.budgets import head_budgets
+    from sparsemm.cache import CacheStats, SparseCache
+    from sparsemm.chase import chase
+    from sparsemm.config import CompressionConfig
+    from sparsemm.errors import SparseMMError
+    from sparsemm.head_scores import HeadScores
+    from sparsemm.models import load_model
+    from sparsemm.patching import PatchHandle, patch
+    from sparsemm.selection import select_positions
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sparsemm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,11 @@
+"""The evicting key/value cache: per (layer, batch row, kv head) its own number of rows, really freed (spec section 7).
+
+The attention forward (`sparsemm.attention`) calls `SparseLayer.store_prompt` for the first chunk of a sequence and
+`SparseLayer.attend` for everything after it. All state lives in the cache, none on the model.
+"""
+
+from sparsemm.cache.cache import SparseCache
+from sparsemm.cache.layer import SparseLayer
+from sparsemm.cache.plan import GROWTH_ROWS, CachePlan, CacheRecord, CacheStats
+
+__all__ = ["GROWTH_ROWS", "CachePlan", "CacheRecord", "CacheStats", "SparseCache", "SparseLayer"]

@@ -1,0 +1,229 @@
+"""The rows of one layer: two flat buffers in which every (batch row, kv head) owns its own range (spec section 7)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import LongTensor, Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+import sparsemm.ops  # noqa: F401  (defines torch.ops.sparsemm)
+from sparsemm.cache.chunk import Chunk
+from sparsemm.cache.plan import GROWTH_ROWS, CachePlan, CacheRecord
+from sparsemm.errors import CacheError
+from sparsemm.ops.chunk import MAX_DECODE_QUERIES, causal_attention, merge_attention
+from sparsemm.selection import KeptRows, choose_rows
+
+GROWTH_SHARE = 8  # a full cache grows by at least 1/8, so that growing costs a constant share of appending
+
+
+class SparseLayer(CacheLayerMixin):
+    """Rows of one layer. `offsets`, `lens` and the buffers follow the layout of `sparsemm.ops.schemas`."""
+
+    is_compileable = False
+    is_croppable = False  # only what was appended behind a compressed prompt can be taken back
+    supports_early_init = False
+    is_sliding = False
+
+    def __init__(self, plan: CachePlan, layer_idx: int, record: CacheRecord) -> None:
+        super().__init__()
+        self.plan, self.layer_idx, self.record = plan, layer_idx, record
+        self.reset()
+
+    def reset(self) -> None:
+        self.is_initialized = False
+        self.key_buffer: Tensor | None = None
+        self.value_buffer: Tensor | None = None
+        self.offsets: Tensor | None = None
+        self.lens: Tensor | None = None
+        self.overflow: Tensor | None = None
+        self.seen = 0  # columns fed, padding included
+        self.removable = 0  # columns that `crop` can take back
+        self.room = 0  # rows that every list can still take, known without asking the device
+        self.longest = 0  # upper bound of the rows of any list
+
+    # -- what transformers asks -----------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise CacheError("a SparseCache is filled by the attention forward that sparsemm.patch installs")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise CacheError(
+            "this model is not (or no longer) patched, so it cannot use a SparseCache; "
+            "keep sparsemm.patch(model, config) active while the cache is in use, or start without past_key_values"
+        )
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    # -- filling and reading --------------------------------------------------------------------------------------
+
+    def store_prompt(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> None:
+        """Keep the chosen rows of the first chunk. query `[B, Hq, T, D]`, key and value `[B, Hkv, T, D]`, after
+        RoPE."""
+        chunk = chunk.to(key.device)
+        query, key, value = (chunk.right_aligned(states.detach()) for states in (query, key, value))
+        lengths = torch.tensor(chunk.lengths, dtype=torch.int32)
+        starts = (chunk.columns - lengths)[:, None].expand(-1, self.plan.num_kv_heads)
+        window = min(self.plan.config.window_size, chunk.columns)
+        rows = choose_rows(
+            self.plan,
+            self.layer_idx,
+            query[:, :, chunk.columns - window :],
+            key,
+            starts=starts,
+            num_queries=lengths.clamp(max=window),
+            prompt_lengths=chunk.lengths,
+        )
+        self._fill(key, value, rows)
+        self.seen = chunk.columns
+        nothing_dropped = rows.total == sum(chunk.lengths) * self.plan.num_kv_heads
+        self.removable = chunk.columns if nothing_dropped else 0
+        self.longest = max(chunk.lengths)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, scale: float) -> Tensor:
+        """Append the chunk and attend to everything kept: query, key, value as above for n columns; `[B, Hq, n, D]`."""
+        chunk = chunk.to(key.device)
+        query, key, value = query.detach(), key.detach(), value.detach()
+        if chunk.columns <= MAX_DECODE_QUERIES:
+            self._append(key, value, chunk)
+            out, _ = torch.ops.sparsemm.varlen_decode(
+                query, self.key_buffer, self.value_buffer, self.offsets, self.lens, scale, chunk.num_later
+            )
+        else:
+            none_later = torch.zeros(chunk.batch, chunk.columns, dtype=torch.int32, device=query.device)
+            kept = torch.ops.sparsemm.varlen_decode(
+                query, self.key_buffer, self.value_buffer, self.offsets, self.lens, scale, none_later
+            )
+            out = merge_attention(kept, causal_attention(query, key, value, scale, chunk.mask))
+            self._append(key, value, chunk)
+        if self.plan.config.compress_turns == "every" and chunk.columns > 1 and self.plan.method.compresses:
+            self._compress_again(query, chunk)
+        return out
+
+    def top_columns(self, query: Tensor) -> LongTensor:
+        """The token (0 = first valid one) with the largest attention weight of each query head: query `[B, Hq, D]`.
+
+        Batched over heads, nothing is read back. int64 `[B, Hq]`. Raises `CacheError` for a cache that drops rows.
+        """
+        if self.plan.method.compresses:
+            raise CacheError("rows of a compressed cache are not columns; look at attention with method='fullkv'")
+        batch, num_query_heads, head_dim = query.shape
+        num_kv_heads = self.plan.num_kv_heads
+        row = torch.arange(self.longest, device=query.device)
+        slots = (self.offsets[:-1, None] + row).clamp(max=self.key_buffer.shape[0] - 1)
+        key = self.key_buffer[slots].view(batch, num_kv_heads, self.longest, head_dim)
+        grouped = query.view(batch, num_kv_heads, -1, head_dim)
+        logits = grouped.float() @ key.float().transpose(2, 3)
+        filled = row < self.lens.view(batch, num_kv_heads, 1, 1)
+        return logits.masked_fill(~filled, float("-inf")).argmax(-1).view(batch, num_query_heads)
+
+    def memory_bytes(self) -> int:
+        """Bytes of the buffers, slack included, and of the index tensors."""
+        tensors = (self.key_buffer, self.value_buffer, self.offsets, self.lens, self.overflow)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def _fill(self, key: Tensor, value: Tensor, rows: KeptRows) -> None:
+        """Move the chosen rows of key and value `[B, Hkv, T, D]` into new buffers with `plan.reserve` rows of slack a
+        list."""
+        reserve, lists = self.plan.reserve, rows.kept.numel()
+        self.offsets = rows.cu_kept + reserve * torch.arange(lists + 1, dtype=torch.int32, device=key.device)
+        shape = (rows.total + reserve * lists, key.shape[-1])
+        self.key_buffer, self.value_buffer = key.new_empty(shape), value.new_empty(shape)
+        torch.ops.sparsemm.compact(
+            key, value, rows.positions, rows.cu_kept, self.offsets, self.key_buffer, self.value_buffer
+        )
+        self.lens = rows.kept.reshape(-1).clone()
+        self.overflow = torch.zeros(1, dtype=torch.int32, device=key.device)
+        self.room = reserve
+        self.is_initialized = True
+        self.record.kept[self.layer_idx] = rows.kept
+        self.record.row_bytes = 2 * key.shape[-1] * key.element_size()
+        self._note_bytes()
+
+    def _note_bytes(self) -> None:
+        self.record.layer_bytes[self.layer_idx] = self.memory_bytes()
+
+    def _append(self, key: Tensor, value: Tensor, chunk: Chunk) -> None:
+        if chunk.columns > self.room:
+            self._grow(chunk.columns)
+        torch.ops.sparsemm.append(
+            key, value, self.offsets, self.lens, self.key_buffer, self.value_buffer, self.overflow, chunk.mask
+        )
+        self.room -= chunk.columns
+        self.seen += chunk.columns
+        self.removable += chunk.columns
+        self.longest += chunk.columns
+
+    def _grow(self, rows: int) -> None:
+        """Give every list at least `rows` more slots behind its slack."""
+        if bool(self.overflow.item()):
+            raise CacheError(
+                "rows were lost because a list of the cache was full; this is a bug in the cache's accounting"
+            )
+        lists, slots = self.lens.shape[0], self.key_buffer.shape[0]
+        extra = max(rows, GROWTH_ROWS, slots // lists // GROWTH_SHARE)
+        slot = torch.arange(slots, device=self.offsets.device, dtype=torch.int32)
+        moved = slot + extra * torch.searchsorted(self.offsets[1:], slot, right=True, out_int32=True)
+        for name in ("key_buffer", "value_buffer"):  # the old one is freed before the next is made
+            old = getattr(self, name)
+            new = old.new_empty(slots + extra * lists, old.shape[1])
+            setattr(self, name, new.index_copy_(0, moved.long(), old))
+        self.offsets = self.offsets + extra * torch.arange(lists + 1, dtype=torch.int32, device=self.offsets.device)
+        self.room += extra
+        self._note_bytes()
+
+    def _compress_again(self, query: Tensor, chunk: Chunk) -> None:
+        """Kept rows and the new chunk compete, ranked by the chunk's last queries (`compress_turns="every"`)."""
+        batch, num_kv_heads = chunk.batch, self.plan.num_kv_heads
+        width = int(self.lens.max())
+        slots = self.offsets[:-1, None] + self.lens[:, None] - width
+        slots = (slots + torch.arange(width, device=slots.device)).clamp(min=0)
+        key, value = (
+            buffer[slots].view(batch, num_kv_heads, width, -1) for buffer in (self.key_buffer, self.value_buffer)
+        )
+        window = min(self.plan.config.window_size, chunk.columns, width)
+        rows = choose_rows(
+            self.plan,
+            self.layer_idx,
+            chunk.right_aligned(query)[:, :, chunk.columns - window :],
+            key,
+            starts=(width - self.lens).view(batch, num_kv_heads).cpu(),
+            num_queries=torch.tensor(chunk.lengths, dtype=torch.int32).clamp(max=window),
+            prompt_lengths=self.record.prompt_tokens,
+        )
+        self._fill(key, value, rows)
+        self.removable = 0
+
+    # -- beams, batches, taking back ------------------------------------------------------------------------------
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the batch rows `indices` (repeats allowed), as for beam search or to drop finished sequences."""
+        if not self.is_initialized:
+            return
+        num_kv_heads = self.plan.num_kv_heads
+        chosen = indices.tolist()
+        begins = self.offsets[::num_kv_heads].tolist()
+        self.key_buffer, self.value_buffer = (
+            torch.cat([buffer[begins[b] : begins[b + 1]] for b in chosen])
+            for buffer in (self.key_buffer, self.value_buffer)
+        )
+        index = indices.to(self.lens.device)
+        capacity = self.offsets.diff().view(-1, num_kv_heads)[index].reshape(-1)
+        self.offsets = torch.nn.functional.pad(capacity.cumsum(0, dtype=torch.int32), (1, 0))
+        self.lens = self.lens.view(-1, num_kv_heads)[index].reshape(-1)
+        self._note_bytes()
+
+    def remove_columns(self, columns: int, rows: Tensor) -> None:
+        """Take back the last `columns` columns, `rows` int32 `[batch]` of which hold a token in each batch row."""
+        self.lens -= rows.to(self.lens.device).repeat_interleave(self.plan.num_kv_heads)
+        self.seen -= columns
+        self.removable -= columns
+        self.room += columns

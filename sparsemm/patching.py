@@ -1,0 +1,259 @@
+"""Installing the evicting cache on a Hugging Face model, and taking it off again without a trace."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from sparsemm.attention import ROTARY, Observer, head_mask_for, sparse_attention
+from sparsemm.cache import GROWTH_ROWS, CachePlan, CacheRecord, CacheStats, SparseCache
+from sparsemm.config import CompressionConfig
+from sparsemm.errors import CacheError, ConfigError, PatchError, UnsupportedModelError
+from sparsemm.head_scores import resolve_head_scores
+from sparsemm.methods import masked_query_heads
+from sparsemm.models import family_of
+
+_ABSENT = object()
+_PATCHED: weakref.WeakKeyDictionary[nn.Module, PatchHandle] = weakref.WeakKeyDictionary()
+
+
+def patch(model: nn.Module, config: CompressionConfig, *, reserve: int = GROWTH_ROWS) -> PatchHandle:
+    """Give `model` the cache of `config` until the handle is removed.
+
+    `with patch(model, config) as handle: …` or `handle = patch(model, config); …; handle.remove()`. Only instances are
+    touched, never classes. The model is meant for inference: no gradient flows through cached rows.
+
+    Args:
+        model: `LlavaNextForConditionalGeneration` (Llama or Mistral) or `Qwen2VLForConditionalGeneration`.
+        config: Method and settings; score files are read and random scores drawn here, once.
+        reserve: Slots allocated behind every head's prompt rows; set it to `max_new_tokens` to never grow.
+
+    Raises:
+        UnsupportedModelError: Another class, or a setting (sliding window) that the cache would not honour.
+        PatchError: The model is patched already.
+        HeadScoreError, DataError: The head scores do not fit the model, or their file is missing.
+    """
+    return PatchHandle(model, config, reserve=reserve)
+
+
+class PatchHandle:
+    """An active patch. `stats` describes the most recent prompt, `observer` sees every attention forward."""
+
+    def __init__(self, model: nn.Module, config: CompressionConfig, *, reserve: int = GROWTH_ROWS) -> None:
+        if not isinstance(config, CompressionConfig):
+            raise ConfigError(f"config must be a CompressionConfig, got {type(config).__name__}")
+        if isinstance(reserve, bool) or not isinstance(reserve, int) or reserve < 1:
+            raise ConfigError(f"reserve={reserve!r} must be a whole number of rows, at least 1")
+        self.model, self.config = model, config
+        self.text_model = family_of(model).text_model(model)
+        if self.text_model in _PATCHED:
+            raise PatchError("this model is patched already; remove that handle (or leave its with block) first")
+        self.plan = _plan(model, self.text_model, config, reserve)
+        self.observer: Observer | None = None
+        self._record: CacheRecord | None = None
+        self._undo: list[Callable[[], None]] = []
+        try:
+            self._install()
+        except BaseException:
+            self.remove()
+            raise
+
+    def __enter__(self) -> PatchHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    @property
+    def stats(self) -> CacheStats:
+        """What the cache used last kept of its prompts. Raises `CacheError` before the first prompt."""
+        if self._record is None:
+            raise CacheError("no prompt has been through the model yet; call generate, then read the statistics")
+        return self._record.stats()
+
+    def new_cache(self) -> SparseCache:
+        """An empty cache of this patch, for loops that hand `past_key_values` to the model themselves."""
+        return SparseCache(self.plan)
+
+    def remove(self) -> None:
+        """Restore the model: its outputs are then those from before, bit for bit. Calling it again does nothing."""
+        while self._undo:
+            self._undo.pop()()
+
+    # -- installing -----------------------------------------------------------------------------------------------
+
+    def _install(self) -> None:
+        _PATCHED[self.text_model] = self
+        self._undo.append(lambda: _PATCHED.pop(self.text_model, None))
+        masked = masked_query_heads(self.config, self.plan.head_scores, self.plan.num_layers, self.plan.num_query_heads)
+        for decoder_layer, masked_heads in zip(self.text_model.layers, masked, strict=True):
+            self._replace_forward(decoder_layer.self_attn, masked_heads)
+        hook = self.text_model.register_forward_pre_hook(self._before_text_model, with_kwargs=True)
+        self._undo.append(hook.remove)
+        self._set(self.model, "_get_candidate_generator", _refuse_assisted_decoding)
+        if hasattr(self.model.model, "rope_deltas"):
+            self._keep_rope_deltas_with_the_cache()
+
+    def _set(self, owner: Any, name: str, value: Any) -> None:
+        """Set an instance attribute and remember how to put back what was there, or that nothing was."""
+        before = vars(owner).get(name, _ABSENT)
+        setattr(owner, name, value)
+
+        def undo() -> None:
+            if before is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+        self._undo.append(undo)
+
+    def _replace_forward(self, module: nn.Module, masked_heads: Tensor) -> None:
+        # accelerate keeps the real forward in `_old_forward` and calls it from the one it set: ours goes inside, so
+        # that its hooks (moving weights and inputs between devices) keep working.
+        name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+        original = getattr(module, name)
+        weight = module.q_proj.weight
+        dtype = weight.dtype if weight.dtype.is_floating_point else self.model.dtype
+        head_mask = head_mask_for(masked_heads, dtype, "cpu" if weight.is_meta else weight.device)
+
+        @functools.wraps(original)
+        def forward(*args: Any, past_key_values: SparseCache | None = None, **kwargs: Any) -> Any:
+            if past_key_values is None and head_mask is None:
+                return original(*args, past_key_values=None, **kwargs)
+            on_device = head_mask
+            if head_mask is not None:
+                hidden_states = args[0] if args else kwargs["hidden_states"]
+                on_device = head_mask.to(device=hidden_states.device, dtype=hidden_states.dtype)
+            return sparse_attention(
+                module,
+                *args,
+                past_key_values=past_key_values,
+                head_mask=on_device,
+                mask_mode=self.config.mask_mode,
+                observer=self.observer,
+                **kwargs,
+            )
+
+        self._set(module, name, forward)
+
+    # -- at every forward -----------------------------------------------------------------------------------------
+
+    def _before_text_model(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Hand the text model our cache instead of none or an empty one, and announce the coming columns to it."""
+        cache = kwargs.get("past_key_values")
+        use_cache = kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(module.config, "use_cache", True)
+        if cache is None and not use_cache:
+            return None
+        cache = self._adopt(cache)
+        tokens = kwargs.get("inputs_embeds")
+        if tokens is None:
+            tokens = args[0] if args else kwargs["input_ids"]
+        first = cache.get_seq_length() == 0
+        cache.begin_chunk(kwargs.get("attention_mask"), *tokens.shape[:2])
+        if hasattr(self.model.model, "rope_deltas"):
+            cache.rope_deltas = self.model.model.rope_deltas
+        self._record = cache.record
+        # Later chunks read the ragged rows, for which no dense mask exists; building one would cost T per token.
+        mask = {} if first else {"attention_mask": None}
+        return args, {**kwargs, "past_key_values": cache, **mask}
+
+    def _adopt(self, cache: Any) -> SparseCache:
+        """Our cache, as it is or made of what was handed in. Raises `CacheError` for other kinds of cache."""
+        if cache is None:
+            return self.new_cache()
+        if isinstance(cache, SparseCache):
+            mine, its = self.plan, cache.plan
+            if (mine.num_layers, mine.num_kv_heads, mine.head_dim) != (its.num_layers, its.num_kv_heads, its.head_dim):
+                raise CacheError("past_key_values is the cache of a model of another shape; start without it")
+            return cache
+        if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+            raise CacheError(
+                f"past_key_values is a {type(cache).__name__}, which cannot hold a different number of rows per head; "
+                "leave cache_implementation and past_key_values unset under the patch"
+            )
+        if cache.get_seq_length() > 0:
+            raise CacheError(
+                "past_key_values was filled before the model was patched; start the patched generation without it"
+            )
+        # `generate` and callers keep a reference to the empty cache they made and expect it filled, so that very
+        # object becomes the sparse cache.
+        cache.__class__ = SparseCache
+        SparseCache.__init__(cache, self.plan)
+        return cache
+
+    def _keep_rope_deltas_with_the_cache(self) -> None:
+        """Qwen2-VL keeps the M-RoPE offset of generated tokens on the model, where two conversations would mix."""
+        inner = self.model.model
+        before = inner.rope_deltas
+        self._undo.append(lambda: setattr(inner, "rope_deltas", before))
+
+        def restore(cache: Any) -> None:
+            if isinstance(cache, SparseCache) and cache.get_seq_length() > 0:
+                inner.rope_deltas = cache.rope_deltas
+
+        def before_inner(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            restore(kwargs.get("past_key_values"))
+
+        hook = inner.register_forward_pre_hook(before_inner, with_kwargs=True)
+        self._undo.append(hook.remove)
+        original = self.model._prepare_position_ids_for_generation
+
+        @functools.wraps(original)
+        def prepare_position_ids(inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+            cache = model_kwargs.get("past_key_values")
+            restore(cache)
+            position_ids = original(inputs_tensor, model_kwargs)
+            if isinstance(cache, SparseCache):
+                cache.rope_deltas = inner.rope_deltas
+            return position_ids
+
+        self._set(self.model, "_prepare_position_ids_for_generation", prepare_position_ids)
+
+
+def _plan(model: nn.Module, text_model: nn.Module, config: CompressionConfig, reserve: int) -> CachePlan:
+    text_config = text_model.config
+    attentions = [layer.self_attn for layer in text_model.layers]
+    for attention in attentions:
+        if type(attention) not in ROTARY:
+            known = ", ".join(sorted(kind.__name__ for kind in ROTARY))
+            raise UnsupportedModelError(
+                f"attention of class {type(attention).__name__} is not supported; known: {known}"
+            )
+    uses_window = getattr(text_config, "use_sliding_window", True)  # Mistral has no switch: its window alone decides
+    layer_types = getattr(text_config, "layer_types", None)
+    slides = "sliding_attention" in layer_types if layer_types else uses_window
+    if getattr(text_config, "sliding_window", None) is not None and slides:
+        raise UnsupportedModelError(
+            f"the language model attends through a sliding window of {text_config.sliding_window} tokens, which a "
+            "cache of kept rows would not honour; load it with sliding_window=None if its prompts are shorter than that"
+        )
+    num_layers, num_query_heads = text_config.num_hidden_layers, text_config.num_attention_heads
+    return CachePlan(
+        config=config,
+        num_layers=num_layers,
+        num_query_heads=num_query_heads,
+        num_kv_heads=text_config.num_key_value_heads,
+        head_dim=attentions[0].head_dim,
+        head_scores=resolve_head_scores(config, num_layers, num_query_heads),
+        reserve=reserve,
+    )
+
+
+def _refuse_assisted_decoding(*args: Any, **kwargs: Any) -> torch.Tensor:
+    raise ConfigError(
+        "assisted decoding takes back tokens that the compressed prompt was chosen with; "
+        "generate without assistant_model and prompt_lookup_num_tokens under the patch"
+    )

@@ -1,0 +1,213 @@
+"""What the patch accepts, refuses and leaves alone; masking of heads against edited weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from test_cache import assert_close, config, greedy, scores, text_inputs
+from toy_models import FAMILIES, toy_inputs, toy_model
+from transformers import LlamaConfig, LlamaForCausalLM, QuantizedCache, StaticCache
+
+import sparsemm
+from sparsemm.errors import CacheError, ConfigError, HeadScoreError, PatchError, UnsupportedModelError
+
+
+def test_use_cache_false_is_the_unpatched_model():
+    model = toy_model("qwen2-vl")
+    inputs = toy_inputs(model, 2)
+    with torch.no_grad():
+        expected = model(**inputs, use_cache=False)
+        with sparsemm.patch(model, config()):
+            actual = model(**inputs, use_cache=False)
+    assert torch.equal(actual.logits, expected.logits)
+    assert actual.past_key_values is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", ["zero_query", "zero_output"])
+def test_masked_heads_equal_a_model_with_edited_weights(family, mode):
+    """zero_query: q_proj rows (and bias) of the head set to 0; zero_output: o_proj columns set to 0."""
+    model = toy_model(family)
+    inputs = toy_inputs(model, 2)
+    table = scores(model)
+    settings = config("mask", None, head_scores=table, mask_ratio=0.4, mask_mode=mode)
+    edited = copy.deepcopy(model)
+    values = torch.as_tensor(table.values)
+    count = int(0.4 * values.numel())
+    chosen = values.flatten().argsort(descending=True)[:count]
+    for index in chosen.tolist():
+        layer_idx, head = divmod(index, values.shape[1])
+        attention = edited.model.language_model.layers[layer_idx].self_attn
+        rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+        with torch.no_grad():
+            if mode == "zero_query":
+                attention.q_proj.weight[rows] = 0
+                if attention.q_proj.bias is not None:
+                    attention.q_proj.bias[rows] = 0
+            else:
+                attention.o_proj.weight[:, rows] = 0
+    _, expected, _ = greedy(edited, inputs)
+    _, unmasked, _ = greedy(model, inputs)
+    with sparsemm.patch(model, settings) as handle:
+        _, logits, _ = greedy(model, inputs)
+        assert handle.stats.effective_budget == pytest.approx(inputs["attention_mask"].sum(1).float().mean().item())
+        without_cache = model(**inputs, use_cache=False).logits
+    assert_close(logits, expected)
+    assert_close(without_cache, edited(**inputs, use_cache=False).logits)
+    assert not torch.allclose(expected[0], unmasked[0], atol=1e-4)
+
+
+def test_two_models_and_two_methods_in_one_process():
+    first, second = toy_model("llava-vicuna"), toy_model("qwen2-vl")
+    inputs_first, inputs_second = toy_inputs(first, 1), toy_inputs(second, 1)
+
+    def run(model, inputs, settings):
+        with sparsemm.patch(model, settings) as handle:
+            return greedy(model, inputs)[1], handle.stats.kept_rows
+
+    alone = [run(first, inputs_first, config("snapkv", 10)), run(second, inputs_second, config("adakv", 12))]
+    with sparsemm.patch(first, config("snapkv", 10)), sparsemm.patch(second, config("adakv", 12)):
+        together = [greedy(first, inputs_first)[1], greedy(second, inputs_second)[1]]
+    for (expected, _), actual in zip(alone, together, strict=True):
+        assert torch.equal(actual, expected)
+    run(first, inputs_first, config("adakv", 12))
+    assert torch.equal(run(first, inputs_first, config("snapkv", 10))[0], alone[0][0])
+
+
+def test_pyramid_budgets_follow_each_prompt():
+    model = toy_model("llava-vicuna", num_layers=3)
+    with sparsemm.patch(model, config("pyramidkv", 12)) as handle:
+        for length in (60, 15, 200):
+            greedy(model, text_inputs(length), tokens=1)
+            expected = sparsemm.head_budgets(
+                handle.config, num_layers=3, num_query_heads=4, num_kv_heads=4, prompt_length=length
+            )
+            assert torch.equal(handle.stats.kept_rows[0], expected)
+
+
+def test_nested_patches_are_refused_and_the_first_survives():
+    model = toy_model("llava-vicuna")
+    with sparsemm.patch(model, config()) as handle:
+        with pytest.raises(PatchError, match="patched already"):
+            sparsemm.patch(model, config("adakv"))
+        greedy(model, toy_inputs(model, 1), tokens=1)
+        assert handle.stats.method == "snapkv"
+    sparsemm.patch(model, config("adakv")).remove()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_accelerate_hooks_keep_working_and_stay(family):
+    model = toy_model(family)
+    calls = []
+
+    class Counting(ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            calls.append(module.layer_idx)
+            return args, kwargs
+
+    for layer in model.model.language_model.layers:
+        add_hook_to_module(layer.self_attn, Counting())
+    before = [vars(layer.self_attn)["forward"] for layer in model.model.language_model.layers]
+    inputs = toy_inputs(model, 1)
+    expected = greedy(model, inputs, tokens=2)[1]
+    calls.clear()
+    with sparsemm.patch(model, config(budget=10)):
+        squeezed = greedy(model, inputs, tokens=2)[1]
+    assert calls == [0, 1] * 2
+    assert not torch.equal(squeezed, expected)
+    assert [vars(layer.self_attn)["forward"] for layer in model.model.language_model.layers] == before
+    assert torch.equal(greedy(model, inputs, tokens=2)[1], expected)
+    for layer in model.model.language_model.layers:
+        remove_hook_from_module(layer.self_attn)
+
+
+def test_a_forward_set_on_the_instance_is_put_back():
+    model = toy_model("llava-mistral")
+    attention = model.model.language_model.layers[0].self_attn
+    original = attention.forward
+
+    def wrapper(*args, **kwargs):
+        return original(*args, **kwargs)
+
+    attention.forward = wrapper
+    with sparsemm.patch(model, config(budget=10)) as handle:
+        greedy(model, toy_inputs(model, 1), tokens=2)
+        assert handle.stats.effective_budget == 10
+    assert vars(attention)["forward"] is wrapper
+
+
+def test_other_caches_are_refused():
+    model = toy_model("llava-vicuna")
+    inputs = text_inputs(20)
+    with torch.no_grad():
+        filled = model(**inputs, use_cache=True).past_key_values
+    with sparsemm.patch(model, config(budget=10)) as handle:
+        with pytest.raises(CacheError, match="StaticCache"):
+            model.generate(**inputs, cache_implementation="static", max_new_tokens=2)
+        with pytest.raises(CacheError, match="StaticCache"):
+            model(**inputs, past_key_values=StaticCache(config=model.config.text_config, max_cache_len=30))
+        with pytest.raises(CacheError, match="before the model was patched"):
+            model(input_ids=torch.tensor([[5]]), past_key_values=filled)
+        with pytest.raises(ConfigError, match="assisted decoding"):
+            model.generate(**inputs, prompt_lookup_num_tokens=3, max_new_tokens=4)
+        with pytest.raises(CacheError, match="2-D"):
+            model(input_ids=inputs["input_ids"], attention_mask=torch.ones(1, 1, 20, 20), use_cache=True)
+        with torch.no_grad():
+            ours = model(**inputs, use_cache=True).past_key_values
+        with pytest.raises(CacheError, match="attention_mask has shape"):
+            model(input_ids=torch.tensor([[5]]), attention_mask=torch.ones(1, 5), past_key_values=ours)
+        with pytest.raises(CacheError, match="1 sequences"):
+            model(input_ids=torch.tensor([[5], [6]]), past_key_values=ours)
+        del handle
+    with pytest.raises(CacheError, match="not .*patched"):
+        model(input_ids=torch.tensor([[5]]), past_key_values=ours)
+
+
+def test_quantized_cache_is_refused_by_type():
+    cache = QuantizedCache.__new__(QuantizedCache)  # its constructor wants a quantization backend
+    model = toy_model("llava-vicuna")
+    with sparsemm.patch(model, config()), pytest.raises(CacheError, match="QuantizedCache"):
+        model(**text_inputs(20), past_key_values=cache)
+
+
+def test_sliding_windows_are_refused():
+    model = toy_model("llava-mistral")
+    model.config.text_config.sliding_window = 4096
+    with pytest.raises(UnsupportedModelError, match="sliding window of 4096"):
+        sparsemm.patch(model, config())
+    qwen = toy_model("qwen2-vl")
+    text = qwen.config.text_config
+    text.sliding_window, text.layer_types = 16, ["sliding_attention"] * text.num_hidden_layers
+    with pytest.raises(UnsupportedModelError, match="sliding window of 16"):
+        sparsemm.patch(qwen, config())
+
+
+def test_bad_arguments():
+    model = toy_model("llava-vicuna")
+    tiny = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    with pytest.raises(UnsupportedModelError, match="not supported"):
+        sparsemm.patch(LlamaForCausalLM(tiny), config())
+    with pytest.raises(ConfigError, match="CompressionConfig"):
+        sparsemm.patch(model, {"method": "snapkv"})
+    with pytest.raises(ConfigError, match="reserve"):
+        sparsemm.patch(model, config(), reserve=0)
+    wrong = sparsemm.HeadScores(torch.ones(5, 4, dtype=torch.float64))
+    with pytest.raises(HeadScoreError):
+        sparsemm.patch(model, config("sparsemm", 12, head_scores=wrong))
+    # a refused patch leaves nothing behind
+    with sparsemm.patch(model, config()) as handle, pytest.raises(CacheError, match="no prompt"):
+        _ = handle.stats
+
+
+def test_bf16_and_attention_with_gradients_enabled():
+    model = toy_model("llava-mistral", dtype=torch.bfloat16)
+    inputs = toy_inputs(model, 2)
+    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+    with sparsemm.patch(model, config("adakv", 12)) as handle:
+        model.generate(**inputs, max_new_tokens=3)
+        assert handle.stats.effective_budget == 12
+        out = model(**inputs, use_cache=True)  # no torch.no_grad: nothing of the graph may stay in the cache
+        assert all(not layer.key_buffer.requires_grad for layer in out.past_key_values.layers)
