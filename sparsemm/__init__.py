@@ -24,7 +24,20 @@ _HOME = {
     "SparseMMError": "sparsemm.errors",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = [
+    "__version__",
+    "CacheStats",
+    "CompressionConfig",
+    "HeadScores",
+    "PatchHandle",
+    "SparseCache",
+    "SparseMMError",
+    "chase",
+    "head_budgets",
+    "load_model",
+    "patch",
+    "select_positions",
+]
 
 if TYPE_CHECKING:
     from sparsemm.budgets import head_budgets
