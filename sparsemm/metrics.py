@@ -16,7 +16,7 @@ def clean_text(text: str) -> str:
 
 
 def edit_distance(first: str, second: str) -> int:
-    """Levenshtein distance: fewest insertions, deletions and substitutions of one character that turn one into the other.
+    """Levenshtein distance: fewest one-character insertions, deletions and substitutions from one text to the other.
 
     O(len(first) * len(second)) time, one row of memory.
     """

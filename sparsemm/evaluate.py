@@ -1,0 +1,289 @@
+"""How much of a model's reading every method keeps at every budget, on pages it never saw."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import sparsemm
+from sparsemm.config import CompressionConfig
+from sparsemm.errors import ConfigError, DataError
+from sparsemm.generation import generate_greedy, remember_image_features
+from sparsemm.methods import get_method
+from sparsemm.metrics import mean_metrics
+from sparsemm.models import family_of
+from sparsemm.results import Cell, Results, environment
+
+if TYPE_CHECKING:
+    from sparsemm.documents import Page
+    from sparsemm.head_scores import HeadScores
+
+logger = logging.getLogger(__name__)
+
+
+def heldout_pages(
+    count: int, *, tasks: Sequence[str] = ("read", "field"), num_words: Sequence[int] = (1, 2, 3, 4), seed: int = 0
+) -> list[Page]:
+    """`count` held-out pages, tasks taking turns and `num_words` spread evenly over each task's pages.
+
+    Args:
+        count: Number of pages.
+        tasks: `read` (everything on the page) and `field` (the value of one label of a form).
+        num_words: Words of a `read` page. A `field` page with fewer than two lines would ask nothing: it has at
+            least two.
+        seed: Another seed gives other pages.
+
+    Raises:
+        DataError: A number is not positive, or a task is unknown.
+    """
+    from sparsemm.documents import make_page
+
+    if count < 1 or not tasks or not num_words:
+        raise DataError(f"count={count}, tasks={tuple(tasks)} and num_words={tuple(num_words)} describe no page")
+    pages = []
+    for index in range(count):
+        task = tasks[index % len(tasks)]
+        words = num_words[index // len(tasks) % len(num_words)]
+        if task == "field":
+            words = max(2, words)
+        pages.append(make_page(index, split="heldout", task=task, num_words=words, seed=seed))
+    return pages
+
+
+def evaluate(
+    model: nn.Module,
+    processor: Any,
+    pages: Iterable[Page],
+    *,
+    methods: Sequence[str],
+    budgets: Sequence[int] = (),
+    head_scores: HeadScores | str | Path | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 48,
+    output: str | Path | None = None,
+    fresh: bool = False,
+    model_name: str | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> list[Cell]:
+    """Generate the answers to all pages with every method at every budget; greedy decoding.
+
+    Methods that keep every row (`fullkv`, `mask`, `mask_random`) run once. Each finished cell is in `output` at once;
+    a later call with the same settings and that `output` runs only what is missing.
+
+    Args:
+        model, processor: From `sparsemm.load_model`; the model is not patched.
+        pages: Objects with `image`, `prompt`, `answer`, `task` and `num_words`.
+        methods: Names of `sparsemm.methods.METHODS`.
+        budgets: Mean rows kept per (layer, kv head), for the methods that compress.
+        head_scores: For the methods that need given ones.
+        batch_size: Prompts generated together, left padded.
+        max_new_tokens: Longest answer.
+        output: Result file (JSON).
+        fresh: Forget what `output` holds.
+        model_name: Written in the results; by default the name of the folder it was loaded from.
+        progress: Show a progress bar.
+        **options: Further fields of `CompressionConfig`: window_size, ratio, rounding, mask_ratio, seed, ...
+
+    Returns:
+        One cell per method and budget, in the order of `methods`, then `budgets`.
+
+    Raises:
+        ConfigError: A method or option is unknown, or a budget is too small; before anything runs.
+        DataError: There is no page, or `output` holds results of other settings.
+    """
+    from tqdm import tqdm
+
+    configs = make_grid(methods, budgets, head_scores, options)
+    batches = _make_batches(model, processor, list(pages), batch_size)
+    settings = {
+        "model": model_name or Path(model.config.name_or_path).name or type(model).__name__,
+        "model_digest": model_digest(model),
+        "pages_digest": batches.digest,
+        "documents": len(batches),
+        "head_scores": _describe(head_scores),
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "device": model.device.type,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        # Every cell repeats its whole configuration; these are the fields that no cell may differ in.
+        "options": {name: value for name, value in configs[0].to_dict().items() if name not in _PER_CELL},
+    }
+    results = Results.open(output, settings, fresh=fresh)
+    missing = [config for config in configs if results.find(config.method, _nominal(config)) is None]
+    if len(missing) < len(configs):
+        logger.info("%d of %d cells are in %s already", len(configs) - len(missing), len(configs), output)
+    was_training = model.training
+    model.eval()
+    try:
+        with (
+            torch.inference_mode(),
+            remember_image_features(model, capacity=len(batches.batches)),
+            tqdm(total=len(missing) * len(batches), unit="page", disable=not progress, smoothing=0.05) as bar,
+        ):
+            if missing:
+                # The first generation pays for lazy set-up that no method should be charged with.
+                generate_greedy(model, batches.batches[0].inputs, min(2, max_new_tokens))
+            for config in missing:
+                bar.set_description(config.method if _nominal(config) is None else f"{config.method} {config.budget}")
+                results.add(_run_cell(model, processor, batches, config, max_new_tokens, bar))
+    finally:
+        model.train(was_training)
+    return [results.find(config.method, _nominal(config)) for config in configs]
+
+
+_PER_CELL = ("method", "budget", "head_scores")
+
+
+def make_grid(
+    methods: Sequence[str], budgets: Sequence[int], head_scores: Any, options: dict[str, Any]
+) -> list[CompressionConfig]:
+    """The configuration of every cell; methods that keep every row come once, without a budget.
+
+    Raises:
+        ConfigError: No method is given, or a method, budget or option does not hold.
+    """
+    if not methods:
+        raise ConfigError("methods is empty; name at least one, such as fullkv and sparsemm")
+    configs = []
+    for name in dict.fromkeys(methods):
+        method = get_method(name)
+        if method.compresses and not budgets:
+            raise ConfigError(f"method {name!r} needs at least one budget")
+        scores = head_scores if method.head_scores == "given" else None
+        for budget in dict.fromkeys(budgets) if method.compresses else (None,):
+            try:
+                configs.append(CompressionConfig(method=name, budget=budget, head_scores=scores, **options))
+            except TypeError as error:
+                raise ConfigError(f"unknown option in {sorted(options)} ({error})") from None
+    return configs
+
+
+def _nominal(config: CompressionConfig) -> int | None:
+    return config.budget if get_method(config.method).compresses else None
+
+
+def _describe(head_scores: HeadScores | str | Path | None) -> dict[str, Any] | None:
+    """Shape, digest and provenance of the scores, the same for a table and for its file."""
+    if head_scores is None:
+        return None
+    from sparsemm.head_scores import HeadScores
+
+    table = head_scores if isinstance(head_scores, HeadScores) else HeadScores.load(head_scores)
+    return table.describe()
+
+
+def model_digest(model: nn.Module) -> str:
+    """Digest of names, shapes and sampled values of all parameters: tells a retrained model from the old one."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.tobytes())
+    return digest.hexdigest()[:16]
+
+
+# -- pages ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Batch:
+    pages: list[Page]
+    inputs: dict[str, Tensor]
+
+
+@dataclass
+class _Batches:
+    """Pages made into model inputs once, for all cells."""
+
+    batches: list[_Batch] = field(default_factory=list)
+    digest: str = ""
+
+    def __len__(self) -> int:
+        return sum(len(batch.pages) for batch in self.batches)
+
+
+def _make_batches(model: nn.Module, processor: Any, pages: list[Page], batch_size: int) -> _Batches:
+    if not pages:
+        raise DataError("there is no page to evaluate on")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} is too small; it must be at least 1")
+    digest = hashlib.sha256()
+    for page in pages:
+        digest.update(f"{page.prompt}\0{page.answer}\0{page.image.size}\0".encode())
+        digest.update(page.image.tobytes())
+    # Answers of like length side by side: a batch decodes until its longest answer ends.
+    ordered = sorted(pages, key=lambda page: (page.task, page.num_words))
+    batches = _Batches(digest=digest.hexdigest()[:16])
+    family = family_of(model)
+    for start in range(0, len(ordered), batch_size):
+        chosen = ordered[start : start + batch_size]
+        images, prompts = [page.image for page in chosen], [page.prompt for page in chosen]
+        batches.batches.append(_Batch(chosen, family.build_inputs(processor, images, prompts, device=model.device)))
+    return batches
+
+
+# -- one cell -------------------------------------------------------------------------------------------------------
+
+
+def _run_cell(
+    model: nn.Module, processor: Any, batches: _Batches, config: CompressionConfig, max_new_tokens: int, bar: Any
+) -> Cell:
+    pages: list[Page] = []
+    texts: list[str] = []
+    kept: list[float] = []
+    prompt_tokens = cache_bytes = full_bytes = tokens = steps = 0
+    prefill = decode = 0.0
+    with sparsemm.patch(model, config, reserve=max_new_tokens) as handle:
+        for batch in batches.batches:
+            generated, clock = generate_greedy(model, batch.inputs, max_new_tokens)
+            stats = handle.stats
+            pages += batch.pages
+            texts += processor.tokenizer.batch_decode(generated, skip_special_tokens=True)
+            kept += stats.kept_rows.double().mean(dim=(1, 2)).tolist()
+            prompt_tokens += sum(stats.prompt_tokens)
+            cache_bytes += stats.cache_bytes
+            full_bytes += stats.full_cache_bytes
+            tokens += generated.numel()
+            prefill += clock.prefill_seconds
+            decode += clock.decode_seconds
+            steps += clock.decode_steps
+            bar.update(len(batch.pages))
+    whole = mean_metrics(texts, [page.answer for page in pages])
+    bar.set_postfix(accuracy=f"{whole['accuracy']:.3f}")
+    return Cell(
+        method=config.method,
+        nominal_budget=_nominal(config),
+        effective_budget=sum(kept) / len(kept),
+        prompt_tokens=prompt_tokens / len(pages),
+        documents=len(pages),
+        **whole,
+        groups=_by_group(pages, texts),
+        cache_bytes=cache_bytes / len(pages),
+        full_cache_bytes=full_bytes / len(pages),
+        ms_per_token=1000 * decode / steps if steps else None,
+        prefill_ms=1000 * prefill / len(pages),
+        tokens=tokens,
+        config=config.to_dict(),
+        environment=environment(model.device),
+    )
+
+
+def _by_group(pages: list[Page], texts: list[str]) -> dict[str, dict[str, float]]:
+    """The metrics of each task, and of each task and number of words."""
+    members: dict[str, list[tuple[str, str]]] = {}
+    for page, text in zip(pages, texts, strict=True):
+        unit = "words" if page.task == "read" else "lines"
+        for name in (page.task, f"{page.task}/{page.num_words} {unit}"):
+            members.setdefault(name, []).append((text, page.answer))
+    return {
+        name: {**mean_metrics(*zip(*pairs, strict=True)), "documents": len(pairs)} for name, pairs in members.items()
+    }

@@ -1,0 +1,175 @@
+"""Result files of an evaluation: one cell per method and budget, complete after every cell."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparsemm.errors import DataError
+from sparsemm.io import read_json, write_json_atomic
+
+FORMAT = "sparsemm-evaluation"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one method reached at one budget.
+
+    Attributes:
+        method: Name of the method.
+        nominal_budget: The budget asked for, in rows per kv head; None for methods that keep every row.
+        effective_budget: Prompt rows really kept / (layers * kv heads), mean over the documents.
+        prompt_tokens: Prompt length in tokens, mean over the documents.
+        documents: Number of documents.
+        accuracy, exact_match, anls: Means over the documents, between 0 and 1 (`sparsemm.metrics`).
+        groups: The same three and the number of documents of each part: `{"read": {...}, "read/3 words": {...}}`.
+        cache_bytes: Bytes the cache held at the end, a document: prompt and generated rows, slack, index tensors.
+        full_cache_bytes: Bytes of the keys and values of every token, a document.
+        ms_per_token: Wall time of one decoding step of a whole batch, in ms; None when nothing was decoded.
+        prefill_ms: Wall time of the prompt's forward a document, in ms; image features already at hand.
+        tokens: Tokens generated, summed over the documents (to the end of the longest answer of each batch).
+        config: The settings of the run (`CompressionConfig.to_dict`).
+        environment: Versions and hardware (`environment`).
+    """
+
+    method: str
+    nominal_budget: int | None
+    effective_budget: float
+    prompt_tokens: float
+    documents: int
+    accuracy: float
+    exact_match: float
+    anls: float
+    groups: dict[str, dict[str, float]]
+    cache_bytes: float
+    full_cache_bytes: float
+    ms_per_token: float | None
+    prefill_ms: float
+    tokens: int
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cache_share(self) -> float:
+        """`cache_bytes / full_cache_bytes`; above 1 for a full cache with slack."""
+        return self.cache_bytes / self.full_cache_bytes
+
+    @property
+    def key(self) -> tuple[str, int | None]:
+        """What tells a cell from the others of its file."""
+        return self.method, self.nominal_budget
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, `cache_share` included for readers of the file."""
+        return {**dataclasses.asdict(self), "cache_share": self.cache_share}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Cell:
+        """The inverse of `to_dict`. Raises `DataError` when a field is missing."""
+        names = [each.name for each in dataclasses.fields(cls)]
+        try:
+            return cls(**{name: values[name] for name in names})
+        except KeyError as error:
+            raise DataError(f"a result cell lacks {error}; delete the file or run again with --fresh") from None
+
+
+@dataclass
+class Results:
+    """The settings that all cells share, and the cells finished so far.
+
+    Attributes:
+        settings: JSON values. Cells are only ever added to a file of the same settings.
+        cells: In the order they were finished.
+        path: Where `add` writes; None keeps the results in memory.
+    """
+
+    settings: dict[str, Any]
+    cells: list[Cell] = field(default_factory=list)
+    path: Path | None = None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Results:
+        """Read a result file. Raises `DataError` when it is missing or is no such file."""
+        document = read_json(path)
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise DataError(f"{path} is no result file of an evaluation; choose another path")
+        if document.get("version") != FORMAT_VERSION:
+            raise DataError(
+                f"{path} has format version {document.get('version')!r}, not {FORMAT_VERSION}; run again with --fresh"
+            )
+        cells = [Cell.from_dict(values) for values in document["cells"]]
+        return cls(document["settings"], cells, Path(path))
+
+    @classmethod
+    def open(cls, path: str | Path | None, settings: dict[str, Any], *, fresh: bool = False) -> Results:
+        """Continue the file at `path`, or start one.
+
+        Raises:
+            DataError: The file holds results of other settings, and `fresh` is off.
+        """
+        if path is None:
+            return cls(settings)
+        target = Path(path)
+        if fresh or not target.exists():
+            return cls(settings, path=target)
+        found = cls.load(target)
+        differences = [
+            f"{name}: {found.settings.get(name)!r} there, {settings.get(name)!r} here"
+            for name in sorted({*settings, *found.settings})
+            if found.settings.get(name) != settings.get(name)
+        ]
+        if differences:
+            raise DataError(
+                f"{target} holds results of other settings ({'; '.join(differences)}); "
+                "choose another output, or start over with --fresh"
+            )
+        return found
+
+    def find(self, method: str, budget: int | None) -> Cell | None:
+        """The finished cell of that method and budget, if there is one."""
+        return next((cell for cell in self.cells if cell.key == (method, budget)), None)
+
+    def add(self, cell: Cell) -> None:
+        """Append a finished cell and write the whole file at once."""
+        self.cells.append(cell)
+        if self.path is not None:
+            write_json_atomic(self.path, self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        cells = [cell.to_dict() for cell in self.cells]
+        return {"format": FORMAT, "version": FORMAT_VERSION, "settings": self.settings, "cells": cells}
+
+
+def environment(device: Any = "cpu") -> dict[str, Any]:
+    """Versions and hardware a measurement belongs to, as JSON values."""
+    import torch
+    import transformers
+
+    import sparsemm
+
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "sparsemm": sparsemm.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": device.type,
+        "hardware": name,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
