@@ -93,8 +93,8 @@ def score_budgets(request: BudgetRequest) -> LongTensor:
     if config.rounding == "paper":
         uniform = int(config.ratio * base)
         # np.rint rounds half to even; what a head may not hold beyond the prompt is lost, as in the release.
-        rows = config.window_size + np.rint(shares * (shares.size * (base - uniform)) + uniform).astype(np.int64)
-        rows = np.minimum(rows, length)
+        targets = np.round(shares * (shares.size * (base - uniform)) + uniform, _FRACTION_DECIMALS)
+        rows = np.minimum(config.window_size + np.rint(targets).astype(np.int64), length)
     else:
         uniform = config.ratio * base
         extra = fill_in_proportion(
