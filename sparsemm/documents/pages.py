@@ -1,0 +1,79 @@
+"""Pages by number: the same arguments give the same page, on any machine and in any order."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sparsemm.documents.layout import Layout, make_layout
+from sparsemm.documents.render import CELL, render
+from sparsemm.errors import DataError
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+
+@dataclass(frozen=True)
+class TextBox:
+    """A word as painted, and the pixels (x0, y0, x1, y1) of its first and last ink, both included."""
+
+    text: str
+    box: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Page:
+    """A document image, its words in reading order, and one question about it with the answer.
+
+    `num_words` counts the words of a "read" page and the label and value lines of a "field" page.
+    """
+
+    image: PIL.Image.Image
+    words: tuple[TextBox, ...]
+    prompt: str
+    answer: str
+    task: str
+    num_words: int
+    seed: int
+
+
+def page_generator(index: int, *, split: str, task: str, num_words: int | None, seed: int) -> np.random.Generator:
+    """The random numbers of one page: a function of its arguments only."""
+    key = zlib.crc32(f"{split}/{task}/{num_words}".encode())
+    return np.random.default_rng([seed, key, index])
+
+
+def page_layout(
+    index: int, *, split: str, task: str = "read", num_words: int | None = None, seed: int = 0, size: int = 224
+) -> tuple[Layout, np.random.Generator]:
+    """The layout of page `index`, and the generator that goes on to draw it."""
+    if index < 0 or seed < 0:
+        raise DataError(f"index={index} and seed={seed} must not be negative")
+    if size % CELL:
+        raise DataError(f"size={size} is no multiple of {CELL} pixels, the side of a cell")
+    rng = page_generator(index, split=split, task=task, num_words=num_words, seed=seed)
+    if num_words is None:
+        num_words = int(rng.integers(1, 5)) if task == "read" else int(rng.integers(2, 6))
+    cells = size // CELL
+    return make_layout(rng, split=split, task=task, num_words=num_words, rows=cells, columns=cells), rng
+
+
+def make_page(
+    index: int, *, split: str, task: str = "read", num_words: int | None = None, seed: int = 0, size: int = 224
+) -> Page:
+    """Page `index` of an endless, seeded collection.
+
+    `split` "train" or "heldout" (no word and no font in common); `task` "read" (the answer is all words) or "field"
+    (the answer is one value of a form); `num_words` words or fields, by default 1-4 and 2-5 at random; `size` the
+    page's side in pixels, a multiple of 16. Raises `DataError` for anything else.
+    """
+    from PIL import Image
+
+    layout, rng = page_layout(index, split=split, task=task, num_words=num_words, seed=seed, size=size)
+    pixels, boxes, _ = render(layout, rng, split)
+    words = tuple(TextBox(word.text, box) for word, box in zip(layout.words, boxes, strict=True))
+    image = Image.fromarray(pixels)
+    return Page(image, words, layout.prompt, layout.answer, task, layout.num_words, seed)

@@ -1,0 +1,137 @@
+"""Training batches: token ids of whole conversations, with the page as symbols or as pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+import numpy as np
+import torch
+
+from sparsemm.documents.layout import Layout, make_layout, max_words
+from sparsemm.documents.render import render
+from sparsemm.miniatures.architectures import DIMENSIONS, build_tokenizer
+from sparsemm.miniatures.tokenizer import CHAT_TEMPLATES
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The pages of a stage: `rows` x `columns` cells with `fewest_words`..`most_words` words, or forms of 1..`most_fields`."""
+
+    rows: int = 14
+    columns: int = 14
+    fewest_words: int = 1
+    most_words: int = 8
+    most_fields: int = 6
+    field_share: float = 0.3
+
+
+@dataclass
+class Batch:
+    """`B` conversations, padded on the right.
+
+    `input_ids` int64 `[B, S]` holds the page's symbols at image tokens; `labels` int64 `[B, S]` the next token where it
+    is learned, else -100; `positions` int64 `[3, S]` the M-RoPE positions (three equal rows for 1-D RoPE); `image` the
+    slice of S that the image tokens take; `pixels` uint8 `[B, height, width, 3]` or None.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+    image: slice
+    pixels: np.ndarray | None
+
+
+@cache
+def tokenizer_of(family: str):
+    """The family's tokenizer, built once a process."""
+    return build_tokenizer(family)
+
+
+@lru_cache(maxsize=4096)
+def prompt_ids(family: str, prompt: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Token ids before and after the image of a one-question conversation, as the chat template writes it."""
+    tokenizer = tokenizer_of(family)
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+    text = tokenizer.apply_chat_template(
+        [message], chat_template=CHAT_TEMPLATES[family], add_generation_prompt=True, tokenize=False
+    )
+    before, after = text.split(tokenizer.image_token)
+    return tuple(tokenizer.encode(before)), tuple(tokenizer.encode(after))
+
+
+def page_symbols(family: str, layout: Layout) -> list[int]:
+    """The image tokens of a page as token ids: a character or " " per cell; LLaVA adds its base view and newlines."""
+    tokenizer = tokenizer_of(family)
+    ids = _character_ids(family)
+    blank = ids[" "]
+    rows = [[ids.get(character, blank) for character in row] for row in layout.cells()]
+    if family == "qwen2-vl":
+        return [symbol for row in rows for symbol in row]
+    newline = tokenizer.convert_tokens_to_ids("\n")
+    base = [blank] * ((layout.rows // 2) * (layout.columns // 2))
+    return base + [symbol for row in rows for symbol in (*row, newline)]
+
+
+@cache
+def _character_ids(family: str) -> dict[str, int]:
+    return {text: index for text, index in tokenizer_of(family).get_vocab().items() if len(text) == 1}
+
+
+def blank_ids(family: str) -> list[int]:
+    """The symbols of image tokens without ink: a blank cell's and a newline's."""
+    ids = _character_ids(family)
+    return [ids[" "], ids["\n"]]
+
+
+def image_positions(family: str, start: int, rows: int, columns: int) -> tuple[np.ndarray, int]:
+    """RoPE positions of the image tokens, `[3, tokens]`, and the position of the text that follows."""
+    if family == "qwen2-vl":
+        grid = np.stack([np.zeros((rows, columns)), *np.mgrid[0:rows, 0:columns]]).reshape(3, -1).astype(np.int64)
+        return grid + start, start + max(rows, columns)
+    count = (rows // 2) * (columns // 2) + rows * (columns + 1)
+    return np.tile(np.arange(start, start + count), (3, 1)), start + count
+
+
+def draw_layout(rng: np.random.Generator, mix: Mix, split: str) -> Layout:
+    """One random layout of `mix`."""
+    task = "field" if rng.random() < mix.field_share and mix.columns >= 9 else "read"
+    most = min(mix.most_fields if task == "field" else mix.most_words, max_words(task, mix.rows, mix.columns))
+    fewest = 1 if task == "field" else mix.fewest_words
+    count = int(rng.integers(fewest, most + 1))
+    return make_layout(rng, split=split, task=task, num_words=count, rows=mix.rows, columns=mix.columns)
+
+
+def make_batch(
+    family: str, mix: Mix, batch_size: int, seed: tuple[int, ...], *, split: str = "train", draw: bool = False
+) -> Batch:
+    """The batch of `seed`: with `draw`, the pages are also rendered (`pixels`)."""
+    rng = np.random.default_rng(list(seed))
+    layouts = [draw_layout(rng, mix, split) for _ in range(batch_size)]
+    pixels = np.stack([render(layout, rng, split)[0] for layout in layouts]) if draw else None
+    tokenizer = tokenizer_of(family)
+    sequences, starts = [], []
+    for layout in layouts:
+        before, after = prompt_ids(family, layout.prompt)
+        question = [*before, *page_symbols(family, layout), *after]
+        starts.append(len(question))
+        sequences.append([*question, *tokenizer.encode(layout.answer), tokenizer.eos_token_id])
+    length = max(map(len, sequences)) - 1
+    input_ids = np.full((batch_size, length), tokenizer.pad_token_id, dtype=np.int64)
+    labels = np.full((batch_size, length), IGNORE, dtype=np.int64)
+    for row, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
+        input_ids[row, : min(length, len(sequence))] = sequence[:length]
+        labels[row, start - 1 : len(sequence) - 1] = sequence[start:]
+    first = len(before)
+    block, after_image = image_positions(family, first, mix.rows, mix.columns)
+    image = slice(first, first + block.shape[1])
+    tail = np.tile(np.arange(after_image, after_image + length - image.stop), (3, 1))
+    positions = np.concatenate([np.tile(np.arange(first), (3, 1)), block, tail], axis=1)
+    return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(positions), image, pixels)
+
+
+def page_size(family: str) -> int:
+    """Side, in cells, of the family's pages."""
+    return DIMENSIONS[family].page_size // DIMENSIONS[family].cell
