@@ -245,6 +245,10 @@ def test_chunked_prefill_with_everything_kept(family, size):
     inputs = text_inputs(61, batch=2)
     inputs["attention_mask"][0, :9] = 0
     _, expected, _ = greedy(model, inputs)
+    try:
+        greedy(model, inputs, prefill_chunk_size=size)
+    except RuntimeError:
+        pytest.skip("this version of transformers cannot prefill the stock model in chunks")
     with sparsemm.patch(model, config("fullkv", None)):
         _, logits, _ = greedy(model, inputs, prefill_chunk_size=size)
     assert_close(logits, expected)
