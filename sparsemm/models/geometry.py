@@ -84,24 +84,6 @@ def _cell(pixel: float, extent: int, cells: int) -> int:
     return min(max(math.floor(pixel * cells / extent), 0), cells - 1)
 
 
-def image_columns(input_ids: Tensor, image_token_id: int, counts: Sequence[Sequence[int]]) -> list[list[Tensor]]:
-    """Columns of each image's tokens, row by row of a batch: `counts[row]` holds the token number of each image.
-
-    Raises:
-        DataError: A row's image tokens are not as many as its images call for.
-    """
-    found = []
-    for row, row_counts in enumerate(counts):
-        columns = (input_ids[row] == image_token_id).nonzero().flatten().cpu()
-        if len(columns) != sum(row_counts):
-            raise DataError(
-                f"row {row} holds {len(columns)} image tokens, its images call for {sum(row_counts)}; "
-                "build the inputs with the processor of this very model"
-            )
-        found.append(list(columns.split(list(row_counts))))
-    return found
-
-
 def split_images_by_row(input_ids: Tensor, image_token_id: int, counts: Sequence[int]) -> list[list[int]]:
     """Image indices of each row of a batch, given each image's token number in batch order.
 
