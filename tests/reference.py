@@ -29,18 +29,20 @@ def fraction(value: float) -> Fraction:
 
 
 def pooled_scores(query: np.ndarray, key: np.ndarray, window: int, kernel: int) -> np.ndarray:
-    """query [Hq, T, D] and key [Hkv, T, D] of one unpadded prompt -> float64 [Hkv, max(0, T - window)]."""
+    """query [Hq, n, D], the last n <= T queries, and key [Hkv, T, D], no padding -> [Hkv, max(0, T - window)]."""
     query, key = query.astype(np.float64), key.astype(np.float64)
-    num_query_heads, length, head_dim = query.shape
-    num_kv_heads = key.shape[0]
+    num_query_heads, num_queries, head_dim = query.shape
+    num_kv_heads, length = key.shape[:2]
     group = num_query_heads // num_kv_heads
     before = max(0, length - window)
+    counted = min(window, num_queries)
     scores = np.zeros((num_kv_heads, before))
     for head in range(num_query_heads):
-        for position in range(before, length):
-            logits = key[head // group, : position + 1] @ query[head, position] / math.sqrt(head_dim)
+        for back in range(1, counted + 1):
+            seen = key[head // group, : length - back + 1]
+            logits = seen @ query[head, num_queries - back] / math.sqrt(head_dim)
             weights = np.exp(logits - logits.max())
-            scores[head // group] += (weights / weights.sum())[:before] / ((length - before) * group)
+            scores[head // group] += (weights / weights.sum())[:before] / (counted * group)
     pooled = np.zeros_like(scores)
     reach = kernel // 2
     for column in range(before):
