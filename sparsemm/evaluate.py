@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsemm
+from sparsemm.chase import weights_digest
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.generation import generate_greedy, remember_image_features
@@ -29,7 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 def heldout_pages(
-    count: int, *, tasks: Sequence[str] = ("read", "field"), num_words: Sequence[int] = (1, 2, 3, 4), seed: int = 0
+    count: int,
+    *,
+    tasks: Sequence[str] = ("read", "field"),
+    num_words: Sequence[int] = (1, 2, 3, 4),
+    seed: int = 0,
+    size: int = 224,
 ) -> list[Page]:
     """`count` held-out pages, tasks taking turns and `num_words` spread evenly over each task's pages.
 
@@ -39,6 +45,7 @@ def heldout_pages(
         num_words: Words of a `read` page. A `field` page with fewer than two lines would ask nothing: it has at
             least two.
         seed: Another seed gives other pages.
+        size: Side of a page in pixels.
 
     Raises:
         DataError: A number is not positive, or a task is unknown.
@@ -53,7 +60,7 @@ def heldout_pages(
         words = num_words[index // len(tasks) % len(num_words)]
         if task == "field":
             words = max(2, words)
-        pages.append(make_page(index, split="heldout", task=task, num_words=words, seed=seed))
+        pages.append(make_page(index, split="heldout", task=task, num_words=words, seed=seed, size=size))
     return pages
 
 
@@ -105,7 +112,7 @@ def evaluate(
     batches = _make_batches(model, processor, list(pages), batch_size)
     settings = {
         "model": model_name or Path(model.config.name_or_path).name or type(model).__name__,
-        "model_digest": model_digest(model),
+        "weights": weights_digest(model),
         "pages_digest": batches.digest,
         "documents": len(batches),
         "head_scores": _describe(head_scores),
@@ -178,17 +185,6 @@ def _describe(head_scores: HeadScores | str | Path | None) -> dict[str, Any] | N
 
     table = head_scores if isinstance(head_scores, HeadScores) else HeadScores.load(head_scores)
     return table.describe()
-
-
-def model_digest(model: nn.Module) -> str:
-    """Digest of names, shapes and sampled values of all parameters: tells a retrained model from the old one."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 64)].float().cpu().numpy()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.tobytes())
-    return digest.hexdigest()[:16]
 
 
 # -- pages ----------------------------------------------------------------------------------------------------------

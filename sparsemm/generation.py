@@ -42,15 +42,24 @@ class StepClock(StoppingCriteria):
         return len(self.ticks) - 1
 
 
-def generate_greedy(model: nn.Module, inputs: Mapping[str, Tensor], max_new_tokens: int) -> tuple[Tensor, StepClock]:
-    """Greedy continuation `[batch, new tokens]`, prompts cut off, and when each token came."""
+def generate_greedy(
+    model: nn.Module, inputs: Mapping[str, Tensor], max_new_tokens: int, **options: Any
+) -> tuple[Tensor, StepClock]:
+    """Greedy continuation `[batch, new tokens]`, prompts cut off, and when each token came.
+
+    `options` go on to `model.generate`, a `streamer` for instance.
+    """
     clock = StepClock(model.device)
     output = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
+        temperature=None,  # a checkpoint's settings of sampling: without effect here, but warned about
+        top_p=None,
+        top_k=None,
         stopping_criteria=StoppingCriteriaList([clock]),
+        **options,
     )
     return output[:, inputs["input_ids"].shape[1] :], clock
 

@@ -1,0 +1,108 @@
+"""`sparsemm generate`: a model's answer about one's own picture, under any method."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsemm.cli.common import (
+    DEFAULT_MODEL,
+    DeviceOption,
+    DtypeOption,
+    HeadScoresOption,
+    MaskMode,
+    MaskModeOption,
+    MaskRatioOption,
+    ModelOption,
+    RatioOption,
+    Rounding,
+    RoundingOption,
+    SeedOption,
+    WindowOption,
+    find_head_scores,
+    load,
+    short_name,
+    window_for,
+)
+
+
+def generate(
+    image: Annotated[Path, typer.Option(help="Picture to ask about.")],
+    prompt: Annotated[str | None, typer.Option(help="Question or instruction [default: read everything].")] = None,
+    model: ModelOption = DEFAULT_MODEL,
+    method: Annotated[str, typer.Option(help="fullkv, snapkv, pyramidkv, adakv, sparsemm, random, mask…")] = "sparsemm",
+    budget: Annotated[int | None, typer.Option(help="Mean prompt rows kept per kv head, window included.")] = None,
+    head_scores: HeadScoresOption = None,
+    window_size: WindowOption = None,
+    ratio: RatioOption = 0.1,
+    rounding: RoundingOption = Rounding.exact,
+    mask_ratio: MaskRatioOption = 0.1,
+    mask_mode: MaskModeOption = MaskMode.zero_query,
+    seed: SeedOption = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    max_pixels: Annotated[int | None, typer.Option(help="Largest image area (Qwen2-VL).")] = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print text, figures and settings as JSON.")] = False,
+) -> None:
+    """Answer a question about a picture. The text goes to standard output, the cache's figures to standard error."""
+    import torch
+
+    import sparsemm
+    from sparsemm.chase import READ_PROMPT
+    from sparsemm.generation import generate_greedy
+    from sparsemm.methods import get_method
+    from sparsemm.models import family_of
+
+    question = READ_PROMPT if prompt is None else prompt
+    needs_scores = get_method(method).head_scores == "given"
+    config = sparsemm.CompressionConfig(
+        method=method,
+        budget=budget,
+        head_scores=find_head_scores(model, head_scores) if needs_scores else None,
+        window_size=window_for(model, window_size),
+        ratio=ratio,
+        rounding=rounding.value,
+        mask_ratio=mask_ratio,
+        mask_mode=mask_mode.value,
+        seed=seed,
+    )
+    limits = {} if max_pixels is None else {"max_pixels": max_pixels}
+    network, processor = load(model, device=device, dtype=dtype, **limits)
+    inputs = family_of(network).build_inputs(processor, [image], [question], device=network.device)
+    streamer = None
+    if stream and not as_json:
+        from transformers import TextStreamer
+
+        streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with sparsemm.patch(network, config) as handle, torch.inference_mode():
+        tokens, clock = generate_greedy(network, inputs, max_new_tokens, streamer=streamer)
+        stats = handle.stats
+    text = processor.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
+    figures = {
+        "prompt_tokens": stats.prompt_tokens[0],
+        "new_tokens": tokens.shape[1],
+        "nominal_budget": stats.nominal_budget,
+        "effective_budget": stats.effective_budget,
+        "cache_bytes": stats.cache_bytes,
+        "full_cache_bytes": stats.full_cache_bytes,
+        "prefill_ms": 1000 * clock.prefill_seconds,
+        "ms_per_token": 1000 * clock.decode_seconds / clock.decode_steps if clock.decode_steps else None,
+    }
+    if as_json:
+        report = {"model": short_name(model), "prompt": question, "text": text, **figures, "config": config.to_dict()}
+        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    if streamer is None:
+        typer.echo(text)
+    share = 100 * stats.cache_bytes / stats.full_cache_bytes
+    speed = "" if figures["ms_per_token"] is None else f", {figures['ms_per_token']:.1f} ms/token"
+    typer.echo(
+        f"[{method}] {stats.effective_budget:.2f} of {stats.prompt_tokens[0]} prompt rows kept per kv head; "
+        f"cache {stats.cache_bytes:,} bytes at the end, {share:.0f} % of a full one{speed}",
+        err=True,
+    )

@@ -1,0 +1,35 @@
+"""`sparsemm miniatures`: train the small checkpoints of the repository, and measure how well they read."""
+
+from __future__ import annotations
+
+import logging
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsemm.cli.common import MINIATURES
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train and evaluate the miniatures.")
+Family = Enum("Family", {name: name for name in MINIATURES}, type=str)
+FamilyOption = Annotated[Family, typer.Option(help="Which miniature.")]
+
+
+@app.command()
+def train(
+    family: FamilyOption,
+    folder: Annotated[Path | None, typer.Option(help="Checkpoints [default: runs/miniatures/<family>].")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of weights and pages.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the folder's checkpoint.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+) -> None:
+    """Train a miniature from nothing; stop it at any time and go on with --resume."""
+    import torch
+
+    from sparsemm.miniatures.train import train as run
+
+    logging.getLogger("sparsemm").setLevel(logging.INFO)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    typer.echo(run(family.value, folder=folder, seed=seed, resume=resume))
