@@ -176,6 +176,18 @@ def test_exact_totals_over_the_model(method: str) -> None:
         assert total == min(budget, length) * NUM_LAYERS * 2
 
 
+def test_the_papers_adakv_jumps_where_the_prompt_is_as_long_as_the_budget() -> None:
+    """One token shorter is kept whole; at T = budget heads are rounded on their own: int(0.2 * 44) + 0.8 * 44 = 43.2."""
+    config = config_of("adakv", 52, 8, 4, rounding="paper")
+    sizes = {
+        length: [
+            len(kept) for kept in select_positions(*states(0, (4, 2), length), config, layer_idx=0, num_layers=3)[0]
+        ]
+        for length in (51, 52)
+    }
+    assert sizes == {51: [51, 51], 52: [51, 51]}
+
+
 def test_every_layer_of_random_follows_one_draw() -> None:
     config = config_of("random", 24, 8, 4)
     sizes = [
