@@ -177,7 +177,7 @@ def test_exact_totals_over_the_model(method: str) -> None:
 
 
 def test_the_papers_adakv_jumps_where_the_prompt_is_as_long_as_the_budget() -> None:
-    """One token shorter is kept whole; at T = budget heads are rounded on their own: int(0.2 * 44) + 0.8 * 44 = 43.2."""
+    """One token shorter is kept whole; at T = budget heads are rounded on their own: 8 + 0.8 * 44 = 43.2."""
     config = config_of("adakv", 52, 8, 4, rounding="paper")
     sizes = {
         length: [
@@ -271,6 +271,19 @@ def test_later_turns_let_ragged_rows_compete(method: str, chunk: int) -> None:
     if method == "adakv":
         kept = rows.kept.long()
         assert (kept <= available).all() and (kept >= window).all() and (kept.sum(1) <= 2 * budget).all()
+
+
+@pytest.mark.parametrize("method", [*DROPPING, "fullkv"])
+def test_nothing_is_read_back_from_the_device(method: str) -> None:
+    """Tensors on the meta device have no values: whatever asks for one raises. The total is known all the same."""
+    query, key = (tensor.to("meta") for tensor in states(0, (8, 2), 100, batch=2))
+    config = config_of(method, 24, 8, 8)
+    plan = SelectionPlan(config, NUM_LAYERS, 8, 2, resolve_head_scores(config, NUM_LAYERS, 8))
+    starts, num_queries = torch.tensor([[0, 0], [40, 40]], dtype=torch.int32), torch.tensor([8, 8], dtype=torch.int32)
+    rows = choose_rows(plan, 0, query[:, :, -8:], key, starts=starts, num_queries=num_queries, prompt_lengths=[100, 60])
+    assert rows.positions.device.type == "meta" and rows.positions.shape == (rows.total,)
+    if method in ("snapkv", "adakv"):
+        assert rows.total == 2 * 2 * 24
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
