@@ -5,17 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
     MistralConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from sparsemm.models.processing_qwen2_vl import Qwen2VLProcessor
 
 FAMILIES = ("llava-vicuna", "llava-mistral", "qwen2-vl")
 
@@ -162,3 +170,69 @@ def toy_inputs(
     if is_qwen and with_images:
         extras["mm_token_type_ids"] = (input_ids == IMAGE_ID).long()
     return {"input_ids": input_ids, "attention_mask": attention_mask, **extras}
+
+
+CHARACTERS = "".join(map(chr, range(32, 127)))
+"""The text tokens of `toy_processor`: one character each, from `FIRST_TEXT_ID` on."""
+
+_SPECIAL = {
+    "llava": {"<pad>": PAD_ID, "<s>": BOS_ID, "</s>": EOS_ID, "<image>": IMAGE_ID, "<unk>": 124},
+    "qwen2-vl": {
+        "<pad>": PAD_ID,
+        "<s>": BOS_ID,
+        "</s>": EOS_ID,
+        "<|vision_start|>": VISION_START_ID,
+        "<|vision_end|>": VISION_END_ID,
+        "<|image_pad|>": IMAGE_ID,
+        "<|video_pad|>": VIDEO_ID,
+        "<unk>": 124,
+    },
+}
+
+_IMAGE_TEXT = {"llava": "<image>", "qwen2-vl": "<|vision_start|><|image_pad|><|vision_end|>"}
+
+
+def toy_processor(family: str) -> ProcessorMixin:
+    """A processor whose token ids and image sizes are those of `toy_model(family)`: one token a character."""
+    kind = "qwen2-vl" if family == "qwen2-vl" else "llava"
+    vocabulary = {character: FIRST_TEXT_ID + index for index, character in enumerate(CHARACTERS)}
+    # Ids between the characters and the special tokens: the model may generate them.
+    fillers = {f"[{index}]": index for index in range(VOCAB_SIZE)}
+    taken = set(vocabulary.values()) | set(_SPECIAL[kind].values())
+    vocabulary |= {name: index for name, index in fillers.items() if index not in taken} | _SPECIAL[kind]
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in _SPECIAL[kind]])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=[name for name in _SPECIAL[kind] if name not in ("<pad>", "<s>", "</s>", "<unk>")],
+        clean_up_tokenization_spaces=False,
+    )
+    template = (
+        "<s>{% for message in messages %}{{ message['role'] }}: {% for part in message['content'] %}"
+        "{% if part['type'] in ('image', 'image_url') %}" + _IMAGE_TEXT[kind] + "{% else %}"
+        "{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    if kind == "qwen2-vl":
+        image_processor = Qwen2VLImageProcessorPil(
+            patch_size=4, merge_size=2, size={"shortest_edge": 8 * 8, "longest_edge": 64 * 64}
+        )
+        return Qwen2VLProcessor(image_processor, tokenizer, chat_template=template)
+    image_processor = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 28},
+        crop_size={"height": 28, "width": 28},
+        image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
+    )
+    return LlavaNextProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=7,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )

@@ -1,0 +1,297 @@
+"""Loading, prompts and processors: what is saved loads again, and batches equal single rows."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from toy_models import BOS_ID, FAMILIES, IMAGE_ID, PAD_ID, VIDEO_ID, toy_inputs, toy_model, toy_processor
+from transformers import LlamaConfig, LlamaForCausalLM, pipeline
+
+from sparsemm.errors import ConfigError, DataError, UnsupportedModelError
+from sparsemm.models import family_of, load_model
+from sparsemm.models.processing_qwen2_vl import Qwen2VLProcessor
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def save(family: str, folder: Path) -> tuple[torch.nn.Module, object]:
+    model, processor = toy_model(family), toy_processor(family)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_folder_loads_with_the_same_outputs(family: str, tmp_path: Path) -> None:
+    model, processor = save(family, tmp_path)
+    loaded, loaded_processor = load_model(tmp_path)
+    assert not loaded.training and loaded.dtype == torch.float32
+    images, prompts = [picture(40, 40), picture(70, 20)], ["Read this.", "And that one, please."]
+    before = family_of(model).build_inputs(processor, images, prompts)
+    after = family_of(loaded).build_inputs(loaded_processor, images, prompts)
+    assert set(before) == set(after)
+    with torch.no_grad():
+        assert torch.equal(model(**before).logits, loaded(**after).logits)
+
+
+@pytest.mark.parametrize("name, dtype", [("bfloat16", torch.bfloat16), (torch.float16, torch.float16)])
+def test_dtype_by_name_or_object(name: object, dtype: torch.dtype, tmp_path: Path) -> None:
+    save("qwen2-vl", tmp_path)
+    assert load_model(tmp_path, dtype=name)[0].dtype == dtype
+
+
+def test_qwen_processor_saves_what_auto_processor_needs(tmp_path: Path) -> None:
+    toy_processor("qwen2-vl").save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "processor_config.json").read_text())
+    assert saved["processor_class"] == "Qwen2VLProcessor"
+    video, image = saved["video_processor"], saved["image_processor"]
+    assert video["video_processor_type"] == "Qwen2VLVideoProcessor"
+    assert "image_processor_type" not in video
+    for shared in ("patch_size", "merge_size", "temporal_patch_size", "size", "image_mean", "image_std"):
+        assert video[shared] == image[shared], shared
+
+
+@pytest.mark.parametrize("saved_by", ["torchvision", "without"])
+def test_qwen_folder_of_either_kind_loads(saved_by: str, tmp_path: Path) -> None:
+    toy_processor("qwen2-vl").save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    saved = json.loads(path.read_text())
+    if saved_by == "torchvision":
+        saved["image_processor"]["image_processor_type"] = "Qwen2VLImageProcessorFast"
+        saved["video_processor"] |= {"fps": 2.0, "do_sample_frames": True, "min_frames": 4, "max_frames": 768}
+    else:
+        del saved["video_processor"]
+    path.write_text(json.dumps(saved))
+    processor = Qwen2VLProcessor.from_pretrained(tmp_path)
+    assert processor.image_token_id == IMAGE_ID and processor.video_token_id == VIDEO_ID
+    assert processor.image_processor.patch_size == 4
+    assert "video_processor" in processor.to_dict()
+
+
+def test_qwen_folder_in_the_layout_of_the_hub_loads(tmp_path: Path) -> None:
+    model, processor = save("qwen2-vl", tmp_path)
+    settings = json.loads((tmp_path / "processor_config.json").read_text())["image_processor"]
+    (tmp_path / "processor_config.json").unlink()
+    (tmp_path / "chat_template.jinja").unlink()
+    settings |= {"min_pixels": 64, "max_pixels": 4096, "processor_class": "Qwen2VLProcessor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": processor.chat_template}))
+    _, loaded = load_model(tmp_path)
+    family, page = family_of(model), picture(52, 33)
+    expected, found = (family.build_inputs(one, [page], ["Read."]) for one in (processor, loaded))
+    for name in expected:
+        assert torch.equal(expected[name], found[name]), name
+
+
+def test_llava_processor_without_patch_size_takes_it_from_the_model(tmp_path: Path) -> None:
+    model, processor = save("llava-vicuna", tmp_path)
+    path = tmp_path / "processor_config.json"
+    saved = json.loads(path.read_text())
+    for name in ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens"):
+        saved.pop(name)
+    path.write_text(json.dumps(saved))
+    loaded, loaded_processor = load_model(tmp_path)
+    inputs = family_of(loaded).build_inputs(loaded_processor, [picture(50, 20)], ["Read."])
+    assert loaded.generate(**inputs, max_new_tokens=2).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+def test_videos_are_refused_clearly() -> None:
+    with pytest.raises(DataError, match="still images only"):
+        toy_processor("qwen2-vl")(text=["<|video_pad|>"], videos=[np.zeros((4, 3, 16, 16))])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batch_is_left_padded_and_each_row_is_as_alone(family: str) -> None:
+    model, processor = toy_model(family), toy_processor(family)
+    build = family_of(model).build_inputs
+    images, prompts = [picture(40, 40), picture(70, 20), picture(9, 30)], ["a", "b long prompt", "c"]
+    batch = build(processor, images, prompts)
+    assert (batch["input_ids"][batch["attention_mask"] == 0] == PAD_ID).all()
+    assert (batch["attention_mask"].diff(dim=1) >= 0).all(), "padding stands on the left"
+    new = model.generate(**batch, max_new_tokens=6)[:, batch["input_ids"].shape[1] :]
+    for row, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        single = build(processor, [image], [prompt])
+        length = single["input_ids"].shape[1]
+        assert torch.equal(batch["input_ids"][row, -length:], single["input_ids"][0])
+        assert batch["attention_mask"][row].sum() == length
+        assert torch.equal(model.generate(**single, max_new_tokens=6)[0, length:], new[row])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beginning_of_text_is_written_once(family: str) -> None:
+    processor = toy_processor(family)
+    # A tokenizer that adds the token itself, as Llama's does, under a template that writes it as well.
+    from tokenizers.processors import TemplateProcessing
+
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", BOS_ID)]
+    )
+    assert processor.tokenizer("x").input_ids[0] == BOS_ID
+    inputs = family_of(toy_model(family)).build_inputs(processor, [picture(20, 20)], ["Read."])
+    assert (inputs["input_ids"] == BOS_ID).sum() == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_messages_give_the_inputs_of_the_prompt(family: str, tmp_path: Path) -> None:
+    processor, build = toy_processor(family), family_of(toy_model(family)).build_inputs
+    page = picture(40, 24)
+    page.save(tmp_path / "page.png")
+    encoded = io.BytesIO()
+    page.save(encoded, "PNG")
+    uri = "data:image/png;base64," + base64.b64encode(encoded.getvalue()).decode()
+    expected = build(processor, page, "Read.")
+    for source in (page, str(tmp_path / "page.png"), (tmp_path / "page.png").as_uri(), uri):
+        content = [{"type": "image", "image": source}, {"type": "text", "text": "Read."}]
+        found = build(processor, None, [{"role": "user", "content": content}])
+        for name in expected:
+            assert torch.equal(expected[name], found[name]), (name, source)
+    empty_place = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Read."}]}]
+    beside = build(processor, [page], [empty_place])
+    assert torch.equal(beside["pixel_values"], expected["pixel_values"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompt_without_image(family: str) -> None:
+    model, processor = toy_model(family), toy_processor(family)
+    inputs = family_of(model).build_inputs(processor, None, ["Hello", "What is that?"])
+    assert "pixel_values" not in inputs and (inputs["input_ids"] != IMAGE_ID).all()
+    assert family_of(model).image_token_layout(model.config, inputs) == [[], []]
+    assert model.generate(**inputs, max_new_tokens=3).shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_mm_token_type_ids_mark_the_image_tokens() -> None:
+    processor = toy_processor("qwen2-vl")
+    inputs = family_of(toy_model("qwen2-vl")).build_inputs(processor, [picture(40, 40), None], ["one", "two words"])
+    assert torch.equal(inputs["mm_token_type_ids"], (inputs["input_ids"] == IMAGE_ID).long())
+    assert inputs["mm_token_type_ids"].sum() == 25
+
+
+def test_pixel_limits(tmp_path: Path) -> None:
+    model, _ = save("qwen2-vl", tmp_path)
+    layout = family_of(model).image_token_layout
+    for limits, tokens in (({}, 64), ({"max_pixels": 256}, 4), ({"min_pixels": 96 * 96, "max_pixels": 96 * 96}, 144)):
+        _, processor = load_model(tmp_path, **limits)
+        inputs = family_of(model).build_inputs(processor, [picture(64, 64)], ["Read."])
+        assert len(layout(model.config, inputs)[0][0]) == tokens
+    with pytest.raises(ConfigError, match="max_pixels"):
+        load_model(tmp_path, min_pixels=100_000)
+    with pytest.raises(ConfigError, match="min_pixels=0"):
+        load_model(tmp_path, min_pixels=0)
+    other = tmp_path / "llava"
+    save("llava-vicuna", other)
+    with pytest.raises(ConfigError, match="only Qwen2-VL"):
+        load_model(other, max_pixels=1000)
+
+
+def test_addresses_go_through_qwen_vl_utils_where_it_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor, build = toy_processor("qwen2-vl"), family_of(toy_model("qwen2-vl")).build_inputs
+    content = [{"type": "image", "image": "https://example.org/page.png"}, {"type": "text", "text": "Read."}]
+    messages = [{"role": "user", "content": content}]
+    monkeypatch.setitem(sys.modules, "qwen_vl_utils", None)
+    with pytest.raises(DataError, match=r"\[qwen\]"):
+        build(processor, None, [messages])
+    fake = types.ModuleType("qwen_vl_utils")
+    fake.process_vision_info = lambda conversation: ([picture(40, 40)], None)
+    monkeypatch.setitem(sys.modules, "qwen_vl_utils", fake)
+    assert torch.equal(
+        build(processor, None, [messages])["pixel_values"],
+        build(processor, picture(40, 40), "Read.")["pixel_values"],
+    )
+
+
+def test_bad_images_and_prompts_are_clear_errors(tmp_path: Path) -> None:
+    model, processor = toy_model("llava-vicuna"), toy_processor("llava-vicuna")
+    build = family_of(model).build_inputs
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG not really")
+    for source, message in (
+        (tmp_path / "none.png", "does not exist"),
+        (tmp_path / "broken.png", "cannot be read"),
+        ("data:image/png;base64,???", "cannot be read"),
+        ("https://example.org/a.png", "not a local file"),
+        (17, "int"),
+    ):
+        with pytest.raises(DataError, match=message):
+            build(processor, [source], ["Read."])
+    with pytest.raises(DataError, match="2 image entries for 1 prompts"):
+        build(processor, [picture(9, 9), picture(9, 9)], ["Read."])
+    with pytest.raises(DataError, match="a prompt is text"):
+        build(processor, [picture(9, 9)], [3])
+    processor.chat_template = None
+    with pytest.raises(DataError, match="chat template"):
+        build(processor, [picture(9, 9)], ["Read."])
+
+
+def test_unsupported_models_are_refused(tmp_path: Path) -> None:
+    llama = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    with pytest.raises(UnsupportedModelError, match="'llama'"):
+        family_of(llama)
+    with pytest.raises(UnsupportedModelError, match="'llama'"):
+        family_of(LlamaForCausalLM(llama))
+    model = toy_model("llava-vicuna")
+    with pytest.raises(UnsupportedModelError, match="LlavaNextModel is not supported"):
+        family_of(model.model)
+    with pytest.raises(UnsupportedModelError, match="Linear"):
+        family_of(torch.nn.Linear(2, 2))
+    model.config.text_config.model_type = "qwen2"
+    with pytest.raises(UnsupportedModelError, match="'qwen2' language model"):
+        family_of(model)
+    llama.save_pretrained(tmp_path / "llama")
+    with pytest.raises(UnsupportedModelError, match="LlavaNextForConditionalGeneration"):
+        load_model(tmp_path / "llama")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": "no_such_model"}')
+    with pytest.raises(UnsupportedModelError, match="no_such_model"):
+        load_model(tmp_path / "odd")
+
+
+def test_missing_files_are_clear_errors(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is no folder"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="is no folder"):
+        load_model("./models/nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"config\.json"):
+        load_model(tmp_path / "empty")
+    save("qwen2-vl", tmp_path / "model")
+    with pytest.raises(ConfigError, match="float7"):
+        load_model(tmp_path / "model", dtype="float7")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(DataError, match="missing or unreadable"):
+        load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pipeline_takes_model_and_processor(family: str) -> None:
+    model, processor = toy_model(family), toy_processor(family)
+    page = picture(40, 24)
+    content = [{"type": "image", "image": page}, {"type": "text", "text": "Read."}]
+    reader = pipeline("image-text-to-text", model=model, processor=processor, device="cpu")
+    answer = reader(
+        text=[{"role": "user", "content": content}], max_new_tokens=5, return_full_text=False, generate_kwargs={}
+    )
+    inputs = family_of(model).build_inputs(processor, page, "Read.")
+    new = model.generate(**inputs, max_new_tokens=5)[0, inputs["input_ids"].shape[1] :]
+    assert answer[0]["generated_text"] == processor.decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_toy_rows_differ_and_generate(family: str) -> None:
+    """The shared toy inputs are what they claim: padded left, one image a row, accepted by the model."""
+    model = toy_model(family)
+    inputs = toy_inputs(model, 3)
+    lengths = inputs["attention_mask"].sum(1)
+    assert len(set((inputs["input_ids"] == IMAGE_ID).sum(1).tolist())) == 3
+    assert lengths.max() == inputs["input_ids"].shape[1]
+    assert model.generate(**inputs, max_new_tokens=2).shape == (3, inputs["input_ids"].shape[1] + 2)
