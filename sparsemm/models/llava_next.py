@@ -63,20 +63,25 @@ def unpadded_grid(config: PretrainedConfig, image_size: tuple[int, int]) -> tupl
 
 
 def _layout(config: PretrainedConfig, image_size: tuple[int, int]) -> ImageLayout:
-    """Base tokens, then the high-resolution rows, each closed by a newline token."""
+    """Base tokens, then the high-resolution rows, each closed by a newline token.
+
+    Unpadding leaves nothing of a strip thinner than one high-resolution row or column; the base tokens are then all
+    that shows it, and boxes are looked up in them.
+    """
     side = config.vision_config.image_size // config.vision_config.patch_size
     base_rows, base_cols = grid_cells(side, side)
     num_rows, num_cols = unpadded_grid(config, image_size)
     # The newline of a row stands in the column after the last.
     rows, cols = grid_cells(num_rows, num_cols + 1)
     parts = ("base",) * len(base_rows) + tuple("newline" if col == num_cols else "high_res" for col in cols.tolist())
+    grids = {"high_res": (num_rows, num_cols)} if num_rows * num_cols else {}
     return ImageLayout(
         columns=torch.arange(len(parts)),
         parts=parts,
         rows=torch.cat([base_rows, rows]),
         cols=torch.cat([base_cols, cols]),
-        grids={"high_res": (num_rows, num_cols), "base": (side, side)},
-        main_part="high_res",
+        grids={**grids, "base": (side, side)},
+        main_part="high_res" if grids else "base",
     )
 
 
