@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparsemm.documents.fonts import Face, faces
+from sparsemm.documents.fonts import Face, draw_face
 from sparsemm.documents.layout import Layout, PlacedWord
 
 CELL = 16
@@ -68,13 +68,12 @@ def render(layout: Layout, rng: np.random.Generator, split: str) -> tuple[np.nda
     """
     height, width = layout.rows * CELL, layout.columns * CELL
     ink = np.zeros((height, width), dtype=np.float32)
-    choices = faces(split, CELL)
     one_face = rng.random() < 0.6
-    face = choices[rng.integers(len(choices))]
+    face = draw_face(rng, split, CELL)
     boxes = []
     for word in layout.words:
         if not one_face:
-            face = choices[rng.integers(len(choices))]
+            face = draw_face(rng, split, CELL)
         boxes.append(_draw_word(ink, word, face, rng))
     paper_colour, ink_colour = _colours(rng)
     page = _paper(rng, height, width, paper_colour)

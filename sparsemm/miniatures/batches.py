@@ -18,7 +18,7 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Mix:
-    """The pages of a stage: `rows` x `columns` cells with `fewest_words`..`most_words` words, or forms of 1..`most_fields`."""
+    """Pages of `rows` x `columns` cells: `fewest_words`..`most_words` words, or forms of up to `most_fields` fields."""
 
     rows: int = 14
     columns: int = 14
