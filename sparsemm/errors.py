@@ -29,3 +29,8 @@ class PatchError(SparseMMError, RuntimeError):
 
 class DataError(SparseMMError, ValueError):
     """An input file or image is missing or does not have the documented form."""
+
+
+class OperatorError(SparseMMError, ValueError, RuntimeError):
+    """An operator of `torch.ops.sparsemm` got arguments that do not fit together. A RuntimeError too, because that is
+    what the compiled kernels raise."""

@@ -6,12 +6,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsemm.errors import OperatorError
+
 _ROW_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise OperatorError(message)
 
 
 def _check_index(name: str, tensor: Tensor, shape: tuple[int, ...] | None, device: torch.device) -> None:
