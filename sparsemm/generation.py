@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -75,6 +76,7 @@ def remember_image_features(model: nn.Module, *, capacity: int) -> Iterator[None
     on_instance = "get_image_features" in vars(inner)
     known: dict[tuple[Any, ...], tuple[Tensor, Any]] = {}
 
+    @functools.wraps(original)  # transformers reads the names of its parameters
     def get_image_features(pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
         # The tensor is held beside its features, so that no other one can come to lie at its address.
         key = (pixel_values.data_ptr(), tuple(pixel_values.shape), pixel_values.dtype)

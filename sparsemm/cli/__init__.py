@@ -52,7 +52,7 @@ def options(
 def main() -> None:
     """Console entry point. Errors of the package end it with one line and status 2."""
     try:
-        app()
+        app(prog_name="sparsemm")
     except SparseMMError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)

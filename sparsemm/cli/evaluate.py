@@ -22,6 +22,7 @@ from sparsemm.cli.common import (
     SeedOption,
     WindowOption,
     find_head_scores,
+    is_miniature,
     load,
     parse_integers,
     parse_list,
@@ -31,10 +32,14 @@ from sparsemm.cli.common import (
 from sparsemm.errors import DataError
 
 ALL_METHODS = "fullkv,snapkv,pyramidkv,adakv,sparsemm,random,mask,mask_random"
-QUICK_BUDGETS = "8,12,16,24,32,64,128"
+MINIATURE_BUDGETS = "8,12,16,24,32,64,128"
+BUDGETS = "64,128,256,512,1024,2048"  # Table 3 of the paper
 
 MethodsOption = Annotated[str, typer.Option(help="Names separated by commas or spaces, or all.")]
-BudgetsOption = Annotated[str, typer.Option(help="Mean prompt rows kept per kv head, separated by commas or spaces.")]
+BudgetsOption = Annotated[
+    str | None,
+    typer.Option(help=f"Mean prompt rows kept per kv head [default: {BUDGETS}, miniatures {MINIATURE_BUDGETS}]."),
+]
 DocumentsOption = Annotated[int, typer.Option(min=1, help="Number of held-out pages.")]
 TasksOption = Annotated[str, typer.Option(help="read (all words of a page), field (one value of a form).")]
 WordsOption = Annotated[str, typer.Option(help="Words of a page, taking turns.")]
@@ -47,7 +52,7 @@ QuietOption = Annotated[bool, typer.Option("--no-progress", help="No progress ba
 def evaluate(
     model: ModelOption = DEFAULT_MODEL,
     methods: MethodsOption = ALL_METHODS,
-    budgets: BudgetsOption = QUICK_BUDGETS,
+    budgets: BudgetsOption = None,
     documents: DocumentsOption = 64,
     tasks: TasksOption = "read,field",
     num_words: WordsOption = "1,2,3,4",
@@ -76,7 +81,7 @@ def evaluate(
         folder,
         model_name=short_name(model),
         methods=methods,
-        budgets=budgets,
+        budgets=budgets_for(model, budgets),
         documents=documents,
         tasks=tasks,
         num_words=num_words,
@@ -95,13 +100,19 @@ def evaluate(
     )
 
 
+def budgets_for(model: str, given: str | None) -> list[int]:
+    """The budgets given, else those that suit the model's prompts."""
+    default = MINIATURE_BUDGETS if is_miniature(model) else BUDGETS
+    return parse_integers(default if given is None else given, "--budgets")
+
+
 def run_evaluation(
     network: Any,
     processor: Any,
     folder: Path,
     *,
     methods: str,
-    budgets: str,
+    budgets: list[int],
     documents: int,
     tasks: str,
     num_words: str,
@@ -119,7 +130,7 @@ def run_evaluation(
         processor,
         pages,
         methods=parse_list(ALL_METHODS if methods == "all" else methods),
-        budgets=parse_integers(budgets, "--budgets"),
+        budgets=budgets,
         output=folder / "results.json",
         **settings,
     )
@@ -152,7 +163,7 @@ def report(
 def quickstart(
     model: ModelOption = DEFAULT_MODEL,
     methods: MethodsOption = ALL_METHODS,
-    budgets: BudgetsOption = QUICK_BUDGETS,
+    budgets: BudgetsOption = None,
     documents: DocumentsOption = 64,
     head_scores: HeadScoresOption = None,
     chase: Annotated[
@@ -196,7 +207,7 @@ def quickstart(
         output,
         model_name=short_name(model),
         methods=methods,
-        budgets=budgets,
+        budgets=budgets_for(model, budgets),
         documents=documents,
         tasks="read,field",
         num_words="1,2,3,4",

@@ -27,6 +27,7 @@ from sparsemm.cli.common import (
     short_name,
     window_for,
 )
+from sparsemm.errors import DataError
 
 
 def generate(
@@ -58,6 +59,8 @@ def generate(
     from sparsemm.methods import get_method
     from sparsemm.models import family_of
 
+    if not image.is_file():
+        raise DataError(f"image {image} does not exist; check the path")  # before a model is loaded for nothing
     question = READ_PROMPT if prompt is None else prompt
     needs_scores = get_method(method).head_scores == "given"
     config = sparsemm.CompressionConfig(

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The whole method on a miniature: every method at several budgets on held-out pages, as a table, JSON and a plot.
+#
+#   bash scripts/quickstart.sh [options of `sparsemm quickstart`, such as --chase or --fresh]
+#
+# Variables:
+#   MODEL          miniature, checkpoint folder or hub id      (qwen2-vl)
+#   METHODS        methods, or METHOD for a single one         (all)
+#   BUDGETS        rows per kv head, or BUDGET for one value   (miniatures: 8 12 16 24 32 64 128)
+#   RATIO          share of the budget all heads get alike     (0.1)
+#   MASK_RATIO     share of heads masked by mask, mask_random  (0.1)
+#   DOCUMENTS      number of held-out pages                    (64)
+#   HEAD_SCORES    score file                                  (head_scores/<name of the model>.json)
+#   OUTPUT         folder of the results                       (results/quickstart)
+#   DEVICE, DTYPE  where and how precisely to compute          (cuda and bfloat16, or cpu and float32)
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+help_if_asked "$@"
+
+METHODS="${METHODS:-${METHOD:-}}"
+BUDGETS="${BUDGETS:-${BUDGET:-}}"
+option_from MODEL --model METHODS --methods BUDGETS --budgets RATIO --ratio MASK_RATIO --mask-ratio \
+    DOCUMENTS --documents HEAD_SCORES --head-scores OUTPUT --output DEVICE --device DTYPE --dtype
+run_sparsemm quickstart ${options[@]+"${options[@]}"} "$@"
