@@ -8,8 +8,9 @@ CONSTRAINTS := constraints.txt
 TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 
-# The stamp carries a digest of what the installation depends on, so that a changed pin installs again.
-STAMP := $(VENV)/.installed-$(shell cat $(CONSTRAINTS) pyproject.toml setup.py 2>/dev/null | sha256sum | cut -c1-16)
+# The stamp carries a digest of what the installation depends on: a changed pin or kernel installs again.
+SOURCES := $(CONSTRAINTS) pyproject.toml $(wildcard setup.py sparsemm/ops/schemas.py csrc/* csrc/*/*)
+STAMP := $(VENV)/.installed-$(shell cat $(SOURCES) 2>/dev/null | sha256sum | cut -c1-16)
 
 # Without a GPU pip may take a CPU build (torch==2.13.0+cpu) where its configuration offers one; with a GPU
 # `===` insists on the release itself, which carries the CUDA libraries.
@@ -41,7 +42,7 @@ install: $(STAMP)  ## Virtual environment with pinned versions and this package
 
 $(STAMP): | $(VENV)
 	$(PIP) install --constraint $(CONSTRAINTS) "$(TORCH)"
-	$(PIP) install --constraint $(CONSTRAINTS) setuptools ninja
+	$(PIP) install --constraint $(CONSTRAINTS) setuptools
 	$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable ".[dev]"
 	rm -f $(VENV)/.installed-*
 	touch $@
