@@ -286,11 +286,11 @@ def test_table_shows_every_cell() -> None:
 
 def test_description_names_the_settings() -> None:
     settings = {
-        "model": "toy", "documents": 8, "batch_size": 4, "dtype": "float32", "device": "cpu",
+        "model": "toy", "documents": 8, "batch_size": 4, "dtype": "float32", "device": "cpu", "max_new_tokens": 48,
         "options": {"window_size": 4, "ratio": 0.1, "rounding": "exact", "seed": 0},
     }  # fmt: skip
     text = describe(Results(settings, CELLS))
-    for part in ("toy", "8 held-out", "batches of 4", "window 4", "ratio 0.1", "exact"):
+    for part in ("toy", "8 held-out", "batches of 4", "window 4", "ratio 0.1", "exact", "48 generated"):
         assert part in text
 
 
