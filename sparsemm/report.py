@@ -83,7 +83,8 @@ def describe(results: Results) -> str:
         f"{settings['model']}, {settings['documents']} held-out documents, batches of {settings['batch_size']}, "
         f"{settings['dtype']} on {place.get('hardware', settings['device'])} ({place.get('threads', '?')} threads); "
         f"window {options.get('window_size')}, ratio {options.get('ratio')}, {options.get('rounding')} rounding, "
-        f"seed {options.get('seed')}; cache bytes with room for {settings['max_new_tokens']} generated tokens; torch {place.get('torch')}, transformers {place.get('transformers')}."
+        f"seed {options.get('seed')}; cache bytes with room for {settings['max_new_tokens']} generated tokens; "
+        f"torch {place.get('torch')}, transformers {place.get('transformers')}."
     )
 
 
