@@ -157,6 +157,9 @@ def test_messages_give_the_inputs_of_the_prompt(family: str, tmp_path: Path) -> 
         found = build(processor, None, [{"role": "user", "content": content}])
         for name in expected:
             assert torch.equal(expected[name], found[name]), (name, source)
+    linked = [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": "Read."}]
+    found = build(processor, None, [{"role": "user", "content": linked}])
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
     empty_place = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Read."}]}]
     beside = build(processor, [page], [empty_place])
     assert torch.equal(beside["pixel_values"], expected["pixel_values"])

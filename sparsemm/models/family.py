@@ -7,7 +7,7 @@ import binascii
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,10 +125,10 @@ class ModelFamily(ABC):
     def read_media(self, conversation: Messages) -> dict[str, list[Any]]:
         """The "images" (and "videos") of a conversation in order, ready for the processor."""
         images = []
-        for item in _media_items(conversation):
+        for item in media_items(conversation):
             if item.get("type") == "video":
                 raise DataError(f"{self.name} prompts take still images only; remove the video from the messages")
-            images.append(open_image(item.get("image", item.get("url", item.get("path")))))
+            images.append(open_image(source_of(item)))
         return {"images": images}
 
     def _conversation(self, entry: Any, prompt: str | Messages) -> tuple[Messages, dict[str, list[Any]]]:
@@ -141,7 +141,7 @@ class ModelFamily(ABC):
             raise DataError(f"a prompt is text or a list of messages with 'role' and 'content', got {prompt!r}")
         if not entries:
             return prompt, self.read_media(prompt)
-        places = sum(1 for _ in _media_items(prompt))
+        places = sum(1 for _ in media_items(prompt))
         if places != len(entries):
             raise DataError(f"the messages hold {places} image places, {len(entries)} images were given beside them")
         return prompt, {"images": [open_image(source) for source in entries]}
@@ -173,6 +173,12 @@ class ModelFamily(ABC):
             pieces = columns.split([counts[index] for index in indices]) if indices else ()
             rows.append([replace(layouts[index], columns=piece) for index, piece in zip(indices, pieces, strict=True)])
         return rows
+
+
+def source_of(item: dict[str, Any]) -> Any:
+    """What an image entry of a message names: an image, a path or an address, under any of the names in use."""
+    source = next((item[key] for key in ("image", "image_url", "url", "path") if key in item), None)
+    return source.get("url") if isinstance(source, dict) else source
 
 
 def open_image(source: Any) -> PIL.Image.Image:
@@ -211,6 +217,16 @@ def refuse_pixel_limits(name: str, min_pixels: int | None, max_pixels: int | Non
         )
 
 
+def use_pillow(processor: ProcessorMixin, path: str) -> ProcessorMixin:
+    """Resize images with Pillow where torchvision is present too: the two differ, and so would results."""
+    from transformers import AutoImageProcessor
+    from transformers.utils import is_torchvision_available
+
+    if is_torchvision_available():
+        processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
+    return processor
+
+
 def pad_left(processor: ProcessorMixin) -> ProcessorMixin:
     """Set the tokenizer to pad on the left, with the end-of-text token where the checkpoint names no padding."""
     tokenizer = processor.tokenizer
@@ -224,7 +240,8 @@ def _is_conversation(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and "role" in item for item in value)
 
 
-def _media_items(conversation: Messages):
+def media_items(conversation: Messages) -> Iterator[dict[str, Any]]:
+    """The images and videos of a conversation, in order."""
     for message in conversation:
         content = message.get("content")
         for item in content if isinstance(content, list) else []:

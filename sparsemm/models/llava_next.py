@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sparsemm.models.family import ModelFamily, pad_left, refuse_pixel_limits
+from sparsemm.models.family import ModelFamily, pad_left, refuse_pixel_limits, use_pillow
 from sparsemm.models.geometry import ImageLayout, grid_cells
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class LlavaNext(ModelFamily):
         from transformers import AutoConfig, LlavaNextProcessor
 
         refuse_pixel_limits(self.name, min_pixels, max_pixels)
-        processor = LlavaNextProcessor.from_pretrained(path, trust_remote_code=False)
+        processor = use_pillow(LlavaNextProcessor.from_pretrained(path, trust_remote_code=False), path)
         # Early checkpoints leave to the model's configuration what the processor needs to count image tokens.
         if processor.patch_size is None or processor.vision_feature_select_strategy is None:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)

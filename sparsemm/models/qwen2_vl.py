@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsemm.errors import ConfigError, DataError
-from sparsemm.models.family import Messages, ModelFamily, _media_items, pad_left
+from sparsemm.models.family import Messages, ModelFamily, media_items, pad_left, source_of, use_pillow
 from sparsemm.models.geometry import ImageLayout, grid_cells
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Qwen2VL(ModelFamily):
             from transformers import Qwen2VLProcessor
         else:
             from sparsemm.models.processing_qwen2_vl import Qwen2VLProcessor
-        processor = Qwen2VLProcessor.from_pretrained(path, trust_remote_code=False)
+        processor = use_pillow(Qwen2VLProcessor.from_pretrained(path, trust_remote_code=False), path)
         _limit_pixels(processor.image_processor, min_pixels, max_pixels)
         return pad_left(processor)
 
@@ -48,8 +48,10 @@ class Qwen2VL(ModelFamily):
 
     def read_media(self, conversation: Messages) -> dict[str, list[Any]]:
         """As for every family; addresses and videos through `qwen-vl-utils`, where it imports."""
-        items = list(_media_items(conversation))
-        if not any(item.get("type") == "video" or _is_address(item) for item in items):
+        items = list(media_items(conversation))
+        if not any(
+            item.get("type") == "video" or str(source_of(item)).startswith(("http://", "https://")) for item in items
+        ):
             return super().read_media(conversation)
         try:
             from qwen_vl_utils import process_vision_info
@@ -77,11 +79,6 @@ def _layout(frames: int, num_rows: int, num_cols: int) -> ImageLayout:
         grids={"grid": (num_rows, num_cols)},
         main_part="grid",
     )
-
-
-def _is_address(item: dict[str, Any]) -> bool:
-    source = item.get("image", item.get("image_url", item.get("url")))
-    return isinstance(source, dict) or (isinstance(source, str) and source.startswith(("http://", "https://")))
 
 
 def _limit_pixels(image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
