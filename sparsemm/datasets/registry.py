@@ -1,0 +1,99 @@
+"""Opening any data set by name, path or hub id."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from sparsemm.datasets.annotations import PLAIN_FILE, read_coco, read_ctw, read_mlt, read_plain
+from sparsemm.datasets.generated import GENERATORS, GeneratedPages
+from sparsemm.datasets.hub import HubPages
+from sparsemm.errors import DataError
+
+_READERS: dict[str, Callable[..., list[Any]]] = {
+    "plain": read_plain,
+    "mlt": read_mlt,
+    "ctw": read_ctw,
+    "coco": read_coco,
+}
+FORMATS = ("synthdog", *_READERS)
+
+
+def open_pages(
+    source: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    images: str | os.PathLike[str] | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> Iterable[Any]:
+    """Pages of a data set, each with `image` and `words` (`text`, `box`), in a fixed order.
+
+    Args:
+        source: Name of a generator ("documents", "miniature"), hub id, folder or annotation file.
+        format: "synthdog" (a Hugging Face data set), "plain", "mlt", "ctw" or "coco"; recognised where not given.
+        images: Folder of the images, where it is not that of the annotations.
+        split: Split of a Hugging Face data set.
+        limit: At most so many pages; for a generator exactly so many (1000 by default).
+        seed: Of a generator; data sets are read in their own order.
+        **options: Of the generator (`size`, `unit`, `num_words`) or reader (`unit` of CTW).
+
+    Raises:
+        DataError: There is no such data set, or it has another form; or an option does not belong to it.
+    """
+    if limit is not None and limit < 1:
+        raise DataError(f"limit={limit} must be at least 1")
+    name = os.fspath(source)
+    if name in GENERATORS and format is None:
+        return GeneratedPages(name, 1000 if limit is None else limit, seed=seed, **options)
+    format = recognise(name) if format is None else format
+    if format not in FORMATS:
+        raise DataError(f"format={format!r} is unknown; use one of {', '.join(FORMATS)}")
+    try:
+        if format == "synthdog":
+            return HubPages(name, split=split, limit=limit, **options)
+        if not Path(name).exists():
+            raise DataError(f"{name} does not exist; check the path")
+        return _READERS[format](Path(name), None if images is None else Path(images), **options)[:limit]
+    except TypeError as error:
+        raise DataError(f"{format} data sets do not take the options {sorted(options)} ({error})") from error
+
+
+def recognise(source: str) -> str:
+    """The format of what lies at `source`; what does not exist is taken for a hub id where it looks like one.
+
+    Raises:
+        DataError: It cannot be told, or there is nothing.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if (path / PLAIN_FILE).is_file():
+            return "plain"
+        return "mlt" if any(path.glob("*.txt")) else "synthdog"
+    if path.is_file():
+        if path.suffix == ".parquet":
+            return "synthdog"
+        if path.suffix == ".jsonl":
+            return "ctw"
+        if path.suffix == ".json":
+            return _kind_of_json(path)
+        raise DataError(f"the format of {source} is not clear from its name; give it: {', '.join(FORMATS)}")
+    if source.count("/") == 1 and source[0] not in "./~":
+        return "synthdog"
+    raise DataError(f"{source} does not exist; check the path, or give a hub id, or {' or '.join(GENERATORS)}")
+
+
+def _kind_of_json(path: Path) -> str:
+    """COCO's file names its categories; reading the whole file for that is what its reader does, too."""
+    from sparsemm.io import read_json
+
+    try:
+        document = read_json(path)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} is not JSON ({error})") from error
+    return "coco" if isinstance(document, dict) and "categories" in document else "plain"
