@@ -19,8 +19,9 @@ _HOME = {
     "PatchHandle": "sparsemm.patching",
     "SparseCache": "sparsemm.cache",
     "CacheStats": "sparsemm.cache",
+    "generate": "sparsemm.generation",
+    "GenerationOutput": "sparsemm.generation",
     "load_model": "sparsemm.models",
-    "chase": "sparsemm.chase",
     "SparseMMError": "sparsemm.errors",
 }
 
@@ -28,11 +29,12 @@ __all__ = [
     "__version__",
     "CacheStats",
     "CompressionConfig",
+    "GenerationOutput",
     "HeadScores",
     "PatchHandle",
     "SparseCache",
     "SparseMMError",
-    "chase",
+    "generate",
     "head_budgets",
     "load_model",
     "patch",
@@ -42,9 +44,9 @@ __all__ = [
 if TYPE_CHECKING:
     from sparsemm.budgets import head_budgets
     from sparsemm.cache import CacheStats, SparseCache
-    from sparsemm.chase import chase
     from sparsemm.config import CompressionConfig
     from sparsemm.errors import SparseMMError
+    from sparsemm.generation import GenerationOutput, generate
     from sparsemm.head_scores import HeadScores
     from sparsemm.models import load_model
     from sparsemm.patching import PatchHandle, patch
