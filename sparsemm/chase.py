@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
+from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError, DataError, SparseMMError
 from sparsemm.head_scores import HeadScores
-from sparsemm.journal import Journal
+from sparsemm.journal import Journal, remove_journal
 from sparsemm.matching import match_rule, token_texts
 from sparsemm.models import family_of
 from sparsemm.models.family import open_image
+from sparsemm.parallel import Workers, workers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -85,6 +87,8 @@ def chase(
     largest attention weight, in the row that predicts the token, falls among the |I| image tokens of the chunk's box.
     Sums are averaged over the images and normalised to 1.
 
+    Under `accelerate launch` (or torchrun) the processes share the pages; the result is that of one process.
+
     Args:
         model, processor: From `load_model`; the model is patched meanwhile (full cache) and restored afterwards.
         pages: Pages in a fixed order. An image that cannot be read is logged, skipped and counted.
@@ -101,7 +105,7 @@ def chase(
         Scores `[num_layers, num_query_heads]`, with their provenance; saved as `output` if given.
 
     Raises:
-        ConfigError: Unknown match rule, or `max_new_tokens` below 1.
+        ConfigError: Unknown match rule, `max_new_tokens` below 1, or several processes and no `output`.
         DataError: The file to resume from is of another chase, or no page could be read.
         HeadScoreError: No head scored at all.
     """
@@ -122,22 +126,38 @@ def chase(
         "seed": seed,
         "shape": list(shape),
     }
-    journal = Journal(None if output is None else journal_path(output), settings, resume=resume)
-    with journal, _progress(pages, progress) as bar:
-        records, hits = [], 0
-        for index, page in _remaining(pages, journal.records):
+    us = workers()
+    if us.count > 1 and output is None:
+        raise ConfigError("several processes bring their pages together in files; give an output")
+    path = None if output is None else journal_path(output)
+    if path is not None and not resume:
+        if us.first:
+            remove_journal(path)
+        us.wait()
+    journal = Journal(path, settings, part=None if us.count == 1 else us.rank)
+    us.wait()  # nobody merges what another has yet to read
+    count = hits = 0
+    with journal, _progress(pages, us, progress) as bar:
+        for index, page in _remaining(pages, journal.records, us):
+            count = index + 1
             if page is not None:
                 record = _chase_page(
                     model, processor, page, find_chunks, prompt=prompt, part=part, max_new_tokens=max_new_tokens
                 )
                 journal.append(index, record)
-            records.append(journal.records[index])
-            hits += records[-1].get("hits", 0)
-            bar.set_postfix(hits=hits, refresh=False)
-            bar.update()
-    scores = _collect(records, shape, settings)
-    if output is not None:
+            if us.owns(index):
+                hits += journal.records[index].get("hits", 0)
+                bar.set_postfix(hits=hits, refresh=False)
+                bar.update()
+    us.wait()
+    if us.first:
+        journal.merge()
+    us.wait()
+    journal.reread()
+    scores = _collect([journal.records[index] for index in range(count)], shape, settings)
+    if output is not None and us.first:
         scores.save(output)
+    us.wait()
     return scores
 
 
@@ -226,6 +246,8 @@ def _chase_page(
     max_new_tokens: int,
 ) -> dict[str, Any]:
     """The record of one page: its text, and the score of every head that hit."""
+    from PIL import Image
+
     family = family_of(model)
     try:
         image = open_image(page.image)
@@ -233,7 +255,8 @@ def _chase_page(
         inputs = family.build_inputs(processor, [image], [prompt], device=model.device)
         (layout,) = family.image_token_layout(model.config, inputs)[0]
         regions = [layout.tokens_in_box(word.box, image.size, part=part) for word in page.words]
-    except (SparseMMError, OSError, ValueError, SyntaxError) as error:  # what broken images and odd sizes raise
+    except (SparseMMError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        # What broken images and odd sizes raise.
         logger.warning("page skipped: %s", error)
         return {"skipped": str(error)}
     token_ids, columns = read_page(model, inputs, max_new_tokens=max_new_tokens)
@@ -253,12 +276,17 @@ def _chase_page(
     }
 
 
-def _remaining(pages: Iterable[Page], done: dict[int, Any]) -> Iterator[tuple[int, Page | None]]:
-    """Every page by number, None in place of the done ones; pages that can be indexed are not even made."""
+def _remaining(pages: Iterable[Page], done: dict[int, Any], us: Workers) -> Iterator[tuple[int, Page | None]]:
+    """Every page by number, None in place of the done ones and of those of other processes.
+
+    Pages that can be indexed are made only where they are to be read.
+    """
     if isinstance(pages, Sequence):
-        yield from ((index, None if index in done else pages[index]) for index in range(len(pages)))
+        for index in range(len(pages)):
+            yield index, None if index in done or not us.owns(index) else pages[index]
     else:
-        yield from ((index, None if index in done else page) for index, page in enumerate(pages))
+        for index, page in enumerate(pages):
+            yield index, None if index in done or not us.owns(index) else page
 
 
 def _collect(records: list[dict[str, Any]], shape: tuple[int, int], settings: dict[str, Any]) -> HeadScores:
@@ -302,8 +330,9 @@ def _name_of(model: PreTrainedModel) -> str:
     return Path(name).resolve().name if Path(name).is_dir() else name
 
 
-def _progress(pages: Iterable[Page], show: bool) -> Any:
+def _progress(pages: Iterable[Page], us: Workers, show: bool) -> Any:
+    """A bar of this process's pages; of several processes the first one shows its own."""
     from tqdm.auto import tqdm
 
-    total = len(pages) if hasattr(pages, "__len__") else None
-    return tqdm(total=total, unit="image", desc="chase", disable=not show)
+    total = -(-length_hint(pages) // us.count) or None
+    return tqdm(total=total, unit="image", desc="chase", disable=not (show and us.first))

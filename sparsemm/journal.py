@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from sparsemm.errors import DataError
+from sparsemm.io import write_bytes_atomic
 
 
 class Journal:
@@ -20,17 +22,25 @@ class Journal:
         path: The file, or None to keep the records in memory only.
         settings: JSON values; a file made with others is not continued.
         resume: Read what the file holds. False starts an empty one.
+        part: Number of the process, where several share the work: each appends to a file of its own beside `path`, and
+            `merge` makes one of them. Every process reads what all of them have finished before.
 
     Raises:
         DataError: The file was made with other settings, or is no journal.
     """
 
-    def __init__(self, path: Path | None, settings: dict[str, Any], *, resume: bool = True) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path | None, settings: dict[str, Any], *, resume: bool = True, part: int | None = None
+    ) -> None:
+        self.whole = path
+        self.path = path if path is None or part is None else _part(path, part)
         self.settings = json.loads(json.dumps(settings))
         self.records: dict[int, dict[str, Any]] = {}
         self._handle: IO[bytes] | None = None
-        self._keep = self._read() if path is not None and resume and path.exists() else 0
+        self._keep = 0
+        if path is not None and resume:
+            kept = {found: self._read(found) for found in _files(path)}
+            self._keep = kept.get(self.path, 0)
 
     def __enter__(self) -> Journal:
         if self.path is not None:
@@ -58,13 +68,32 @@ class Journal:
     def _write(self, value: dict[str, Any]) -> None:
         if self._handle is None:
             raise DataError(f"{self.path} is not open; use the journal in a with block")
-        self._handle.write(json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+        self._handle.write(_line(value))
         self._handle.flush()
         os.fsync(self._handle.fileno())
 
-    def _read(self) -> int:
-        """Fill `records`; the number of bytes that hold complete lines."""
-        data = self.path.read_bytes()
+    def merge(self) -> None:
+        """Make one file, in the order of the items, of the parts and the whole; nobody may be writing then."""
+        if self.whole is None:
+            return
+        for path in _files(self.whole):
+            self._read(path)
+        ordered = [{"index": index, **self.records[index]} for index in sorted(self.records)]
+        lines = b"".join(map(_line, [{"settings": self.settings}, *ordered]))
+        if not self.whole.exists() or self.whole.read_bytes() != lines:
+            write_bytes_atomic(self.whole, lines)
+        for path in _files(self.whole):
+            if path != self.whole:
+                path.unlink()
+
+    def reread(self) -> None:
+        """Fill `records` from the whole file, as `merge` of another process left it."""
+        if self.whole is not None:
+            self._read(self.whole)
+
+    def _read(self, path: Path) -> int:
+        """Add a file's records; the number of its bytes that hold complete lines."""
+        data = path.read_bytes()
         end = data.rfind(b"\n") + 1
         lines = data[:end].splitlines()
         if not lines:
@@ -72,14 +101,34 @@ class Journal:
         try:
             header, *records = [json.loads(line) for line in lines]
             found = header["settings"]
-            self.records = {record.pop("index"): record for record in records}
+            self.records.update({record.pop("index"): record for record in records})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{self.path} is not a journal ({error}); remove it, or start without resuming") from error
+            raise DataError(f"{path} is not a journal ({error}); remove it, or start without resuming") from error
         if found != self.settings:
             changed = sorted(
                 key for key in {*found, *self.settings} if found.get(key, self) != self.settings.get(key, self)
             )
             raise DataError(
-                f"{self.path} was made with other settings ({', '.join(changed)}); remove it, or start without resuming"
+                f"{path} was made with other settings ({', '.join(changed)}); remove it, or start without resuming"
             )
         return end
+
+
+def remove_journal(path: Path) -> None:
+    """Delete a journal and the parts of it."""
+    for found in _files(path):
+        found.unlink()
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _part(path: Path, number: int) -> Path:
+    return path.with_suffix(f".part{number}{path.suffix}")
+
+
+def _files(path: Path) -> list[Path]:
+    """The whole file and the parts that are there."""
+    parts = sorted(path.parent.glob(f"{glob.escape(path.stem)}.part*{path.suffix}"))
+    return [path, *parts] if path.exists() else parts
