@@ -35,3 +35,12 @@ run_sparsemm() {
     fi
     "$program" "$@"
 }
+
+# run_accelerate PROCESSES command...: the same, in several processes that share the work.
+run_accelerate() {
+    local python="$scripts_folder/../.venv/bin/python" processes="$1"
+    shift
+    [[ -x "$python" ]] || python=python3
+    "$python" -m accelerate.commands.launch --num_processes "$processes" --num_machines 1 --mixed_precision no \
+        --dynamo_backend no --main_process_port 0 -m sparsemm "$@"
+}

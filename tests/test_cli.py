@@ -174,12 +174,23 @@ def test_chase_hands_the_library_what_was_asked_for(
     seen: dict[str, Any] = {}
 
     def fake(model: Any, processor: Any, pages: Any, **settings: Any) -> HeadScores:
-        seen.update(settings, pages=len(pages), words=[page.num_words for page in pages])
+        seen.update(settings, pages=len(pages), words=[len(page.words) for page in pages])
         return HeadScores(torch.ones(2, 4))
 
     monkeypatch.setattr(importlib.import_module("sparsemm.chase"), "chase", fake)
     outcome = run(
-        "chase", "--model", files["model"], "--pages", 3, "--num-words", "2 3", "--match", "aligned", "--fresh"
+        "chase",
+        "--model",
+        files["model"],
+        "--dataset",
+        "miniature",
+        "--num-images",
+        3,
+        "--num-words",
+        "2 3",
+        "--match",
+        "aligned",
+        "--fresh",
     )
     assert outcome.status == 0 and "2 layers x 4 query heads" in outcome.out
     assert seen["pages"] == 3 and seen["words"] == [2, 3, 2]

@@ -1,22 +1,28 @@
 #!/usr/bin/env bash
-# Visual heads of LLaVA-NeXT with a Mistral language model: reads synthetic pages and writes head_scores/<name of the model>.json.
+# Visual heads of LLaVA-NeXT with a Mistral language model: reads pages and writes head_scores/<name of the model>.json.
 #
 #   bash scripts/chase_visual_head/mistral.sh [options of `sparsemm chase`, such as --fresh]
 #   MODEL=llava-hf/llava-v1.6-mistral-7b-hf bash scripts/chase_visual_head/mistral.sh      # the real thing
+#   DATASET=nnethercott/synthdog-en-detection … the same on the data of the paper
 #
 # Variables:
 #   MODEL          miniature, checkpoint folder or hub id      (llava-mistral)
-#   PAGES          number of pages; the paper took 1000        (200)
-#   NUM_WORDS      words of a page, taking turns               (1 2 3 4)
-#   PAGE_SIZE      side of a page in pixels                    (224)
+#   DATASET        generator (documents, miniature), hub id, folder or annotation file
+#                                                              (documents; for miniatures, miniature)
+#   NUM_IMAGES     number of images                            (1000, as in the paper; miniatures 200)
 #   MATCH          unique (the paper's rule) or aligned        (aligned for miniatures, else unique)
 #   OUTPUT         score file                                  (head_scores/<name of the model>.json)
+#   PROCESSES      processes that share the images, a GPU each (1)
 #   DEVICE, DTYPE  where and how precisely to compute          (cuda and bfloat16, or cpu and float32)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 help_if_asked "$@"
 
 MODEL="${MODEL:-llava-mistral}"
-option_from MODEL --model PAGES --pages NUM_WORDS --num-words PAGE_SIZE --page-size MATCH --match OUTPUT --output \
-    DEVICE --device DTYPE --dtype
-run_sparsemm chase "${options[@]}" "$@"
+option_from MODEL --model DATASET --dataset NUM_IMAGES --num-images MATCH --match OUTPUT --output DEVICE --device \
+    DTYPE --dtype
+if [[ "${PROCESSES:-1}" -gt 1 ]]; then
+    run_accelerate "$PROCESSES" chase "${options[@]}" "$@"
+else
+    run_sparsemm chase "${options[@]}" "$@"
+fi
