@@ -1,0 +1,280 @@
+"""The models: any checkpoint that `sparsemm.load_model` loads, any method, through lmms-eval's chat interface."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from lmms_eval.protocol import ChatMessages
+from tqdm import tqdm
+
+import sparsemm
+from sparsemm.errors import ConfigError, UnsupportedModelError
+from sparsemm.journal import Journal
+
+DEFAULT_NEW_TOKENS = 1024
+"""Longest answer where a task sets none (TextVQA): its answers end by themselves long before."""
+
+
+@dataclass
+class SampleCounts(TokenCounts):
+    """Token counts of one answer, and what the cache did for it: lmms-eval logs both with the sample.
+
+    Attributes:
+        figures: JSON values: `nominal_budget`, `effective_budget` (this prompt's kept rows per kv head),
+            `cache_bytes` and `full_cache_bytes` (the batch's, divided by its size), `ms_per_token` (one decoding step
+            of the batch; None when nothing was decoded), `prefill_ms` (divided by the batch's size), `config`.
+    """
+
+    figures: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), **(self.figures or {})}
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """Keeps the network out of lmms-eval's sight, which deletes a model's modules after each run."""
+
+    network: Any
+    processor: Any
+
+
+class SparseMMModel(lmms):
+    """Base of the two models; `family` names the checkpoints it takes.
+
+    Args:
+        pretrained: Checkpoint folder or hub id.
+        method, budget, ratio, rounding, head_scores, window_size, seed, mask_ratio, mask_mode: Fields of
+            `sparsemm.CompressionConfig`, with its defaults.
+        decode_backend: `auto` takes the compiled kernels where they are built, `reference` PyTorch's operators.
+        attn_implementation: transformers' attention for the prompt.
+        min_pixels, max_pixels: Bounds of the area images are resized to (Qwen2-VL).
+        batch_size: Prompts generated together, left padded.
+        device: `cpu`, `cuda`, ...; `auto` (or `device_map=auto`) spreads a large model over the GPUs.
+        dtype: As for `sparsemm.load_model`.
+        progress: Folder of journals from which an interrupted run goes on.
+
+    Raises:
+        ConfigError: A setting is unknown or does not hold.
+        UnsupportedModelError: The checkpoint is of the other family.
+    """
+
+    is_simple = False
+    family = ""
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        decode_backend: str = "auto",
+        attn_implementation: str = "sdpa",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,  # lmms-eval passes it to every model
+        device: str | None = None,
+        device_map: str | None = None,
+        dtype: str | None = None,
+        progress: str | os.PathLike[str] | None = None,
+        **config: Any,
+    ) -> None:
+        super().__init__()
+        from sparsemm.models import family_of
+
+        self.batch_size = _whole("batch_size", batch_size)
+        self.use(progress=progress, **config)
+        _choose_kernels(decode_backend)
+        wanted = device_map or device
+        self.accelerator = Accelerator(cpu=wanted == "cpu")
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if self._world_size > 1:
+            if wanted == "auto":
+                raise ConfigError("device_map=auto needs all GPUs in one process; run without torchrun or accelerate")
+            wanted = str(self.accelerator.device)
+        loaded = sparsemm.load_model(
+            pretrained,
+            device=wanted,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+        )
+        self.loaded = _Loaded(*loaded)
+        self._family = family_of(self.loaded.network)
+        if self._family.name != self.family:
+            other = f"sparsemm_{self._family.name}"
+            raise UnsupportedModelError(f"{pretrained} is no checkpoint for {type(self).__name__}; use model {other}")
+
+    def use(self, *, progress: str | os.PathLike[str] | None = None, **config: Any) -> None:
+        """Take other settings; the weights stay loaded. Raises `ConfigError` when one does not hold."""
+        try:
+            settings = {name: value for name, value in config.items() if value not in (None, "None")}
+            self.compression = sparsemm.CompressionConfig(**settings)
+        except TypeError as error:
+            raise ConfigError(f"unknown or missing model argument ({error})") from None
+        self.progress = None if progress is None else Path(progress)
+
+    @property
+    def device(self) -> torch.device:
+        """Where gathered numbers live: this process's device."""
+        return self.accelerator.device
+
+    # -- generation ---------------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Greedy answers, in the order of the requests. An error ends the run: an empty answer would pass for one."""
+        with ExitStack() as stack:
+            journals = self._open_journals(requests, stack)
+            handle = stack.enter_context(sparsemm.patch(self.loaded.network, self.compression))
+            bar = stack.enter_context(tqdm(total=len(requests), desc="answers", disable=self._rank != 0))
+            missing = {}
+            for request in requests:  # a request may come twice: ranks are padded to the same number of them
+                task, document = request.args[4], request.args[3]
+                if document not in journals[task].records:
+                    missing[task, document] = request
+            bar.update(len(requests) - len(missing))
+            for batch in self._batches(list(missing.values())):
+                for request, record in zip(batch, self._answer(batch, handle), strict=True):
+                    journals[request.args[4]].append(request.args[3], record)
+                    bar.update()
+        records = [journals[request.args[4]].records[request.args[3]] for request in requests]
+        self._log(records)
+        config = self.compression.to_dict()
+        return [_result(record, config) for record in records]
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        raise NotImplementedError("SparseMM models generate text; choose tasks of type generate_until")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise NotImplementedError("SparseMM models answer one question a document; choose tasks of one round")
+
+    def _open_journals(self, requests: list[Instance], stack: ExitStack) -> dict[str, Journal]:
+        """One journal a task for this process, filled with what earlier runs on any number of processes noted."""
+        journals = {}
+        for task in {request.args[4] for request in requests}:
+            settings = {"task": task, "config": self.compression.to_dict()}
+            path = None
+            earlier: dict[int, dict[str, Any]] = {}
+            if self.progress is not None:
+                path = self.progress / f"{task}-{self._rank}-of-{self._world_size}.jsonl"
+                for file in sorted(self.progress.glob(f"{task}-*-of-*.jsonl")):
+                    earlier |= Journal(file, settings).records
+            journals[task] = stack.enter_context(Journal(path, settings))
+            journals[task].records = {**earlier, **journals[task].records}
+        return journals
+
+    def _batches(self, requests: list[Instance]) -> Iterator[list[Instance]]:
+        """Up to `batch_size` requests with the same generation settings each."""
+        groups: dict[str, list[Instance]] = {}
+        for request in requests:
+            groups.setdefault(json.dumps(request.args[2], sort_keys=True, default=str), []).append(request)
+        for group in groups.values():
+            for start in range(0, len(group), self.batch_size):
+                yield group[start : start + self.batch_size]
+
+    def _answer(self, batch: list[Instance], handle: sparsemm.PatchHandle) -> list[dict[str, Any]]:
+        """Text and figures of each request of a batch, as JSON values."""
+        from sparsemm.generation import generate_greedy
+
+        network, processor = self.loaded.network, self.loaded.processor
+        conversations = []
+        for _, to_messages, _, document, task, split in (request.args for request in batch):
+            messages = to_messages(self.task_dict[task][split][document])
+            conversations.append(ChatMessages(messages=messages).to_hf_messages())
+        settings = dict(batch[0].args[2])
+        if settings.get("do_sample") or settings.get("temperature") or settings.get("num_beams", 1) != 1:
+            raise ConfigError(f"generation settings {settings} ask for sampling or beams; answers are greedy here")
+        inputs = self._family.build_inputs(processor, None, conversations, device=network.device)
+        limit = int(settings.get("max_new_tokens", DEFAULT_NEW_TOKENS))
+        with torch.inference_mode():
+            tokens, clock = generate_greedy(network, inputs, limit)
+        texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        stats, size = handle.stats, len(batch)
+        ends = network.generation_config.eos_token_id
+        ends = [] if ends is None else torch.as_tensor(ends, device=tokens.device).flatten()
+        records = []
+        for row, text in enumerate(texts):
+            stops = torch.isin(tokens[row], ends).nonzero() if len(ends) else []
+            records.append(
+                {
+                    "text": _cut(text, settings.get("until")),
+                    "input_tokens": stats.prompt_tokens[row],
+                    "output_tokens": int(stops[0]) + 1 if len(stops) else tokens.shape[1],
+                    "nominal_budget": stats.nominal_budget,
+                    "effective_budget": stats.effective_budgets[row],
+                    "cache_bytes": stats.cache_bytes / size,
+                    "full_cache_bytes": stats.full_cache_bytes / size,
+                    "ms_per_token": 1000 * clock.decode_seconds / clock.decode_steps if clock.decode_steps else None,
+                    "prefill_ms": 1000 * clock.prefill_seconds / size,
+                    "batch_size": size,
+                }
+            )
+        return records
+
+    def _log(self, records: list[dict[str, Any]]) -> None:
+        """Hand lmms-eval the figures of this process for the `throughput` part of its results."""
+        timed = [record for record in records if record["ms_per_token"] is not None]
+        seconds = sum(each["ms_per_token"] * each["output_tokens"] / each["batch_size"] for each in timed) / 1000
+        tokens = sum(record["output_tokens"] for record in records)
+        names = ("effective_budget", "cache_bytes", "full_cache_bytes")
+        log_metrics(
+            total_elapsed_time=seconds,
+            total_gen_tokens=tokens,
+            avg_speed=tokens / seconds if seconds else 0.0,
+            additional_metrics={name: sum(record[name] for record in records) / len(records) for name in names},
+        )
+
+
+class SparseMMLlavaNext(SparseMMModel):
+    """LLaVA-NeXT with a Vicuna/Llama or Mistral language model."""
+
+    family = "llava_next"
+
+
+class SparseMMQwen2VL(SparseMMModel):
+    """Qwen2-VL."""
+
+    family = "qwen2_vl"
+
+
+def _result(record: dict[str, Any], config: dict[str, Any]) -> GenerationResult:
+    figures = {name: value for name, value in record.items() if name not in ("text", "input_tokens", "output_tokens")}
+    counts = SampleCounts(record["input_tokens"], record["output_tokens"], figures={**figures, "config": config})
+    return GenerationResult(record["text"], counts)
+
+
+def _cut(text: str, until: str | list[str] | None) -> str:
+    """`text` up to the first of the task's stop strings."""
+    for stop in [until] if isinstance(until, str) else until or []:
+        if stop:
+            text = text.partition(stop)[0]
+    return text.strip()
+
+
+def _whole(name: str, value: Any) -> int:
+    if not str(value).isdecimal() or int(value) < 1:
+        raise ConfigError(f"{name}={value!r} is not a whole number of at least 1")
+    return int(value)
+
+
+def _choose_kernels(choice: str) -> None:
+    """The operators load their kernels once, at import: a later wish for others cannot be met."""
+    if choice not in ("auto", "reference"):
+        raise ConfigError(f"decode_backend={choice!r} is unknown; use auto or reference")
+    current = os.environ.get("SPARSEMM_KERNELS", "auto")
+    if choice != "auto" and choice != current and "sparsemm.ops" in sys.modules:
+        raise ConfigError(f"decode_backend={choice} comes too late; set SPARSEMM_KERNELS={choice} before starting")
+    if choice != "auto":
+        os.environ["SPARSEMM_KERNELS"] = choice

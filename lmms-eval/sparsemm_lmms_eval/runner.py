@@ -1,0 +1,198 @@
+"""Runs cells one after another: a finished one is skipped, an interrupted one goes on, a failed one is noted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsemm.errors import DataError
+from sparsemm.io import read_json, write_bytes_atomic, write_json_atomic
+from sparsemm.results import environment
+from sparsemm_lmms_eval import TASKS_FOLDER
+from sparsemm_lmms_eval.grid import OFFLINE_TASKS, Cell
+from sparsemm_lmms_eval.registry import MODEL_CLASSES
+
+logger = logging.getLogger(__name__)
+
+DONE, FAILED, PROGRESS = "cell.json", "failed.json", "progress"
+
+
+def run_cells(
+    cells: Sequence[Cell], output: Path, *, num_processes: int = 1, report: Callable[[str], None] = print
+) -> list[Cell]:
+    """Evaluate the cells that are not finished in `output`; returns those that failed.
+
+    With one process all cells share one loaded model. With several, each cell is a `torchrun` of its own, data
+    parallel: were one of its processes to fail, it could not take the others of later cells with it.
+    """
+    missing = [cell for cell in cells if not (cell.folder(output) / DONE).is_file()]
+    report(f"{len(cells)} cells, {len(cells) - len(missing)} of them finished before")
+    failed = []
+    runner = _InProcess() if num_processes == 1 else _Torchrun(num_processes)
+    for number, cell in enumerate(missing, start=1):
+        folder = cell.folder(output)
+        (folder / FAILED).unlink(missing_ok=True)
+        report(f"[{number}/{len(missing)}] {cell.task} {cell.label} ({cell.settings['rounding']} rounding)")
+        try:
+            runner(cell, folder)
+            summary = read_json(folder / DONE)["summary"]
+        except Exception as error:
+            logger.debug("a cell failed", exc_info=True)
+            trace = traceback.format_exc()
+            write_json_atomic(folder / FAILED, {"cell": cell.to_dict(), "error": str(error), "trace": trace})
+            report(f"    FAILED: {type(error).__name__}: {error}")
+            failed.append(cell)
+        else:
+            report(f"    {describe(summary)}")
+    return failed
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """One line on a finished cell."""
+    metrics = ", ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items())
+    speed = "" if summary["ms_per_token"] is None else f", {summary['ms_per_token']:.1f} ms/token"
+    return (
+        f"{metrics}; effective budget {summary['effective_budget']:.1f}, "
+        f"cache {100 * summary['cache_bytes'] / summary['full_cache_bytes']:.0f} % of full{speed}, "
+        f"{summary['seconds']:.0f} s"
+    )
+
+
+class _InProcess:
+    """One model for all cells that load it alike."""
+
+    def __init__(self) -> None:
+        self._key: str | None = None
+        self._model: Any = None
+
+    def __call__(self, cell: Cell, folder: Path) -> None:
+        key = json.dumps([cell.model, cell.loading], sort_keys=True)
+        if key != self._key:
+            self._key = self._model = None
+            self._model = load(cell)
+            self._key = key
+        run_cell(cell, folder, self._model)
+
+
+class _Torchrun:
+    def __init__(self, num_processes: int) -> None:
+        self.num_processes = num_processes
+
+    def __call__(self, cell: Cell, folder: Path) -> None:
+        request = folder / "request.json"
+        write_json_atomic(request, cell.to_dict())
+        # --standalone takes a free port of its own, so that two tables can be made on one machine.
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc_per_node={self.num_processes}", "-m", "sparsemm_lmms_eval"]
+        command += ["cell", str(request), str(folder)]
+        code = subprocess.run(command).returncode
+        if code or not (folder / DONE).is_file():
+            raise DataError(f"the {self.num_processes} processes ended with status {code}; their errors stand above")
+        request.unlink()
+
+
+def load(cell: Cell) -> Any:
+    """The lmms-eval model of a cell, its settings included."""
+    from lmms_eval.models import get_model
+    from transformers import AutoConfig
+
+    model_type = AutoConfig.from_pretrained(cell.model, trust_remote_code=False).model_type
+    name = f"sparsemm_{model_type}"
+    if name not in MODEL_CLASSES:
+        raise DataError(f"{cell.model} is of type {model_type!r}; models are {', '.join(MODEL_CLASSES)}")
+    return get_model(name)(pretrained=cell.model, **cell.loading, **cell.settings)
+
+
+def run_cell(cell: Cell, folder: Path, model: Any) -> None:
+    """Evaluate one cell with a loaded model; its files are lmms-eval's, and `cell.json`, written last.
+
+    Under `torchrun` all processes call this; the first one writes.
+    """
+    from lmms_eval import evaluator
+    from lmms_eval.loggers import EvaluationTracker
+    from lmms_eval.tasks import TaskManager
+    from lmms_eval.utils import get_datetime_str
+
+    start = time.perf_counter()
+    model.use(progress=folder / PROGRESS, **cell.settings)
+    # A new one for each cell: a task's module may keep state (OCRBench adds up its scores in one). Reading all of
+    # lmms-eval's tasks takes seconds, which the offline ones need not wait for.
+    own = cell.task in OFFLINE_TASKS
+    manager = TaskManager("ERROR", include_path=str(TASKS_FOLDER), include_defaults=not own)
+    if cell.task not in manager.all_tasks:
+        raise DataError(f"task {cell.task!r} is not one of lmms-eval's or this package's; check its name")
+    options = ",".join(f"{name}={value}" for name, value in _arguments(cell).items())
+    results = evaluator.simple_evaluate(
+        model=model,
+        model_args=options,
+        tasks=[cell.task],
+        limit=cell.limit,
+        batch_size=model.batch_size,
+        task_manager=manager,
+        bootstrap_iters=0,
+        log_samples=True,
+        # Tasks write their submission files where this says, or into the current folder.
+        cli_args=argparse.Namespace(output_path=str(folder), process_with_media=False),
+    )
+    if results is None:  # not the first process
+        return
+    samples = results.pop("samples")
+    summary = summarise(results["results"][cell.task], samples[cell.task])
+    summary["seconds"] = time.perf_counter() - start
+    results["sparsemm"] = {
+        "cell": cell.to_dict(),
+        "summary": summary,
+        "processes": model.world_size,
+        "environment": environment(model.device),
+    }
+    tracker = EvaluationTracker(output_path=str(folder))
+    tracker.general_config_tracker.log_experiment_args(f"sparsemm_{model.family}", options, "", "", False)
+    tracker.save_results_aggregated(results=results, samples=samples, datetime_str=get_datetime_str())
+    tracker.save_results_samples(task_name=cell.task, samples=samples[cell.task])
+    if not list(folder.glob("*/*_results.json")):
+        raise DataError(f"lmms-eval wrote no results into {folder}; its log says why")
+    write_json_atomic(folder / DONE, results["sparsemm"])
+
+
+def summarise(metrics: dict[str, Any], samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Scores of a task, and the means of its samples' figures."""
+    counts = [sample["token_counts"][0] for sample in samples]
+    timed = [count["ms_per_token"] for count in counts if count["ms_per_token"] is not None]
+    return {
+        "metrics": {
+            name.partition(",")[0]: value
+            for name, value in metrics.items()
+            if isinstance(value, (int, float)) and "_stderr" not in name
+        },
+        "documents": len(samples),
+        "nominal_budget": counts[0]["nominal_budget"],
+        **{
+            name: sum(count[name] for count in counts) / len(counts)
+            for name in ("input_tokens", "output_tokens", "effective_budget", "cache_bytes", "full_cache_bytes")
+        },
+        "ms_per_token": sum(timed) / len(timed) if timed else None,
+    }
+
+
+def run_requested(request: Path, folder: Path) -> None:
+    """One process of a `torchrun`: the cell of `request`, into `folder`."""
+    cell = Cell(**read_json(request))
+    try:
+        run_cell(cell, folder, load(cell))
+    except Exception:
+        write_bytes_atomic(folder / "error.txt", traceback.format_exc().encode())
+        raise
+
+
+def _arguments(cell: Cell) -> dict[str, Any]:
+    """The model arguments with which lmms-eval's own program would run the cell."""
+    values = {"pretrained": cell.model, **cell.loading, **cell.settings}
+    return {name: value for name, value in values.items() if value is not None}
