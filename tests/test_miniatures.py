@@ -166,6 +166,27 @@ def test_stages_change_only_what_they_train(tmp_path):
         assert moved == ("language_model" in name and "embed_tokens" not in name), name
 
 
+def test_a_run_can_start_from_another_familys(tmp_path):
+    def trainer(family):
+        return Trainer(family, tmp_path / family, stages=tiny_stages(family), dims=tiny_dims(family))
+
+    source, target = trainer("llava-vicuna"), trainer("llava-mistral")
+    source.run(max_steps=1)
+    target.start_from(source.folder, "glyphs")
+    assert target.progress.stage == 1 and "llava-vicuna" in target.progress.started_from
+    ours, theirs = dict(target.model.named_parameters()), dict(source.model.named_parameters())
+    for name in theirs:
+        if name.endswith("0.self_attn.k_proj.weight") and "language" in name:  # 2 heads of 32 become their mean
+            mean = (theirs[name][:32] + theirs[name][32:]) / 2
+            torch.testing.assert_close(ours[name], mean)
+        elif ours[name].shape == theirs[name].shape:
+            assert torch.equal(ours[name], theirs[name]), name
+    with pytest.raises(ConfigError, match="warmth"):
+        target.start_from(source.folder, "warmth")
+    with pytest.raises(DataError, match="llava-vicuna"):
+        trainer("qwen2-vl").start_from(source.folder, "glyphs")
+
+
 def test_a_run_is_not_overwritten_by_accident(tmp_path):
     trainer = Trainer("llava-mistral", tmp_path, stages=tiny_stages("llava-mistral"), dims=tiny_dims("llava-mistral"))
     trainer.run(max_steps=1)

@@ -48,6 +48,7 @@ def export(family: str, *, run: str | Path | None = None, output: str | Path | N
         "steps": progress["total_steps"],
         "stages_finished": [item.name for item in CURRICULUM[:stage]],
         "stage_under_way": CURRICULUM[stage].name if stage < len(CURRICULUM) else None,
+        "started_from": progress.get("started_from"),
         "minutes": round(progress["seconds"] / 60, 1),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from sparsemm.errors import DataError
+from sparsemm.errors import ConfigError, DataError
 from sparsemm.io import read_json, write_bytes_atomic, write_json_atomic
 from sparsemm.miniatures.architectures import FAMILIES, Dimensions, build_model
 from sparsemm.miniatures.batches import IGNORE, Batch, blank_ids, make_batch
@@ -41,6 +41,7 @@ class Progress:
     accuracy: float = 0.0
     total_steps: int = 0
     seconds: float = 0.0
+    started_from: str | None = None
 
 
 class Trainer:
@@ -202,6 +203,34 @@ class Trainer:
             if not old.name.startswith(f"step-{number}."):
                 old.unlink()
 
+    def start_from(self, run: Path, first_stage: str) -> None:
+        """Begins at `first_stage` with the weights of another family's run in `run`.
+
+        Key and value projections with more heads than this model has are averaged over each group (Ainslie et al.,
+        "GQA", 2023, section 2.1). Raises `DataError` when the two models differ otherwise, `ConfigError` for an unknown
+        stage.
+        """
+        from safetensors.torch import load_file
+
+        names = [stage.name for stage in self.stages]
+        if first_stage not in names:
+            raise ConfigError(f"unknown stage {first_stage!r}; the stages are {', '.join(names)}")
+        source = Progress(**read_json(run / "progress.json"))
+        tensors = load_file(run / f"step-{source.total_steps}.safetensors")
+        head_dim = self.model.config.text_config.hidden_size // self.model.config.text_config.num_attention_heads
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                weight = tensors.get(f"model.{name}")
+                if weight is not None and name.endswith(("k_proj.weight", "v_proj.weight")) and "language" in name:
+                    heads = parameter.shape[0] // head_dim
+                    weight = weight.view(heads, -1, head_dim, weight.shape[1]).mean(1).flatten(0, 1)
+                if weight is None or weight.shape != parameter.shape:
+                    raise DataError(f"{run} ({source.family}) has no {name} of shape {tuple(parameter.shape)}")
+                parameter.copy_(weight)
+                self.average[name].copy_(weight)
+        self.progress.stage = names.index(first_stage)
+        self.progress.started_from = f"{source.family}, step {source.total_steps}"
+
     def load(self) -> None:
         """Continues from the folder's checkpoint. Raises `DataError` when there is none, or it is of another run."""
         from safetensors.torch import load_file
@@ -227,11 +256,13 @@ class Trainer:
 
 def train(
     family: str, *, folder: str | Path | None = None, seed: int = 0, resume: bool = False,
-    steps: dict[str, int] | None = None, save_every: int = 100,
+    steps: dict[str, int] | None = None, start_from: str | Path | None = None, first_stage: str = "symbols-page",
+    save_every: int = 100,
 ) -> Path:  # fmt: skip
     """Trains `family` through the curriculum, checkpointing in `folder` (default `runs/miniatures/<family>`).
 
-    `steps` overrides the length of stages by name. Returns the folder. Raises `DataError` when it already holds a run
+    `steps` overrides the length of stages by name. `start_from` takes the weights of another run to begin with, at
+    `first_stage`. Returns the folder. Raises `DataError` when it already holds a run
     and `resume` is False.
     """
     target = Path(folder) if folder is not None else Path("runs/miniatures") / family
@@ -240,6 +271,8 @@ def train(
         if not resume:
             raise DataError(f"{target} already holds a run; continue it with --resume or choose another folder")
         trainer.load()
+    elif start_from is not None:
+        trainer.start_from(Path(start_from), first_stage)
     trainer.run(save_every=save_every)
     return target
 
@@ -252,13 +285,23 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="continue from the folder's checkpoint")
     parser.add_argument("--steps", action="append", default=[], metavar="STAGE=N", help="length of a stage")
+    parser.add_argument("--start-from", type=Path, help="folder of another family's run to take the weights of")
+    parser.add_argument("--first-stage", default="symbols-page", help="where --start-from begins")
     parser.add_argument("--threads", type=int, help="CPU threads")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     steps = {name: int(count) for name, count in (item.split("=") for item in arguments.steps)}
-    train(arguments.family, folder=arguments.folder, seed=arguments.seed, resume=arguments.resume, steps=steps)
+    train(
+        arguments.family,
+        folder=arguments.folder,
+        seed=arguments.seed,
+        resume=arguments.resume,
+        steps=steps,
+        start_from=arguments.start_from,
+        first_stage=arguments.first_stage,
+    )
 
 
 if __name__ == "__main__":
