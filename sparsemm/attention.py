@@ -26,6 +26,9 @@ ROTARY: dict[type[nn.Module], Callable[..., tuple[Tensor, Tensor]]] = {
 }
 """Attention classes that `sparse_attention` can stand in for, with their rotary embedding."""
 
+ROTARY_TILE = 2048
+"""Columns of a prompt that are rotated at a time."""
+
 Observer = Callable[[int, Tensor, SparseLayer], None]
 """`observer(layer_idx, query, layer)` after every attention forward: query `[B, Hq, n, D]` after RoPE, rows stored."""
 
@@ -61,7 +64,7 @@ def sparse_attention(
     query = module.q_proj(hidden_states).view(heads).transpose(1, 2)
     key = module.k_proj(hidden_states).view(heads).transpose(1, 2)
     value = module.v_proj(hidden_states).view(heads).transpose(1, 2)
-    query, key = ROTARY[type(module)](query, key, *position_embeddings)
+    query, key = _rotate(ROTARY[type(module)], query, key, *position_embeddings)
     if head_mask is not None and mask_mode == "zero_query":
         query = query * head_mask[:, None, None]
 
@@ -87,9 +90,27 @@ def sparse_attention(
         out = layer.attend(query, key, value, past_key_values.chunk, module.scaling).transpose(1, 2)
     if observer is not None and layer is not None:
         observer(module.layer_idx, query, layer)
+    del query, key, value  # a long prompt's are as large as the largest activations that follow
     if head_mask is not None and mask_mode == "zero_output":
         out = out * head_mask[:, None]
     return module.o_proj(out.reshape(batch, columns, -1)), weights
+
+
+def _rotate(
+    rotary: Callable[..., tuple[Tensor, Tensor]], query: Tensor, key: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rotary embedding of query and key `[batch, heads, columns, head_dim]`; a long prompt's in place, in tiles.
+
+    All at once it would hold several more tensors of their size. The values are the same.
+    """
+    if query.shape[2] <= ROTARY_TILE or torch.is_grad_enabled():
+        return rotary(query, key, cos, sin)
+    for begin in range(0, query.shape[2], ROTARY_TILE):
+        tile = slice(begin, begin + ROTARY_TILE)
+        query[:, :, tile], key[:, :, tile] = rotary(
+            query[:, :, tile], key[:, :, tile], cos[..., tile, :], sin[..., tile, :]
+        )
+    return query, key
 
 
 def head_mask_for(masked: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor | None:

@@ -43,6 +43,11 @@ def patch(model: nn.Module, config: CompressionConfig, *, reserve: int = GROWTH_
     return PatchHandle(model, config, reserve=reserve)
 
 
+def active_patch(model: nn.Module) -> PatchHandle | None:
+    """The handle of the patch that `model` is under, or None. Raises `UnsupportedModelError` as `patch` does."""
+    return _PATCHED.get(family_of(model).text_model(model))
+
+
 class PatchHandle:
     """An active patch. `stats` describes the most recent prompt, `observer` sees every attention forward."""
 

@@ -73,6 +73,36 @@ class SparseCache(Cache):
         else:
             self.record.appended_rows += sum(self.chunk.lengths) if self.chunk.lengths else batch * columns
 
+    # -- decode steps without host work -----------------------------------------------------------------------------
+
+    @property
+    def room(self) -> int:
+        """Tokens that every list of every layer can still take before a buffer has to move."""
+        return min(layer.room for layer in self.layers)
+
+    def begin_steps(self) -> None:
+        """Let the coming forwards each append one token of every sequence and touch nothing but the device.
+
+        Such a forward can be captured in a CUDA graph and replayed. It needs `room`, and `count_steps` once it has run.
+        """
+        if self.batch_size < 0:
+            raise CacheError("decode steps need a prompt in the cache; run the prompt through the model first")
+        self.chunk = Chunk.of_step(self.batch_size)
+
+    def count_steps(self, steps: int) -> None:
+        """Account on the host for `steps` forwards since `begin_steps` or the last call."""
+        for layer in self.layers:
+            layer.count(steps)
+        batch = self.batch_size
+        self.record.appended_rows += steps * batch
+        if self.attention_mask is not None:
+            self.attention_mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(batch, steps)], dim=1)
+
+    def grow(self, rows: int) -> None:
+        """Make room for at least `rows` more tokens. Buffers move: graphs captured before must not be replayed."""
+        for layer in self.layers:
+            layer.grow(rows)
+
     @property
     def batch_size(self) -> int:
         """Sequences held; -1 before the first prompt."""

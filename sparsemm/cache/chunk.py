@@ -19,6 +19,8 @@ class Chunk:
             need know.
         order: int64 `[batch, columns]` that brings valid columns to the right end, or None when they are there.
         num_later: int32 `[batch, columns]`, valid columns behind each one; None where column order already says it.
+        counted: Whether layers account for the columns as they come. False in decode steps that may be replayed from a
+            CUDA graph, where no Python runs: `SparseCache.count_steps` accounts for them afterwards.
     """
 
     batch: int
@@ -27,6 +29,12 @@ class Chunk:
     lengths: list[int] | None
     order: Tensor | None
     num_later: Tensor | None
+    counted: bool = True
+
+    @classmethod
+    def of_step(cls, batch: int) -> Chunk:
+        """One decoded token of every sequence, accounted for later."""
+        return cls(batch, 1, None, [1] * batch, None, None, counted=False)
 
     @classmethod
     def of(cls, mask: Tensor | None, batch: int, columns: int, *, needs_lengths: bool) -> Chunk:

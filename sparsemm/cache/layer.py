@@ -152,18 +152,23 @@ class SparseLayer(CacheLayerMixin):
         self.record.layer_bytes[self.layer_idx] = self.memory_bytes()
 
     def _append(self, key: Tensor, value: Tensor, chunk: Chunk) -> None:
-        if chunk.columns > self.room:
-            self._grow(chunk.columns)
+        if chunk.counted and chunk.columns > self.room:
+            self.grow(chunk.columns)
         torch.ops.sparsemm.append(
             key, value, self.offsets, self.lens, self.key_buffer, self.value_buffer, self.overflow, chunk.mask
         )
-        self.room -= chunk.columns
-        self.seen += chunk.columns
-        self.removable += chunk.columns
-        self.longest += chunk.columns
+        if chunk.counted:
+            self.count(chunk.columns)
 
-    def _grow(self, rows: int) -> None:
-        """Give every list at least `rows` more slots behind its slack."""
+    def count(self, columns: int) -> None:
+        """Account on the host for `columns` columns that were appended on the device."""
+        self.room -= columns
+        self.seen += columns
+        self.removable += columns
+        self.longest += columns
+
+    def grow(self, rows: int) -> None:
+        """Give every list at least `rows` more slots behind its slack. The buffers move."""
         if bool(self.overflow.item()):
             raise CacheError(
                 "rows were lost because a list of the cache was full; this is a bug in the cache's accounting"

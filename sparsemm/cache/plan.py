@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,12 @@ class CachePlan(SelectionPlan):
 
     head_dim: int
     reserve: int = GROWTH_ROWS
+
+    def with_reserve(self, reserve: int) -> CachePlan:
+        """The same plan with other slack; the budgets computed so far are shared."""
+        plan = dataclasses.replace(self, reserve=reserve)
+        object.__setattr__(plan, "_budgets", self._budgets)
+        return plan
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CachePlan:
         return self  # immutable, shared by copies of a cache
