@@ -1,16 +1,124 @@
-"""Greedy generation with a clock in it, and image features that are computed once."""
+"""Generation: the fast loop of this package, transformers' own with a clock in it, image features computed once."""
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import LongTensor, Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
+
+from sparsemm.cache import CacheStats, SparseCache
+from sparsemm.config import CompressionConfig
+from sparsemm.decoding import DecodeLoop
+from sparsemm.decoding.tiling import PROMPT_TILE
+from sparsemm.errors import ConfigError, PatchError
+from sparsemm.patching import active_patch, patch
+
+if TYPE_CHECKING:
+    from transformers.generation import BaseStreamer
+
+
+@dataclass(frozen=True)
+class GenerationOutput:
+    """What `sparsemm.generate` returns.
+
+    Attributes:
+        sequences: int64 `[batch, prompt + new tokens]`, as `model.generate` returns them.
+        prompt_columns: Columns of the prompt in `sequences`, padding included.
+        cache: Holds everything but the last token; hand it on as `past_key_values` to continue.
+        stats: What the cache kept of the prompts.
+        graph: Whether decode steps were replayed from a CUDA graph.
+        captures: Graphs captured; more than one when the buffers had to grow.
+        prefill_seconds: Until the first token was chosen.
+        decode_seconds: From the first token to the last.
+    """
+
+    sequences: LongTensor
+    prompt_columns: int
+    cache: SparseCache
+    stats: CacheStats
+    graph: bool
+    captures: int
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def new_tokens(self) -> LongTensor:
+        """int64 `[batch, new tokens]`."""
+        return self.sequences[:, self.prompt_columns :]
+
+    @property
+    def ms_per_token(self) -> float | None:
+        """Milliseconds of one decode step of the whole batch; None when the first token was the last."""
+        steps = self.new_tokens.shape[1] - 1
+        return 1000 * self.decode_seconds / steps if steps > 0 else None
+
+
+def generate(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    config: CompressionConfig | None = None,
+    *,
+    reserve: int | None = None,
+    graph: bool | None = None,
+    prompt_tile: int = PROMPT_TILE,
+    streamer: BaseStreamer | Callable[[LongTensor], None] | None = None,
+    **options: Any,
+) -> GenerationOutput:
+    """Greedy search or sampling, one replayed CUDA graph per token; without CUDA the same step runs as it is.
+
+    Gives the tokens of `model.generate` under the same patch, whose preparation, logits processors and stopping
+    criteria it uses. The prompt goes through the layers one at a time, each layer's keys and values freed once it is
+    compressed, norms and MLPs in tiles; logits exist for its last column only. The host waits for the device once a
+    token, for the stop check of the step before; never for a layer.
+
+    Args:
+        model: A supported model; patched for the duration of the call when `config` is given.
+        inputs: What the processor (or `ModelFamily.build_inputs`) made: `input_ids`, `attention_mask`, images.
+        config: Method and settings; None uses the patch that is active.
+        reserve: Rows allocated for generated tokens; by default as many as may be generated. When they are full the
+            buffers grow and the graph is captured anew.
+        graph: True insists on a CUDA graph, False does without; by default one is used where possible.
+        prompt_tile: Prompt tokens that norms and MLPs take at a time; 0 for all at once.
+        streamer: A transformers streamer, or a function that is called with the tokens `[batch]` of every step, on the
+            CPU. On a GPU tokens come one step late.
+        **options: For `model.generate`: `max_new_tokens`, `do_sample`, `temperature`, `top_p`, `top_k`,
+            `repetition_penalty`, `eos_token_id`, `stopping_criteria`, `logits_processor`, `past_key_values`, …
+
+    Raises:
+        PatchError: Neither is `config` given nor the model patched, or both.
+        ConfigError: A setting of beam search, assisted decoding or collected outputs; a graph that cannot be had.
+    """
+    for name, value, least in (("reserve", reserve, 1), ("prompt_tile", prompt_tile, 0)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ConfigError(f"{name}={value!r} must be a whole number, at least {least}")
+    if "custom_generate" in options or options.get("assistant_model") is not None:
+        raise ConfigError("sparsemm.generate runs its own loop; use model.generate under sparsemm.patch for others")
+    active = active_patch(model)
+    if config is None and active is None:
+        raise PatchError("the model is not patched: give a config, or call this inside `with sparsemm.patch(…)`")
+    with nullcontext(active) if config is None else patch(model, config) as handle:
+        loop = DecodeLoop(handle, reserve=reserve, graph=graph, prompt_tile=prompt_tile, streamer=streamer)
+        device = handle.text_model.embed_tokens.weight.device
+        device = model.device if device.type == "meta" else device
+        tensors = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in inputs.items()}
+        sequences = model.generate(**tensors, **options, custom_generate=loop)
+        return GenerationOutput(
+            sequences=sequences,
+            prompt_columns=tensors["input_ids"].shape[1],
+            cache=loop.cache,
+            stats=loop.cache.record.stats(),
+            graph=loop.runner is not None and loop.runner.captures > 0,
+            captures=0 if loop.runner is None else loop.runner.captures,
+            prefill_seconds=loop.prefill_seconds,
+            decode_seconds=loop.decode_seconds,
+        )
 
 
 class StepClock(StoppingCriteria):

@@ -1,0 +1,1 @@
+"""Measurements: operators, decode steps, memory."""

@@ -1,0 +1,120 @@
+"""Running a step over and over: captured in a CUDA graph where there is CUDA, called where there is none."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from sparsemm.cache import GROWTH_ROWS, SparseCache
+from sparsemm.ops import library
+
+logger = logging.getLogger(__name__)
+
+# Rotary embeddings that look at the largest position, on the host, before every forward.
+_ROPE_THAT_READS_POSITIONS = ("dynamic", "longrope")
+
+
+def why_no_graph(text_model: nn.Module) -> str | None:
+    """Why decode steps of this model cannot be a CUDA graph here; None when they can."""
+    devices = {parameter.device for parameter in text_model.parameters()}
+    if {device.type for device in devices} != {"cuda"}:
+        return "the language model is not on a GPU"
+    if len(devices) > 1:
+        return f"the language model is spread over {len(devices)} devices"
+    if not library.is_loaded("cuda"):
+        return "the CUDA kernels are not built (run `make kernels`), and their PyTorch twins read lengths on the host"
+    rope_type = getattr(text_model.rotary_emb, "rope_type", "default")
+    if any(kind in rope_type for kind in _ROPE_THAT_READS_POSITIONS):
+        return f"rotary embedding of type {rope_type!r} reads positions on the host"
+    return None
+
+
+class CudaGraphs:
+    """Captures steps on one stream, into one memory pool."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, body: Callable[[], None]) -> None:
+        """Run `body` on the stream that will be captured: libraries keep workspaces per stream."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            body()
+        current.wait_stream(self.stream)
+
+    def capture(self, body: Callable[[], None]) -> Callable[[], None]:
+        """Record `body` without running it; the function returned replays it on the current stream."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            body()
+        return graph.replay
+
+
+class StepRunner:
+    """Runs `body`, a step that appends one token of every sequence to `cache`, as often as asked.
+
+    The first run is an ordinary one: it is a real step, and warms up what the libraries set up lazily. The second is
+    captured, and from then on replayed. When the buffers are full they grow, and the step is captured anew.
+
+    Attributes:
+        captures: Graphs captured so far.
+        steps: Steps run so far.
+    """
+
+    def __init__(
+        self, body: Callable[[], None], cache: SparseCache, graphs: CudaGraphs | None, *, growth: int = GROWTH_ROWS
+    ) -> None:
+        """
+        Args:
+            body: Device work only, on tensors that keep their addresses (see `DecodeStep`).
+            graphs: Captures the step; None runs it as it is. Only where `why_no_graph` says None.
+            growth: Tokens to make room for when the buffers are full.
+        """
+        self.body, self.cache, self.growth = body, cache, growth
+        self.captures = self.steps = 0
+        self._graphs = graphs
+        self._replay: Callable[[], None] | None = None
+        self._uncounted = 0
+        self._room = cache.room
+        cache.begin_steps()
+
+    def __call__(self) -> None:
+        if self._room == 0:
+            self._make_room()
+        if self._graphs is not None and self.steps == 0:
+            self._graphs.warm_up(self.body)
+        else:
+            if self._graphs is not None and self._replay is None:
+                self._capture()
+            (self._replay or self.body)()
+        self.steps += 1
+        self._uncounted += 1
+        self._room -= 1
+
+    def finish(self) -> None:
+        """Bring the cache's accounting up to date. To be called after the last step, and harmless in between."""
+        steps, self._uncounted = self._uncounted, 0
+        if steps:
+            self.cache.count_steps(steps)
+
+    def _make_room(self) -> None:
+        self.finish()
+        self._replay = None  # its memory is freed before the buffers grow, and it must never run again
+        self.cache.grow(self.growth)
+        self._room = self.cache.room
+        self.cache.begin_steps()
+
+    def _capture(self) -> None:
+        try:
+            self._replay = self._graphs.capture(self.body)
+        except RuntimeError as error:
+            logger.warning("the decode step could not be captured (%s); it runs without a graph", error)
+            self._graphs = None
+            return
+        self.captures += 1

@@ -1,0 +1,288 @@
+"""The decoding loop that `model.generate` runs in place of its own: prompt, then one replayed step per token.
+
+transformers prepares everything else: positions, special tokens, logits processors and stopping criteria are its own,
+so that sampling follows the very distribution, and stopping the very rules, of `model.generate`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import LongTensor, Tensor, nn
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+from sparsemm.cache import SparseCache
+from sparsemm.decoding.graph import CudaGraphs, StepRunner, why_no_graph
+from sparsemm.decoding.step import DecodeStep
+from sparsemm.decoding.tiling import PROMPT_TILE, tiled_prompt
+from sparsemm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+    from sparsemm.patching import PatchHandle
+
+
+class DecodeLoop:
+    """Greedy search and sampling over a patched model; pass it to `model.generate` as `custom_generate`.
+
+    Attributes:
+        cache: Of the last call; continue it with `past_key_values`.
+        runner: Of the last call; None when the first token was the last.
+        prefill_seconds: From the call to the first token, of the last call.
+        decode_seconds: From the first token to the last.
+    """
+
+    def __init__(
+        self,
+        handle: PatchHandle,
+        *,
+        reserve: int | None = None,
+        graph: bool | None = None,
+        prompt_tile: int = PROMPT_TILE,
+        streamer: Any = None,
+    ) -> None:
+        """Arguments as for `sparsemm.generate`. Raises `ConfigError` when a graph is insisted on and cannot be had."""
+        obstacle = why_no_graph(handle.text_model)
+        if obstacle is None and handle.observer is not None:
+            obstacle = "an observer is to see every attention forward"
+        if graph and obstacle is not None:
+            raise ConfigError(f"graph=True, but {obstacle}; leave graph unset to decode without one")
+        self.handle, self.reserve, self.prompt_tile, self.streamer = handle, reserve, prompt_tile, streamer
+        self.graph = obstacle is None if graph is None else graph
+        self.cache: SparseCache | None = None
+        self.runner: StepRunner | None = None
+        self.prefill_seconds = self.decode_seconds = 0.0
+
+    def __call__(
+        self,
+        model: nn.Module,
+        input_ids: LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> LongTensor:
+        """Called by `model.generate`. Returns int64 `[batch, prompt + new tokens]`."""
+        _refuse_other_modes(generation_config, model_kwargs)
+        max_length, prompt_length = stopping_criteria.max_length, input_ids.shape[1]
+        clock = _Clock(input_ids.device)
+        position_ids = model_kwargs["position_ids"]
+        cache = self._cache_for(model_kwargs.get("past_key_values"), max_length - prompt_length)
+        with tiled_prompt(self.handle.text_model, self.prompt_tile):
+            outputs = model._prefill(input_ids, generation_config, {**model_kwargs, "past_key_values": cache})
+        step = DecodeStep(model, cache, position_ids, outputs.logits[:, -1].to(input_ids.device))
+        del outputs
+        choose = _Choice(step, input_ids, max_length, logits_processor, stopping_criteria, generation_config)
+        monitor = _Monitor(choose, self.streamer)
+        choose()
+        clock.mark()
+        monitor.note()
+        self.cache, self.runner = cache, None
+        remaining = max_length - prompt_length - 1
+        if remaining > 0 and not monitor.finished():
+            if cache.room < min(remaining, cache.plan.reserve):  # a later turn
+                cache.grow(min(remaining, cache.plan.reserve))
+            body = _one_after_the_other(step, choose) if choose.on_device else step
+            self.runner = StepRunner(body, cache, CudaGraphs(input_ids.device) if self.graph else None)
+            try:
+                for _ in range(remaining):
+                    self.runner()
+                    choose.advance() if choose.on_device else choose()
+                    monitor.note()
+                    if monitor.finished():
+                        break
+            finally:  # an interrupted generation leaves a cache that can be continued
+                self.runner.finish()
+        clock.mark()
+        surplus = monitor.drain()
+        if surplus:
+            cache.crop(-surplus)
+        self.prefill_seconds, self.decode_seconds = clock.seconds()
+        return choose.sequences[:, : choose.length - surplus]
+
+    def _cache_for(self, given: Any, new_tokens: int) -> SparseCache:
+        """The cache of an earlier turn, or an empty one with room for the whole answer."""
+        if isinstance(given, SparseCache):
+            return given
+        if given is not None and given.get_seq_length() > 0:
+            return given  # of another kind: the patch says why it is of no use
+        return SparseCache(self.handle.plan.with_reserve(self.reserve or max(1, new_tokens)))
+
+
+class _Choice:
+    """Picks the next token of every sequence from the step's logits and hands it to the step.
+
+    Plain greedy search that stops at a length or an end token touches the device only, so it is part of the captured
+    step (`on_device`). Logits processors, sampling and other stopping criteria run after it.
+    """
+
+    def __init__(
+        self,
+        step: DecodeStep,
+        input_ids: LongTensor,
+        max_length: int,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+    ) -> None:
+        batch, self.length = input_ids.shape
+        device = input_ids.device
+        self.step, self.processors, self.criteria, self.sample = step, processors, criteria, config.do_sample
+        self.sequences = input_ids.new_zeros(batch, max_length)
+        self.sequences[:, : self.length] = input_ids
+        self.column = torch.full((1,), self.length, device=device)  # the same as `length`, where a graph can read it
+        self.unfinished = torch.ones(batch, dtype=torch.bool, device=device)
+        self.outcome = torch.zeros(batch + 1, dtype=torch.long, device=device)  # the tokens; whether any goes on
+        ends = [each.eos_token_id for each in criteria if hasattr(each, "eos_token_id")]
+        self.ends = torch.cat([each.view(-1).to(device) for each in ends]) if ends else None
+        self.pad = config._pad_token_tensor.to(device) if ends else None
+        known = all(type(each) in (EosTokenCriteria, MaxLengthCriteria) for each in criteria)
+        self.on_device = not processors and not self.sample and known
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        self.choose_on_device() if self.on_device else self._choose()
+        self.advance()
+
+    def advance(self) -> None:
+        """Account on the host for a choice made on the device."""
+        self.length += 1
+
+    def choose_on_device(self) -> None:
+        token = self.step.logits.argmax(-1)
+        if self.ends is not None:
+            token = torch.where(self.unfinished, token, self.pad)
+            self.unfinished.logical_and_((token[:, None] != self.ends).all(-1))
+        self._hand_over(token)
+        self.outcome[-1] = self.unfinished.any()
+
+    def _choose(self) -> None:
+        scores = self.processors(self.sequences[:, : self.length], self.step.logits.clone())
+        if not self.sample:
+            token = scores.argmax(-1)
+        else:
+            probabilities = scores.softmax(-1)
+            if probabilities.device.type == "cpu":
+                token = torch.multinomial(probabilities, num_samples=1).squeeze(1)  # as transformers draws
+            else:  # the same distribution; multinomial would wait for the device to check its input
+                token = (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+        if self.ends is not None:
+            token = torch.where(self.unfinished, token, self.pad)
+        self._hand_over(token)
+        stopped = self.criteria(self.sequences[:, : self.length + 1], None)
+        self.unfinished.logical_and_(~stopped)
+        self.outcome[-1] = self.unfinished.any()
+
+    def _hand_over(self, token: Tensor) -> None:
+        self.step.token.copy_(token[:, None])
+        self.sequences.index_copy_(1, self.column, token[:, None])
+        self.column += 1
+        self.outcome[:-1] = token
+
+
+def _one_after_the_other(step: DecodeStep, choose: _Choice) -> Callable[[], None]:
+    def body() -> None:
+        step()
+        choose.choose_on_device()
+
+    return torch.no_grad()(body)
+
+
+class _Monitor:
+    """Streams tokens and notices that every sequence has ended.
+
+    On a GPU it reads each step's outcome while the next one runs: waiting for it would leave the device idle after
+    every token. Up to one step too many is then run, and taken back (`drain`).
+    """
+
+    def __init__(self, choice: _Choice, streamer: Any) -> None:
+        self.choice, self.streamer = choice, streamer
+        self.lag = 1 if choice.sequences.device.type == "cuda" else 0
+        self.pending: deque[tuple[Tensor, Any]] = deque()
+        self.done = False
+        self.surplus = 0
+        if streamer is not None and hasattr(streamer, "put"):
+            streamer.put(choice.sequences[:, : choice.length].cpu())
+
+    def note(self) -> None:
+        """Queue the outcome of the choice just made."""
+        outcome = self.choice.outcome
+        if self.lag == 0:
+            self.pending.append((outcome.clone(), None))
+            return
+        host = torch.empty(outcome.shape, dtype=outcome.dtype, pin_memory=True)
+        host.copy_(outcome, non_blocking=True)
+        event = torch.cuda.Event(blocking=True)
+        event.record()
+        self.pending.append((host, event))
+
+    def finished(self) -> bool:
+        self._read(self.lag)
+        return self.done
+
+    def drain(self) -> int:
+        """Wait for the last outcomes; the number of tokens chosen after every sequence had ended."""
+        self._read(0)
+        if self.streamer is not None and hasattr(self.streamer, "end"):
+            self.streamer.end()
+        return self.surplus
+
+    def _read(self, keep: int) -> None:
+        while len(self.pending) > keep:
+            outcome, event = self.pending.popleft()
+            if event is not None:
+                event.synchronize()
+            if self.done:
+                self.surplus += 1
+                continue
+            if self.streamer is not None:
+                getattr(self.streamer, "put", self.streamer)(outcome[:-1].clone())
+            self.done = not bool(outcome[-1])
+
+
+class _Clock:
+    """Time between marks, on the device's own clock where there is one; nothing waits before `seconds`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.marks: list[Any] = []
+        self.mark()
+
+    def mark(self) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        pairs = zip(self.marks, self.marks[1:], strict=False)
+        if not self.cuda:
+            return [end - begin for begin, end in pairs]
+        self.marks[-1].synchronize()
+        return [begin.elapsed_time(end) / 1000 for begin, end in pairs]
+
+
+def _refuse_other_modes(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    """Raise `ConfigError` for what this loop does not do; `model.generate` under the patch does."""
+    mode = config.get_generation_mode().value
+    wanted = {
+        f"generation mode {mode!r}": mode not in ("greedy_search", "sample"),
+        "use_cache=False": not model_kwargs.get("use_cache", True),
+        "output_scores": config.output_scores,
+        "output_logits": config.output_logits,
+        "output_attentions": config.output_attentions,
+        "output_hidden_states": config.output_hidden_states,
+    }
+    for name, asked in wanted.items():
+        if asked:
+            raise ConfigError(
+                f"{name} is not offered by sparsemm.generate, which does greedy search and sampling and returns "
+                "tokens; use model.generate under sparsemm.patch"
+            )
