@@ -10,7 +10,7 @@ from sparsemm.io import write_bytes_atomic
 from sparsemm.results import Cell, Results
 
 # Okabe and Ito's palette, distinguishable with every kind of colour vision; a marker each for print without colour.
-_STYLES = {
+STYLES = {
     "sparsemm": ("#D55E00", "o"),
     "snapkv": ("#0072B2", "s"),
     "pyramidkv": ("#009E73", "^"),
@@ -18,7 +18,7 @@ _STYLES = {
     "random": ("#7A7A7A", "v"),
 }
 _OTHER_STYLES = (("#E69F00", "P"), ("#56B4E9", "X"), ("#000000", "*"))
-_LABELS = {
+LABELS = {
     "sparsemm": "SparseMM",
     "snapkv": "SnapKV",
     "pyramidkv": "PyramidKV",
@@ -126,11 +126,11 @@ def plot_accuracy(
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     if "fullkv" in levels:
-        axes.axhline(levels["fullkv"], color="black", linestyle="--", linewidth=1.4, label=_LABELS["fullkv"])
+        axes.axhline(levels["fullkv"], color="black", linestyle="--", linewidth=1.4, label=LABELS["fullkv"])
     others = iter(_OTHER_STYLES * len(lines))
-    for method in sorted(lines, key=lambda name: list(_STYLES).index(name) if name in _STYLES else len(_STYLES)):
+    for method in sorted(lines, key=lambda name: list(STYLES).index(name) if name in STYLES else len(STYLES)):
         points = sorted(lines[method])
-        colour, marker = _STYLES[method] if method in _STYLES else next(others)
+        colour, marker = STYLES[method] if method in STYLES else next(others)
         own = method == "sparsemm"
         axes.plot(
             [budget for budget, _ in points],
@@ -140,11 +140,11 @@ def plot_accuracy(
             markersize=6 if own else 5,
             linewidth=2.4 if own else 1.5,
             zorder=3 if own else 2,
-            label=_LABELS.get(method, method),
+            label=LABELS.get(method, method),
         )
     for method, dashes in (("mask_random", (1, 1.5)), ("mask", (4, 1.5, 1, 1.5))):
         if method in levels:
-            axes.axhline(levels[method], color="#56B4E9", dashes=dashes, linewidth=1.4, label=_LABELS[method])
+            axes.axhline(levels[method], color="#56B4E9", dashes=dashes, linewidth=1.4, label=LABELS[method])
     budgets = sorted({budget for points in lines.values() for budget, _ in points})
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(_apart(budgets)))

@@ -1,0 +1,193 @@
+"""Reading results: lmms-eval's `*_results.json`, notes of failed cells, collections of `write_measurements`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparsemm.errors import DataError
+from sparsemm.io import read_json, write_json_atomic
+from sparsemm.methods import get_method
+
+logger = logging.getLogger(__name__)
+
+FORMAT, FORMAT_VERSION = "sparsemm-measurements", 1
+_ARGUMENT = re.compile(r"(?:^|,)(\w+)=")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One cell as it was measured, or that it failed.
+
+    Attributes:
+        model: Last part of the checkpoint's path or hub id.
+        task: lmms-eval's name of the task.
+        method, budget, ratio, window_size, rounding, mask_ratio, seed: Settings; `budget` is None for methods that keep
+            every row.
+        metrics: lmms-eval's values, by metric.
+        effective_budget: Prompt rows really kept per kv head, mean over the documents.
+        documents: Number of documents.
+        cache_share: Bytes held / bytes of a full cache, at the end of a document.
+        ms_per_token: Wall time of a decoding step, in ms.
+        seconds: Wall time of the cell.
+        error: Why there are no metrics, for a cell that failed.
+    """
+
+    model: str
+    task: str
+    method: str
+    budget: int | None
+    ratio: float = 0.1
+    window_size: int = 32
+    rounding: str = "exact"
+    mask_ratio: float = 0.1
+    seed: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    effective_budget: float | None = None
+    documents: int | None = None
+    cache_share: float | None = None
+    ms_per_token: float | None = None
+    seconds: float | None = None
+    error: str | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What places it in the tables; two of one key are two runs of one cell."""
+        relevant = self.ratio if self.method in ("sparsemm", "random") else None
+        window = self.window_size if self.budget is not None else None
+        return self.model, self.task, self.method, self.budget, relevant, window
+
+
+def read_measurements(paths: Iterable[str | Path], *, rounding: str | None = None) -> list[Measurement]:
+    """All cells in files and, recursively, folders; of two runs of one cell the one written last.
+
+    Args:
+        paths: Result files or folders.
+        rounding: Keep only cells of this rounding (and those it does not concern).
+
+    Raises:
+        DataError: A path does not exist, a file has another form, or there is no result.
+    """
+    found: list[tuple[float, Measurement]] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise DataError(f"{path} does not exist; give result files of lmms-eval or folders of them")
+        files = [path] if path.is_file() else [*path.rglob("*_results.json"), *path.rglob("failed.json")]
+        for file in sorted(files):
+            found += [(file.stat().st_mtime, each) for each in _read(file)]
+    kept: dict[tuple[Any, ...], Measurement] = {}
+    for _, each in sorted(found, key=lambda pair: (pair[1].error is None, pair[0])):  # a success replaces a failure
+        if rounding is not None and each.budget is not None and each.rounding != rounding:
+            continue
+        before = kept.pop(each.key, None)
+        if before is not None and before.error is None and before != each:
+            logger.warning("%s %s %s was measured more than once; the last run counts", *each.key[1:4])
+        kept[each.key] = each
+    if not kept:
+        raise DataError(f"there are no results in {', '.join(map(str, paths))}; run scripts/eval/*.sh first")
+    return list(kept.values())
+
+
+def write_measurements(measurements: Iterable[Measurement], path: str | Path) -> None:
+    """One file of all cells, without the samples: small enough to keep in a repository."""
+    ordered = sorted(measurements, key=lambda each: [(part is not None, part) for part in each.key])
+    cells = [{k: v for k, v in dataclasses.asdict(each).items() if v is not None} for each in ordered]
+    write_json_atomic(path, {"format": FORMAT, "version": FORMAT_VERSION, "cells": cells})
+
+
+def _read(file: Path) -> list[Measurement]:
+    document = read_json(file)
+    if not isinstance(document, dict):
+        raise DataError(f"{file} is not a result file; choose another path")
+    try:
+        if document.get("format") == FORMAT:
+            return [Measurement(**{"budget": None, **values}) for values in document["cells"]]
+        if "error" in document and "cell" in document:
+            cell = document["cell"]
+            return [_measurement(cell["model"], cell["task"], cell["settings"], error=document["error"])]
+        if "sparsemm" in document:
+            return [_from_runner(document["sparsemm"])]
+        return _from_lmms_eval(document, file)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{file} is not a result file of lmms-eval ({error!r}); choose another path") from error
+
+
+def _from_runner(part: Mapping[str, Any]) -> Measurement:
+    cell, summary = part["cell"], part["summary"]
+    return _measurement(
+        cell["model"],
+        cell["task"],
+        cell["settings"],
+        metrics=summary["metrics"],
+        effective_budget=summary["effective_budget"],
+        documents=summary["documents"],
+        cache_share=summary["cache_bytes"] / summary["full_cache_bytes"],
+        ms_per_token=summary["ms_per_token"],
+        seconds=summary["seconds"],
+    )
+
+
+def _from_lmms_eval(document: Mapping[str, Any], file: Path) -> list[Measurement]:
+    """Results of lmms-eval's own program with one of this repository's models."""
+    settings = parse_arguments(document["config"]["model_args"])
+    if "method" not in settings:
+        logger.warning("%s is of another model than this repository's; left out", file)
+        return []
+    kept = document.get("throughput", {})
+    measured = []
+    for task, values in document["results"].items():
+        metrics = {
+            name.partition(",")[0]: value
+            for name, value in values.items()
+            if isinstance(value, (int, float)) and "_stderr" not in name
+        }
+        share = None
+        if kept.get("avg_full_cache_bytes"):
+            share = kept["avg_cache_bytes"] / kept["avg_full_cache_bytes"]
+        measured.append(
+            _measurement(
+                settings["pretrained"],
+                task,
+                settings,
+                metrics=metrics,
+                # One mean over all tasks of the run: of this one only where it was the only one.
+                effective_budget=kept.get("avg_effective_budget") if len(document["results"]) == 1 else None,
+                documents=document.get("n-samples", {}).get(task, {}).get("effective"),
+                cache_share=share if len(document["results"]) == 1 else None,
+            )
+        )
+    return measured
+
+
+def _measurement(model: str, task: str, settings: Mapping[str, Any], **values: Any) -> Measurement:
+    method = get_method(settings["method"])
+    names = ("ratio", "window_size", "rounding", "mask_ratio", "seed")
+    return Measurement(
+        model=Path(model).name,
+        task=task,
+        method=settings["method"],
+        budget=int(settings["budget"]) if method.compresses else None,
+        **{name: settings[name] for name in names if name in settings},
+        **values,
+    )
+
+
+def parse_arguments(text: str) -> dict[str, Any]:
+    """lmms-eval's `name=value,name=value`; a comma inside a value does not end it."""
+    starts = list(_ARGUMENT.finditer(text))
+    ends = [match.start() for match in starts[1:]] + [len(text)]
+    return {match[1]: _value(text[match.end() : end]) for match, end in zip(starts, ends, strict=True)}
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
