@@ -9,7 +9,7 @@ TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 
 # The stamp carries a digest of what the installation depends on: a changed pin or kernel installs again.
-SOURCES := $(CONSTRAINTS) pyproject.toml $(wildcard setup.py sparsemm/ops/schemas.py csrc/* csrc/*/*)
+SOURCES := $(CONSTRAINTS) pyproject.toml lmms-eval/pyproject.toml $(wildcard setup.py sparsemm/ops/schemas.py csrc/* csrc/*/*)
 STAMP := $(VENV)/.installed-$(shell cat $(SOURCES) 2>/dev/null | sha256sum | cut -c1-16)
 
 # Without a GPU pip may take a CPU build (torch==2.13.0+cpu) where its configuration offers one; with a GPU
@@ -40,10 +40,13 @@ format: $(STAMP)  ## Apply the style
 
 install: $(STAMP)  ## Virtual environment with pinned versions and this package
 
+# lmms-eval comes without what it depends on, torchvision among it; its plug-in names what the tasks need.
 $(STAMP): | $(VENV)
 	$(PIP) install --constraint $(CONSTRAINTS) "$(TORCH)"
 	$(PIP) install --constraint $(CONSTRAINTS) setuptools
 	$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable ".[dev]"
+	$(PIP) install --constraint $(CONSTRAINTS) --no-deps lmms-eval
+	$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable "./lmms-eval[runtime]"
 	rm -f $(VENV)/.installed-*
 	touch $@
 
