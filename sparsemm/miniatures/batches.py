@@ -118,7 +118,8 @@ def make_batch(
         question = [*before, *page_symbols(family, layout), *after]
         starts.append(len(question))
         sequences.append([*question, *tokenizer.encode(layout.answer), tokenizer.eos_token_id])
-    length = max(map(len, sequences)) - 1
+    # Few different lengths: the CPU library compiles its kernels anew for every shape.
+    length = -(-(max(map(len, sequences)) - 1) // 32) * 32
     input_ids = np.full((batch_size, length), tokenizer.pad_token_id, dtype=np.int64)
     labels = np.full((batch_size, length), IGNORE, dtype=np.int64)
     for row, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):

@@ -45,7 +45,7 @@ CURRICULUM = (
     Stage("symbols-middle", "symbols", 3000, 48, Mix(8, 10, 1, 6, 4, 0.25), enough=0.93),
     Stage("symbols-page", "symbols", 3000, 32, Mix(14, 14, 1, 12, 6, 0.3), enough=0.93),
     Stage("glyphs", "glyphs", 2500, 8, Mix(fewest_words=14, most_words=24, field_share=0.0), 2e-3, enough=0.985),
-    Stage("pages", "pages", 3000, 24, Mix(14, 14, 1, 10, 6, 0.3), 5e-4),
+    Stage("pages", "pages", 3000, 24, Mix(14, 14, 1, 8, 6, 0.3), 1e-3),
     Stage("polish", "pages", 600, 24, Mix(14, 14, 1, 8, 6, 0.3), 5e-4, warmup=1, decay=True),
 )
 
