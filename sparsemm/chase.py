@@ -124,6 +124,7 @@ def chase(
         "image_part": part,
         "max_new_tokens": max_new_tokens,
         "seed": seed,
+        "num_kv_heads": text_config.num_key_value_heads,
         "shape": list(shape),
     }
     us = workers()

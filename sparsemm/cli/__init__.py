@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsemm.cli import bench, chase, data, evaluate, generate, head_scores, miniatures, tables
+from sparsemm.cli import bench, chase, data, evaluate, generate, head_scores, mask, miniatures, tables, viz
 from sparsemm.cli.common import quiet
 from sparsemm.errors import SparseMMError
 
@@ -25,9 +25,11 @@ app.command()(evaluate.evaluate)
 app.command()(evaluate.report)
 app.command()(evaluate.quickstart)
 app.command()(chase.chase)
+app.command()(mask.mask)
 app.command()(tables.tables)
 app.add_typer(head_scores.app, name="head-scores")
 app.add_typer(data.app, name="data")
+app.add_typer(viz.app, name="viz")
 app.add_typer(miniatures.app, name="miniatures")
 app.add_typer(bench.app, name="bench")
 

@@ -1,0 +1,54 @@
+"""What all pictures share: size, saving, labels."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparsemm.errors import DataError
+from sparsemm.io import write_bytes_atomic
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = "viridis"
+"""The colour map of every picture: perceptually uniform, legible in print and with any kind of colour vision."""
+
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette, for lines."""
+
+_LARGEST_SIDE = 60.0  # inches; at 150 dots an inch still less than PNG writers take
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches. Raises `DataError` when it would be absurdly large."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if max(width, height) > _LARGEST_SIDE:
+        raise DataError(f"a picture of {width:.0f} x {height:.0f} inches is too large; choose fewer heads or tokens")
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write the figure as the file's ending says. Raises `DataError` for an ending that is no image format."""
+    ending = Path(path).suffix.lstrip(".").lower()
+    if ending not in figure.canvas.get_supported_filetypes():
+        raise DataError(f"{path} does not end in an image format; use .png, .svg or .pdf")
+    buffer = io.BytesIO()
+    # No date and no version in the file: the same data give the same bytes.
+    figure.savefig(buffer, format=ending, metadata={"png": {"Software": None}}.get(ending))
+    write_bytes_atomic(path, buffer.getvalue())
+
+
+def spaced(count: int, most: int = 16) -> list[int]:
+    """At most about `most` evenly spaced tick positions of 0 .. count - 1."""
+    return list(range(0, count, max(1, -(-count // most))))
+
+
+def contrast(red: float, green: float, blue: float) -> str:
+    """Black or white, whichever can be read on a colour of channels 0..1."""
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
