@@ -1,0 +1,287 @@
+"""The paper's figures, the reading of results, and the tables and figure made from both."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from sparsemm.cli import app
+from sparsemm.errors import ConfigError, DataError
+from sparsemm.tables import Measurement, build_tables, plot_budgets, read_measurements, render_tables
+from sparsemm.tables.measurements import parse_arguments, write_measurements
+from sparsemm.tables.paper import benchmarks, main_figure, paper, paper_model
+
+VICUNA, QWEN = "llava-v1.6-vicuna-7b-hf", "Qwen2-VL-7B-Instruct"
+
+
+def leaves(value: Any) -> list[float]:
+    return [each for part in value.values() for each in leaves(part)] if isinstance(value, dict) else [value]
+
+
+# -- the paper ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("table", "part", "count", "total"),
+    [
+        ("table_1", "by_ratio", 24, 14.169),
+        ("table_2", "by_parts", 18, 1402.7),
+        # 450 cells less the 56 of DocVQA that are missing in the source; the sums were taken from its plain text.
+        ("table_3", "by_benchmark", 394, 263.9445),
+        ("table_4", "by_benchmark", 90, 6451.2),
+    ],
+)
+def test_figures_of_the_paper_are_complete(table: str, part: str, count: int, total: float) -> None:
+    values = leaves(paper()[table][part])
+    assert len(values) == count
+    assert sum(values) == pytest.approx(total, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "model", "method", "budget", "expected"),
+    [
+        ("DocVQA", "LLaVA-NeXT-Vicuna-7B", "sparsemm", 64, 0.6377),
+        ("DocVQA", "LLaVA-NeXT-Vicuna-7B", "sparsemm", 256, None),
+        ("DocVQA", "LLaVA-NeXT-Mistral-7B", "snapkv", 64, 0.4726),
+        ("DocVQA", "Qwen2-VL-7B-Instruct", "pyramidkv", 128, 0.7394),
+        ("OCRBench", "LLaVA-NeXT-Vicuna-7B", "pyramidkv", 512, 0.502),
+        ("TextCaps", "Qwen2-VL-7B-Instruct", "adakv", 64, 0.8133),
+        ("ChartQA", "LLaVA-NeXT-Mistral-7B", "random", 2048, 0.5272),
+        ("MMBench", "Qwen2-VL-7B-Instruct", "sparsemm", 48, 77.92),
+        ("VQAv2", "Qwen2-VL-7B-Instruct", "snapkv", 96, 74.32),
+        ("GQA", "LLaVA-NeXT-Vicuna-7B", "snapkv", 96, None),
+        ("OCRBench", "LLaVA-NeXT-Vicuna-7B", "fullkv", 64, None),
+    ],
+)
+def test_spot_values(benchmark: str, model: str, method: str, budget: int, expected: float | None) -> None:
+    assert main_figure(benchmark, model, method, budget) == expected
+
+
+def test_models_are_recognised_by_their_checkpoint_not_by_a_likeness() -> None:
+    assert paper_model("llava-hf/llava-v1.6-mistral-7b-hf") == "LLaVA-NeXT-Mistral-7B"
+    assert paper_model("/data/Qwen2-VL-7B-Instruct") == "Qwen2-VL-7B-Instruct"
+    assert paper_model("assets/miniatures/qwen2-vl") is None and paper_model("llava-vicuna") is None
+
+
+def test_every_benchmark_names_its_metric_and_unit() -> None:
+    metrics = {each.name: (each.metric, each.unit) for each in benchmarks().values()}
+    assert metrics["TextCaps"] == ("textcaps_CIDEr", "CIDEr")
+    assert metrics["OCRBench"] == ("ocrbench_accuracy", "share of 1000")
+    assert metrics["ChartQA"] == ("relaxed_overall", "relaxed accuracy")
+    assert all(unit for _, unit in metrics.values())
+
+
+# -- reading --------------------------------------------------------------------------------------------------------
+
+
+def lmms_results(**changes: Any) -> dict[str, Any]:
+    """The parts of a results file of lmms-eval 0.7.3 that are read."""
+    arguments = "pretrained=/models/llava-v1.6-vicuna-7b-hf,method=snapkv,budget=256,rounding=paper,seed=0"
+    return {
+        "results": {"docvqa_val": {"alias": "docvqa_val", "anls,none": 0.64, "anls_stderr,none": "N/A"}},
+        "config": {"model": "sparsemm_llava_next", "model_args": arguments},
+        "n-samples": {"docvqa_val": {"original": 5349, "effective": 100}},
+        "throughput": {"avg_effective_budget": 250.5, "avg_cache_bytes": 10.0, "avg_full_cache_bytes": 100.0},
+        **changes,
+    }
+
+
+def test_reads_what_the_program_of_lmms_eval_writes(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "20260101_000000_results.json").write_text(json.dumps(lmms_results()))
+    (found,) = read_measurements([tmp_path])
+    assert (found.model, found.task, found.method, found.budget) == (VICUNA, "docvqa_val", "snapkv", 256)
+    assert found.metrics == {"anls": 0.64}
+    assert (found.rounding, found.effective_budget, found.documents, found.cache_share) == ("paper", 250.5, 100, 0.1)
+
+
+def test_means_over_several_tasks_are_not_taken_for_one(tmp_path: Path) -> None:
+    both = {"docvqa_val": {"anls,none": 0.5}, "chartqa": {"relaxed_overall,none": 0.25}}
+    (tmp_path / "a_results.json").write_text(json.dumps(lmms_results(results=both)))
+    found = {each.task: each for each in read_measurements([tmp_path])}
+    assert found["chartqa"].metrics == {"relaxed_overall": 0.25}
+    assert found["chartqa"].effective_budget is None
+
+
+def test_arguments_with_commas_inside() -> None:
+    text = "pretrained=/a,b/c,method=sparsemm,budget=64,ratio=0.1,head_scores=x.json"
+    expected = {"pretrained": "/a,b/c", "method": "sparsemm", "budget": 64, "ratio": 0.1, "head_scores": "x.json"}
+    assert parse_arguments(text) == expected
+
+
+def write_cell(folder: Path, metrics: dict[str, float] | None, age: int = 0, **settings: Any) -> None:
+    folder.mkdir(parents=True)
+    settings = {"method": "snapkv", "budget": 64, "rounding": "paper", **settings}
+    cell = {"model": f"llava-hf/{VICUNA}", "task": "ocrbench", "settings": settings}
+    if metrics is None:
+        path, content = folder / "failed.json", {"cell": cell, "error": "out of memory"}
+    else:
+        summary = {"metrics": metrics, "effective_budget": 63.5, "documents": 1000, "ms_per_token": 20.0}
+        summary |= {"cache_bytes": 1.0, "full_cache_bytes": 4.0, "seconds": 9.0}
+        path = folder / "1_results.json"
+        content = {"results": {}, "sparsemm": {"cell": cell, "summary": summary}}
+    path.write_text(json.dumps(content))
+    os.utime(path, (1000 - age, 1000 - age))
+
+
+def test_the_last_run_counts_and_a_success_replaces_a_failure(tmp_path: Path, caplog: Any) -> None:
+    write_cell(tmp_path / "old", {"ocrbench_accuracy": 0.1}, age=50)
+    write_cell(tmp_path / "new", {"ocrbench_accuracy": 0.2})
+    write_cell(tmp_path / "other", {"ocrbench_accuracy": 0.3}, budget=128, age=50)
+    write_cell(tmp_path / "failed later", None, budget=128)
+    write_cell(tmp_path / "failed", None, budget=256)
+    found = {each.budget: each for each in read_measurements([tmp_path])}
+    assert found[64].metrics == {"ocrbench_accuracy": 0.2} and "more than once" in caplog.text
+    assert found[128].metrics == {"ocrbench_accuracy": 0.3}
+    assert found[256].error == "out of memory"
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        read_measurements([tmp_path / "nothing"])
+    with pytest.raises(DataError, match="no results"):
+        read_measurements([tmp_path])
+    (tmp_path / "x_results.json").write_text('{"config": {}}')
+    with pytest.raises(DataError, match="x_results.json is not a result file"):
+        read_measurements([tmp_path])
+
+
+def test_a_collection_of_cells_reads_back(tmp_path: Path) -> None:
+    cells = [
+        Measurement("qwen2-vl", "sparsemm_read", "fullkv", None, metrics={"accuracy": 0.9}, effective_budget=211.0),
+        Measurement("qwen2-vl", "sparsemm_read", "sparsemm", 8, ratio=0.5, window_size=4, metrics={"accuracy": 0.5}),
+    ]
+    write_measurements(cells, tmp_path / "all.json")
+    assert read_measurements([tmp_path / "all.json"]) == cells
+
+
+# -- tables ---------------------------------------------------------------------------------------------------------
+
+
+def cell(model: str, task: str, method: str, budget: int | None, value: float, **more: Any) -> Measurement:
+    metric = benchmarks()[task].metric
+    return Measurement(
+        model, task, method, budget, metrics={metric: value}, effective_budget=more.pop("eff", 60), **more
+    )
+
+
+MEASURED = [
+    cell(VICUNA, "docvqa_val", "sparsemm", 64, 0.63, rounding="paper", documents=100),
+    cell(VICUNA, "docvqa_val", "sparsemm", 256, 0.67, rounding="paper", documents=100),
+    cell(VICUNA, "docvqa_val", "snapkv", 256, 0.65, rounding="paper", documents=100),
+    cell(VICUNA, "docvqa_val", "fullkv", None, 0.68, eff=2890, documents=100),
+    cell(QWEN, "gqa", "sparsemm", 48, 0.61),
+    cell(QWEN, "ocrbench", "sparsemm", 256, 0.8, ratio=0.0),
+    cell(QWEN, "ocrbench", "sparsemm", 256, 0.81, ratio=0.1),
+    cell(QWEN, "mmbench_en_dev_static", "sparsemm", 48, 66.0, ratio=0.0, window_size=48),
+    cell(QWEN, "mmbench_en_dev_static", "sparsemm", 48, 78.0),
+    cell("qwen2-vl", "sparsemm_read", "snapkv", 8, 0.5, window_size=4, eff=8),
+    cell("qwen2-vl", "sparsemm_read", "fullkv", None, 0.9, eff=211.0),
+    Measurement(QWEN, "gqa", "snapkv", 48, error="out of memory"),
+]
+
+
+def part(number: str, name: str) -> Any:
+    return next(t for t in build_tables(MEASURED) if t.number == number and t.benchmark.name == name)
+
+
+def test_a_cell_stands_beside_the_papers_figure() -> None:
+    entry = part("3", "DocVQA").entry("SparseMM", "64")
+    assert (entry.measured, entry.paper, entry.effective_budget) == (0.63, 0.6377, 60)
+    assert entry.difference == pytest.approx(-0.0077)
+
+
+def test_what_was_not_measured_or_not_printed_stays_empty() -> None:
+    table = part("3", "DocVQA")
+    missing_here, missing_there = table.entry("PyramidKV", "1024"), table.entry("SparseMM", "256")
+    assert missing_here.measured is None and missing_here.difference is None and missing_here.paper == 0.6812
+    assert missing_there.paper is None and missing_there.difference is None and missing_there.measured == 0.67
+    assert table.entry("SparseMM", "1024").is_empty
+    assert table.entry("FullKV", "all rows").measured == 0.68
+
+
+def test_shares_are_printed_as_the_paper_prints_them() -> None:
+    assert part("4", "GQA").entry("SparseMM", "48").measured == pytest.approx(61.0)
+    assert part("4", "MMBench").entry("SparseMM", "48").difference == pytest.approx(78.0 - 77.92)
+
+
+def test_ablations_do_not_get_into_the_main_tables() -> None:
+    ratios = part("1", "OCRBench")
+    assert ratios.entry("SparseMM", "0").difference == pytest.approx(0.8 - 0.809)
+    assert ratios.entry("SparseMM", "0.8").measured is None and ratios.entry("SparseMM", "0.8").paper == 0.789
+    parts = part("2", "MMBench")
+    assert parts.entry("Local window", "48").measured == 66.0
+    assert parts.entry("Local window, uniform, score-preferred", "48").measured == 78.0
+    assert part("3", "OCRBench").entry("SparseMM", "256").measured == 0.81
+
+
+def test_a_failed_cell_is_visible() -> None:
+    table = part("4", "GQA")
+    assert table.entry("SnapKV", "48").failed
+    text = render_tables([table])
+    assert "failed / 59.19" in text and "out of memory" in text
+
+
+def test_other_models_get_tables_without_the_papers_columns() -> None:
+    text = render_tables([part("3", "Document reading")])
+    assert "As Table 3" in text and "0.500 [8]" in text and "0.900 [211]" in text and " / " not in text.split("\n\n")[1]
+
+
+def test_all_parts_on_request_and_unknown_tables_refused() -> None:
+    assert len(build_tables(MEASURED[:1])) == 1
+    assert len(build_tables(MEASURED[:1], whole=True)) == 3 + 1 + 15 + 3
+    with pytest.raises(ConfigError, match="'5'"):
+        build_tables(MEASURED, numbers=["5"])
+
+
+def test_another_metric_has_no_figure_of_the_paper() -> None:
+    both = [Measurement(QWEN, "gqa", "sparsemm", 48, metrics={"exact_match": 0.6, "length": 3.0})]
+    (table,) = build_tables(both, metric="length")
+    assert (table.entry("SparseMM", "48").measured, table.entry("SparseMM", "48").paper) == (3.0, None)
+
+
+def test_formats_agree() -> None:
+    tables = build_tables(MEASURED)
+    rows = list(csv.DictReader(io.StringIO(render_tables(tables, "csv"))))
+    records = json.loads(render_tables(tables, "json"))
+    assert len(rows) == len(records) == sum(not e.is_empty for t in tables for r in t.rows.values() for e in r.values())
+    (row,) = [r for r in rows if (r["benchmark"], r["row"], r["budget"]) == ("DocVQA", "SparseMM", "64")]
+    assert (float(row["measured"]), float(row["paper"]), row["unit"]) == (0.63, 0.6377, "ANLS")
+    markdown, latex = render_tables(tables), render_tables(tables, "latex")
+    assert "0.6300 [60] / 0.6377 / −0.0077" in markdown
+    assert r"0.6300 [60] {\scriptsize(0.6377, $-$0.0077)}" in latex
+    assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == len(tables)
+    with pytest.raises(ConfigError, match="'html'"):
+        render_tables(tables, "html")
+
+
+def test_figure(tmp_path: Path) -> None:
+    tables = build_tables(MEASURED)
+    plot_budgets(tables, tmp_path / "a.svg")
+    drawing = (tmp_path / "a.svg").read_text()
+    assert drawing.startswith("<?xml") and drawing.count('id="axes_') >= 5
+    with pytest.raises(DataError, match="image format"):
+        plot_budgets(tables, tmp_path / "a.txt")
+    with pytest.raises(DataError, match="at a budget"):
+        plot_budgets(build_tables([MEASURED[3]]), tmp_path / "b.svg")
+
+
+def test_command(tmp_path: Path) -> None:
+    write_cell(tmp_path / "in" / "a", {"ocrbench_accuracy": 0.35})
+    write_cell(tmp_path / "in" / "b", {"ocrbench_accuracy": 0.45}, rounding="exact")
+    out = tmp_path / "out"
+    arguments = ["tables", str(tmp_path / "in"), "--rounding", "paper", "--output", str(out)]
+    result = CliRunner().invoke(app, [*arguments, "--collect", str(tmp_path / "all.json")])
+    assert result.exit_code == 0, result.output
+    assert "0.350 [63.5] / 0.340 / +0.010" in result.output
+    assert {path.name for path in out.iterdir()} == {f"tables.{e}" for e in ("md", "csv", "tex", "json")} | {
+        "budgets.png"
+    }
+    assert [each.rounding for each in read_measurements([tmp_path / "all.json"])] == ["paper"]
