@@ -302,7 +302,7 @@ def _picture(image: Path | None) -> Any:
         return image
     from sparsemm.evaluate import heldout_pages
 
-    return heldout_pages(1, tasks=("read",), num_words=(4,), seed=1)[0].image
+    return heldout_pages(1, tasks=("read",), num_words=(4,), seed=11)[0].image
 
 
 def _question(prompt: str | None) -> str:

@@ -53,7 +53,7 @@ def draw_overlays(
     shares = None if scores is None else scores.normalised()
     backdrop = _pale(reading.image)
     width, height = _panel_size(reading.image)
-    figure = new_figure(1.1 + (width + 0.08) * len(columns), 0.75 + (height + 0.08) * len(reading.heads))
+    figure = new_figure(max(4.6, 1.1 + (width + 0.08) * len(columns)), 0.75 + (height + 0.08) * len(reading.heads))
     panels = figure.subplots(len(reading.heads), len(columns), squeeze=False)
     for row, (layer, head) in enumerate(reading.heads):
         label = f"{layer}-{head}" if shares is None else f"{layer}-{head}\n{100 * float(shares[layer, head]):.1f} %"
@@ -71,8 +71,8 @@ def draw_overlays(
 def draw_kept(kept: KeptRows, path: str | Path, *, part: str | None = None, title: str | None = None) -> None:
     """A sheet of pages on which only what a kv head keeps is shown: one row a layer, one column a kv head.
 
-    Cells whose row was dropped are dark. Beside each panel stands how many of the image's and of the text's rows are
-    left.
+    Cells whose row was dropped are washed out: dark on a light page, light on a dark one. Below each panel stands how
+    many of the image's and of the text's rows are left.
 
     Args:
         kept: From `kept_rows`.
@@ -88,13 +88,14 @@ def draw_kept(kept: KeptRows, path: str | Path, *, part: str | None = None, titl
     figure = new_figure(0.8 + (width + 0.1) * num_heads, 0.8 + (height + 0.3) * num_layers)
     panels = figure.subplots(num_layers, num_heads, squeeze=False)
     page = np.asarray(kept.image)
+    washed = (0.2 * page + 0.8 * (40 if page.mean() > 127 else 225)).astype(page.dtype)
     for layer in range(num_layers):
         for head in range(num_heads):
             axes = panels[layer, head]
             mask = kept.on_image(layer, head)
             cells = grid_map(kept.layout, mask.float(), part).numpy() > 0
             shown = np.asarray(Image.fromarray(cells).resize(kept.image.size, Image.Resampling.NEAREST))
-            axes.imshow(np.where(shown[..., None], page, (0.22 * page + 24).astype(page.dtype)))
+            axes.imshow(np.where(shown[..., None], page, washed))
             _bare(axes)
             rows = len(kept.positions[layer][head])
             image_rows = int(mask.sum())

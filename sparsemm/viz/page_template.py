@@ -24,12 +24,13 @@ button { font: inherit; cursor: pointer; border: 1px solid #b5b5b5; border-radiu
 button[aria-pressed="true"] { outline: 3px solid #D55E00; outline-offset: 1px; border-color: #D55E00; }
 #tokens button { font-family: ui-monospace, monospace; font-size: 14px; padding: 2px 7px; margin: 0 5px 6px 0;
  min-width: 26px; }
-#heads { display: grid; gap: 4px; overflow-x: auto; padding: 4px; }
+#heads { display: grid; gap: 4px 5px; justify-content: start; overflow-x: auto; padding: 4px; }
 #heads span { font-size: 12px; color: #555; align-self: center; white-space: nowrap; }
 #heads button { font-size: 11px; padding: 4px 2px; min-width: 46px; line-height: 1.2; }
 #legend { display: flex; align-items: center; gap: 8px; font-size: 12px; color: #555; margin-top: 8px; }
 #ramp { height: 10px; flex: 1; border: 1px solid #bbb; }
 label { font-size: 13px; margin-right: 16px; white-space: nowrap; }
+#note { margin-top: 8px; }
 #readout { font-size: 14px; margin: 10px 0 0; min-height: 3em; }
 </style>
 </head>
@@ -96,14 +97,14 @@ function draw() {
   context.lineWidth = Math.max(2, canvas.width / 250);
   context.strokeRect(col * width, row * height, width, height);
   const head = data.heads[state.head], all = state.token < 0;
-  const where = peak ? `, largest at row ${row}, column ${col}` : "";
   const onImage = all
     ? data.on_image.reduce((sum, line) => sum + line[state.head], 0) / numTokens
     : data.on_image[state.token][state.head];
   const name = all ? "all tokens" : `token ${state.token} (${JSON.stringify(data.tokens[state.token])})`;
   byId("peak").textContent = peak.toPrecision(3);
-  byId("readout").textContent = `Layer ${head.layer}, head ${head.head}, ${name}: weight ${peak.toPrecision(3)}`
-    + `${where}; ${(100 * onImage).toFixed(1)} % of its attention falls on the image.`;
+  const largest = `largest ${all ? "summed " : ""}weight ${peak.toPrecision(3)} at row ${row}, column ${col}`;
+  const falls = `${(100 * onImage).toFixed(1)} % of its attention falls on the image.`;
+  byId("readout").textContent = `Layer ${head.layer}, head ${head.head}, ${name}: ${largest}; ${falls}`;
   document.querySelectorAll("#tokens button").forEach(b => b.ariaPressed = String(+b.dataset.token === state.token));
   document.querySelectorAll("#heads button").forEach(b => b.ariaPressed = String(+b.dataset.head === state.head));
   byId("part").value = state.part;
@@ -133,7 +134,7 @@ function build() {
   const layers = [...new Set(data.heads.map(h => h.layer))].sort((a, b) => a - b);
   const most = Math.max(...layers.map(layer => data.heads.filter(h => h.layer === layer).length));
   const heads = byId("heads");
-  heads.style.gridTemplateColumns = `auto repeat(${most}, minmax(46px, 62px))`;
+  heads.style.gridTemplateColumns = `max-content repeat(${most}, minmax(46px, 62px))`;
   const scored = data.heads[0].share !== null, largest = Math.max(...data.heads.map(h => h.share || 0), 1e-12);
   byId("headnote").textContent = scored ? "its number, and its share of the visual score" : "its number";
   for (const layer of layers) {
