@@ -84,3 +84,17 @@ def count_operators(run: Callable[[], Any]) -> OperatorCount:
     with _Counting(count):
         run()
     return count
+
+
+def count_kernels(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Run it once and count the kernels and copies that a GPU executes; None for a CPU."""
+    if device.type != "cuda":
+        return None
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CUDA]) as record:
+        run()
+        torch.cuda.synchronize(device)
+    return sum(event.device_type == DeviceType.CUDA for event in record.events())

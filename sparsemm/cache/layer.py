@@ -173,8 +173,11 @@ class SparseLayer(CacheLayerMixin):
             raise CacheError(
                 "rows were lost because a list of the cache was full; this is a bug in the cache's accounting"
             )
+        self._spread(max(rows, GROWTH_ROWS, self.key_buffer.shape[0] // self.lens.shape[0] // GROWTH_SHARE))
+
+    def _spread(self, extra: int) -> None:
+        """Move every row into new buffers with `extra` more slots a list."""
         lists, slots = self.lens.shape[0], self.key_buffer.shape[0]
-        extra = max(rows, GROWTH_ROWS, slots // lists // GROWTH_SHARE)
         slot = torch.arange(slots, device=self.offsets.device, dtype=torch.int32)
         moved = slot + extra * torch.searchsorted(self.offsets[1:], slot, right=True, out_int32=True)
         for name in ("key_buffer", "value_buffer"):  # the old one is freed before the next is made

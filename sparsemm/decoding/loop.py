@@ -15,7 +15,7 @@ import torch
 from torch import LongTensor, Tensor, nn
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from sparsemm.cache import SparseCache
+from sparsemm.cache import CachePlan, SparseCache
 from sparsemm.decoding.graph import CudaGraphs, StepRunner, why_no_graph
 from sparsemm.decoding.step import DecodeStep
 from sparsemm.decoding.tiling import PROMPT_TILE, tiled_prompt
@@ -33,8 +33,10 @@ class DecodeLoop:
     Attributes:
         cache: Of the last call; continue it with `past_key_values`.
         runner: Of the last call; None when the first token was the last.
+        step: The forward of one token that the runner repeats.
         prefill_seconds: From the call to the first token, of the last call.
         decode_seconds: From the first token to the last.
+        step_seconds: Of each decode step, when `time_steps` is on.
     """
 
     def __init__(
@@ -45,8 +47,12 @@ class DecodeLoop:
         graph: bool | None = None,
         prompt_tile: int = PROMPT_TILE,
         streamer: Any = None,
+        time_steps: bool = False,
     ) -> None:
-        """Arguments as for `sparsemm.generate`. Raises `ConfigError` when a graph is insisted on and cannot be had."""
+        """Arguments as for `sparsemm.generate`; `time_steps` notes when each step ended.
+
+        Raises `ConfigError` when a graph is insisted on and cannot be had.
+        """
         obstacle = why_no_graph(handle.text_model)
         if obstacle is None and handle.observer is not None:
             obstacle = "an observer is to see every attention forward"
@@ -55,8 +61,11 @@ class DecodeLoop:
         self.handle, self.reserve, self.prompt_tile, self.streamer = handle, reserve, prompt_tile, streamer
         self.graph = obstacle is None if graph is None else graph
         self.cache: SparseCache | None = None
+        self.step: DecodeStep | None = None
         self.runner: StepRunner | None = None
+        self.time_steps = time_steps
         self.prefill_seconds = self.decode_seconds = 0.0
+        self.step_seconds: list[float] = []
 
     def __call__(
         self,
@@ -82,7 +91,7 @@ class DecodeLoop:
         choose()
         clock.mark()
         monitor.note()
-        self.cache, self.runner = cache, None
+        self.cache, self.step, self.runner = cache, step, None
         remaining = max_length - prompt_length - 1
         if remaining > 0 and not monitor.finished():
             if cache.room < min(remaining, cache.plan.reserve):  # a later turn
@@ -93,6 +102,8 @@ class DecodeLoop:
                 for _ in range(remaining):
                     self.runner()
                     choose.advance() if choose.on_device else choose()
+                    if self.time_steps:
+                        clock.mark()
                     monitor.note()
                     if monitor.finished():
                         break
@@ -102,7 +113,8 @@ class DecodeLoop:
         surplus = monitor.drain()
         if surplus:
             cache.crop(-surplus)
-        self.prefill_seconds, self.decode_seconds = clock.seconds()
+        self.prefill_seconds, *steps = clock.seconds()
+        self.decode_seconds, self.step_seconds = sum(steps), steps[:-1]
         return choose.sequences[:, : choose.length - surplus]
 
     def _cache_for(self, given: Any, new_tokens: int) -> SparseCache:
@@ -111,7 +123,11 @@ class DecodeLoop:
             return given
         if given is not None and given.get_seq_length() > 0:
             return given  # of another kind: the patch says why it is of no use
-        return SparseCache(self.handle.plan.with_reserve(self.reserve or max(1, new_tokens)))
+        return self.make_cache(self.handle.plan.with_reserve(self.reserve or max(1, new_tokens)))
+
+    def make_cache(self, plan: CachePlan) -> SparseCache:
+        """The empty cache of a first turn."""
+        return SparseCache(plan)
 
 
 class _Choice:

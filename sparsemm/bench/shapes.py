@@ -1,0 +1,164 @@
+"""Models by their shapes: random weights of a real checkpoint's sizes, as speed and memory do not depend on values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparsemm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from sparsemm.head_scores import HeadScores
+
+
+def _llava(text: dict[str, Any], kind: str, **vision: Any) -> PretrainedConfig:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, MistralConfig
+
+    text_config = LlamaConfig(**text) if kind == "llama" else MistralConfig(**text, sliding_window=None)
+    options = {"image_token_index": text["vocab_size"] - 1}
+    if vision:
+        side = vision["image_size"]
+        pinpoints = [[side, 2 * side], [2 * side, side], [2 * side, 2 * side]]
+        options |= {"vision_config": CLIPVisionConfig(**vision), "image_grid_pinpoints": pinpoints}
+    return LlavaNextConfig(text_config=text_config, **options)
+
+
+def _vicuna_7b() -> PretrainedConfig:
+    sizes = dict(vocab_size=32064, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
+    return _llava({**sizes, "num_attention_heads": 32, "num_key_value_heads": 32, "rms_norm_eps": 1e-5}, "llama")
+
+
+def _mistral_7b() -> PretrainedConfig:
+    sizes = dict(vocab_size=32064, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, rms_norm_eps=1e-5)
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    return _llava({**sizes, "num_attention_heads": 32, "num_key_value_heads": 8, "rope_parameters": rope}, "mistral")
+
+
+def _qwen2_vl_7b() -> PretrainedConfig:
+    from transformers import Qwen2VLConfig
+
+    text = dict(
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+    )
+    return Qwen2VLConfig(
+        text_config=text,
+        vision_config=dict(depth=32, embed_dim=1280, hidden_size=3584, num_heads=16, mlp_ratio=4, patch_size=14),
+        image_token_id=151655,
+        video_token_id=151656,
+    )
+
+
+def _tiny() -> PretrainedConfig:
+    sizes = dict(vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=4)
+    heads = dict(num_attention_heads=8, num_key_value_heads=8, head_dim=32)
+    vision = dict(
+        **dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2),
+        **dict(image_size=56, patch_size=14, projection_dim=32),
+    )
+    return _llava({**sizes, **heads}, "llama", **vision)
+
+
+SHAPES: dict[str, Callable[[], Any]] = {
+    "vicuna-7b": _vicuna_7b,
+    "mistral-7b": _mistral_7b,
+    "qwen2-vl-7b": _qwen2_vl_7b,
+    "tiny": _tiny,
+}
+"""Shapes by name: LLaVA-NeXT-Vicuna-7B, LLaVA-NeXT-Mistral-7B, Qwen2-VL-7B, and one that a CPU times in seconds."""
+
+
+def random_model(
+    name: str, *, device: torch.device, dtype: torch.dtype, attn_implementation: str = "sdpa"
+) -> PreTrainedModel:
+    """A model of the shape called `name`, or of the configuration in the folder `name`, with random weights.
+
+    Raises:
+        ConfigError: No such shape or folder.
+        UnsupportedModelError: The configuration is of another class.
+    """
+    import transformers
+
+    from sparsemm.models import family_of
+
+    if name in SHAPES:
+        config = SHAPES[name]()
+    elif (Path(name) / "config.json").is_file():
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+    else:
+        raise ConfigError(f"model {name!r} is neither a folder with a config.json nor one of {', '.join(SHAPES)}")
+    model_class = getattr(transformers, family_of(config).model_class)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
+        torch.manual_seed(0)
+        model = model_class._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    model.generation_config.pad_token_id = 0
+    return model.to(device).eval()
+
+
+def skewed_head_scores(model: PreTrainedModel) -> HeadScores:
+    """Seeded scores of which a twentieth of the heads hold most, as chased ones do. They decide where rows lie only."""
+    from sparsemm.head_scores import HeadScores
+
+    text = model.config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+    shape = (text.num_hidden_layers, text.num_attention_heads)
+    return HeadScores(torch.rand(shape, generator=generator, dtype=torch.float64) ** 20)
+
+
+def prompt_inputs(model: PreTrainedModel, tokens: int, batch: int = 1) -> dict[str, Tensor]:
+    """A prompt of exactly `tokens` tokens a row: one image where it fits, then random text; on the model's device.
+
+    Raises:
+        ConfigError: Fewer than two tokens.
+    """
+    if tokens < 2:
+        raise ConfigError(f"a prompt of {tokens} tokens is too short; use at least 2")
+    config, generator = model.config, torch.Generator().manual_seed(tokens)
+    text = config.get_text_config()
+    special = [
+        getattr(config, name, None)
+        for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    ]
+    highest = min([text.vocab_size, *(each for each in special if each is not None and each > 16)])
+    input_ids = torch.randint(3, highest, (batch, tokens), generator=generator)
+    image_tokens, extras = _image(model, tokens - 1)
+    input_ids[:, 1 : 1 + image_tokens] = config.image_token_id
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    for name, tensor in extras.items():
+        inputs[name] = tensor.repeat(batch, *[1] * (tensor.dim() - 1))
+    if config.model_type == "qwen2_vl":
+        inputs["mm_token_type_ids"] = (input_ids == config.image_token_id).long()
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+def _image(model: PreTrainedModel, limit: int) -> tuple[int, dict[str, Tensor]]:
+    """A random image of at most `limit` tokens: how many it has, and the model's inputs for it; none if none fits."""
+    from sparsemm.models import family_of
+
+    config, dtype = model.config, model.dtype
+    vision = config.vision_config
+    if config.model_type == "qwen2_vl":
+        side = min(64, int(limit**0.5)) * vision.spatial_merge_size
+        extras = {"image_grid_thw": torch.tensor([[1, side, side]])}
+        patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        extras["pixel_values"] = torch.randn(side * side, patch, dtype=dtype)
+    else:
+        side = vision.image_size
+        height, width = max(config.image_grid_pinpoints, key=lambda size: (size[0] * size[1], size))
+        extras = {"image_sizes": torch.tensor([[height, width]])}
+        tiles = 1 + (height // side) * (width // side)
+        extras["pixel_values"] = torch.randn(1, tiles, 3, side, side, dtype=dtype)
+    tokens = len(family_of(config).image_layouts(config, extras)[0])
+    return (tokens, extras) if 0 < tokens <= limit else (0, {})
