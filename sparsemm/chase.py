@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_TILE = 64
+"""Generated tokens whose attention is looked up together: their logits, not the prompt's, exist for a moment."""
+
 READ_PROMPT = "Provide all the OCR results of this image."
 
 
@@ -48,21 +51,37 @@ class Page(Protocol):
 class TopColumns:
     """An attention observer that notes, for each generated token, the column every head looks at most.
 
-    The row is the one that predicts the token: in the forward that produces it, that of the last query. Only the
-    arg max of that row is kept, on the device; nothing is copied to the host until `result`.
+    The row is the one that predicts the token: in the forward that produces it, that of the last query. Queries are
+    collected and looked up `_TILE` tokens at a time, in one product a layer; only the arg max is kept, on the device.
+    Nothing is copied to the host until `result`.
     """
 
     def __init__(self, num_layers: int) -> None:
+        self._waiting: list[list[Tensor]] = [[] for _ in range(num_layers)]
         self._columns: list[list[Tensor]] = [[] for _ in range(num_layers)]
+        self._layers: list[Any] = [None] * num_layers
 
     def __call__(self, layer_idx: int, query: Tensor, layer: Any) -> None:
-        """query `[1, num_query_heads, n, head_dim]` after RoPE; `layer.top_columns` gives `[1, num_query_heads]`."""
-        self._columns[layer_idx].append(layer.top_columns(query[:, :, -1])[0])
+        """query `[1, num_query_heads, n, head_dim]` after RoPE; the layer keeps every row."""
+        # Of a prompt only the last query is wanted: a view would keep all of them alive.
+        self._waiting[layer_idx].append(query[:, :, -1:].clone() if query.shape[2] > 1 else query)
+        self._layers[layer_idx] = layer
+        if len(self._waiting[layer_idx]) == _TILE:
+            self._look_up(layer_idx)
+
+    def _look_up(self, layer_idx: int) -> None:
+        waiting = self._waiting[layer_idx]
+        if waiting:
+            columns = self._layers[layer_idx].top_columns(torch.cat(waiting, dim=2))
+            self._columns[layer_idx].append(columns[0].T)
+            waiting.clear()
 
     def result(self) -> Tensor:
         """int64 `[num_tokens, num_layers, num_query_heads]`, on the first layer's device."""
+        for layer_idx in range(len(self._layers)):
+            self._look_up(layer_idx)
         device = self._columns[0][0].device
-        return torch.stack([torch.stack(columns).to(device) for columns in self._columns], dim=1)
+        return torch.stack([torch.cat(columns).to(device) for columns in self._columns], dim=1)
 
 
 def chase(
@@ -142,7 +161,7 @@ def chase(
         for index, page in _remaining(pages, journal.records, us):
             count = index + 1
             if page is not None:
-                record = _chase_page(
+                record = chase_page(
                     model, processor, page, find_chunks, prompt=prompt, part=part, max_new_tokens=max_new_tokens
                 )
                 journal.append(index, record)
@@ -236,7 +255,7 @@ def weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _chase_page(
+def chase_page(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     page: Page,
@@ -246,7 +265,10 @@ def _chase_page(
     part: str | None,
     max_new_tokens: int,
 ) -> dict[str, Any]:
-    """The record of one page: its text, and the score of every head that hit."""
+    """What one page gives: `text`, numbers of `tokens`, `matched` tokens and `hits`, `scores` as (layer, head, score).
+
+    A page that cannot be read gives its reason as `skipped`. `find_chunks` is a match rule's function.
+    """
     from PIL import Image
 
     family = family_of(model)

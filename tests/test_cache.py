@@ -524,7 +524,7 @@ def test_top_columns_are_the_largest_attention_weights():
     found = {}
 
     def observer(layer_idx, query, layer):
-        found[layer_idx] = layer.top_columns(query[:, :, -1])
+        found[layer_idx] = layer.top_columns(query[:, :, -1:])[:, :, 0]
 
     with sparsemm.patch(model, config("fullkv", None)) as handle, torch.no_grad():
         handle.observer = observer

@@ -109,21 +109,23 @@ class SparseLayer(CacheLayerMixin):
         return out
 
     def top_columns(self, query: Tensor) -> LongTensor:
-        """The token (0 = first valid one) with the largest attention weight of each query head: query `[B, Hq, D]`.
+        """The token (0 = first valid one) with the largest attention weight of each query head.
 
-        Batched over heads, nothing is read back. int64 `[B, Hq]`. Raises `CacheError` for a cache that drops rows.
+        query `[B, Hq, n, D]`: of the last n tokens stored, of which each attends to itself and those before it. Batched
+        over heads, nothing is read back. int64 `[B, Hq, n]`. Raises `CacheError` for a cache that drops rows.
         """
         if self.plan.method.compresses:
             raise CacheError("rows of a compressed cache are not columns; look at attention with method='fullkv'")
-        batch, num_query_heads, head_dim = query.shape
+        batch, num_query_heads, columns, head_dim = query.shape
         num_kv_heads = self.plan.num_kv_heads
         row = torch.arange(self.longest, device=query.device)
         slots = (self.offsets[:-1, None] + row).clamp(max=self.key_buffer.shape[0] - 1)
-        key = self.key_buffer[slots].view(batch, num_kv_heads, self.longest, head_dim)
-        grouped = query.view(batch, num_kv_heads, -1, head_dim)
-        logits = grouped.float() @ key.float().transpose(2, 3)
-        filled = row < self.lens.view(batch, num_kv_heads, 1, 1)
-        return logits.masked_fill(~filled, float("-inf")).argmax(-1).view(batch, num_query_heads)
+        key = self.key_buffer[slots].view(batch, num_kv_heads, 1, self.longest, head_dim)
+        grouped = query.view(batch, num_kv_heads, -1, columns, head_dim)
+        logits = grouped.float() @ key.float().transpose(-1, -2)
+        later = torch.arange(columns - 1, -1, -1, device=query.device)  # tokens stored after each of them
+        seen = row < self.lens.view(batch, num_kv_heads, 1, 1, 1) - later[:, None]
+        return logits.masked_fill(~seen, float("-inf")).argmax(-1).view(batch, num_query_heads, columns)
 
     def memory_bytes(self) -> int:
         """Bytes of the buffers, slack included, and of the index tensors."""
