@@ -12,14 +12,17 @@ from pathlib import Path
 
 import chase_job
 import pytest
+import torch
 from PIL import Image
 from toy_models import toy_model, toy_processor
 
 from sparsemm import HeadScores
-from sparsemm.chase import chase, journal_path
+from sparsemm.bench.chase import chase_cost, walk_attentions
+from sparsemm.chase import READ_PROMPT, chase, journal_path, read_page
 from sparsemm.datasets import BoxedImage, convert, open_pages
-from sparsemm.errors import DataError
+from sparsemm.errors import ConfigError, DataError
 from sparsemm.journal import Journal, remove_journal
+from sparsemm.models import family_of
 from sparsemm.parallel import Workers, workers
 
 TESTS = Path(__file__).resolve().parent
@@ -143,3 +146,34 @@ def test_an_image_too_large_to_decode_is_skipped(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     pages = [BoxedImage("huge", tmp_path / "huge.png", []), chase_pages()[0]]
     assert chase(model, processor, pages, max_new_tokens=6, progress=False).provenance["num_skipped"] == 1
+
+
+@pytest.mark.parametrize("family", ["llava-mistral", "qwen2-vl"])
+def test_tiles_of_tokens_change_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long reading is looked up piece by piece, whatever the pieces are; against eager attention's own weights."""
+    model, processor = toy_model(family), toy_processor(family)
+    inputs = family_of(model).build_inputs(processor, [chase_pages()[0].image], [READ_PROMPT])
+    ids, columns = read_page(model, inputs, max_new_tokens=11)
+    for tile in (1, 4, 11, 12):
+        monkeypatch.setattr("sparsemm.chase._TILE", tile)
+        assert torch.equal(read_page(model, inputs, max_new_tokens=11)[1], columns)
+    eager = toy_model(family, attn_implementation="eager")
+    result = eager.generate(**inputs, max_new_tokens=11, output_attentions=True, return_dict_in_generate=True)
+    for step, layers in enumerate(result.attentions):
+        for layer, weights in enumerate(layers):
+            assert torch.equal(columns[step, layer], weights[0, :, -1].argmax(-1))
+
+
+def test_the_loop_that_chasing_is_measured_against_finds_the_same_heads() -> None:
+    model, processor = toy_model("qwen2-vl"), toy_processor("qwen2-vl")
+    pages = chase_pages()
+    scores = chase(model, processor, pages, match="aligned", max_new_tokens=8, progress=False)
+    walked = sum(walk_attentions(model, processor, page, "aligned", 8)[1] for page in pages)
+    torch.testing.assert_close(scores.values, walked / walked.sum(), rtol=1e-12, atol=0)
+    figures = chase_cost(model, processor, pages[:2], max_new_tokens=8, repeats=1, progress=False)
+    assert figures["pages"] == 2 and figures["tokens"] == 16 and figures["same_number_of_tokens"]
+    assert figures["chase_over_plain"] == figures["chase_seconds"] / figures["plain_seconds"] > 0
+    with pytest.raises(ConfigError, match="repeats=0"):
+        chase_cost(model, processor, pages, repeats=0)
+    with pytest.raises(DataError, match="no page"):
+        chase_cost(model, processor, [])

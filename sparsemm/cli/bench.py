@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from sparsemm.cli import bench_e2e
+from sparsemm.cli import bench_chase, bench_e2e
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Time the operators of this package.")
 
@@ -14,5 +14,6 @@ def options() -> None:
     """Time the operators of this package."""
 
 
+app.command()(bench_chase.chase)
 app.command()(bench_e2e.e2e)
 app.command()(bench_e2e.host)
