@@ -104,7 +104,7 @@ def test_reads_what_the_program_of_lmms_eval_writes(tmp_path: Path) -> None:
 
 def test_means_over_several_tasks_are_not_taken_for_one(tmp_path: Path) -> None:
     both = {"docvqa_val": {"anls,none": 0.5}, "chartqa": {"relaxed_overall,none": 0.25}}
-    (tmp_path / "a_results.json").write_text(json.dumps(lmms_results(results=both)))
+    (tmp_path / "20260101_000000_results.json").write_text(json.dumps(lmms_results(results=both)))
     found = {each.task: each for each in read_measurements([tmp_path])}
     assert found["chartqa"].metrics == {"relaxed_overall": 0.25}
     assert found["chartqa"].effective_budget is None
@@ -125,7 +125,7 @@ def write_cell(folder: Path, metrics: dict[str, float] | None, age: int = 0, **s
     else:
         summary = {"metrics": metrics, "effective_budget": 63.5, "documents": 1000, "ms_per_token": 20.0}
         summary |= {"cache_bytes": 1.0, "full_cache_bytes": 4.0, "seconds": 9.0}
-        path = folder / "1_results.json"
+        path = folder / "20260101_000000_results.json"
         content = {"results": {}, "sparsemm": {"cell": cell, "summary": summary}}
     path.write_text(json.dumps(content))
     os.utime(path, (1000 - age, 1000 - age))
@@ -148,9 +148,15 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         read_measurements([tmp_path / "nothing"])
     with pytest.raises(DataError, match="no results"):
         read_measurements([tmp_path])
-    (tmp_path / "x_results.json").write_text('{"config": {}}')
-    with pytest.raises(DataError, match="x_results.json is not a result file"):
+    (tmp_path / "20260101_000000_results.json").write_text('{"config": {}}')
+    with pytest.raises(DataError, match="000_results.json is not a result file"):
         read_measurements([tmp_path])
+
+
+def test_files_of_tasks_are_passed_over(tmp_path: Path) -> None:
+    write_cell(tmp_path / "cell", {"ocrbench_accuracy": 0.1})
+    (tmp_path / "cell" / "mmbench_en_dev_static_results.json").write_text('{"overall_acc": 0.5}')
+    assert len(read_measurements([tmp_path])) == 1
 
 
 def test_a_collection_of_cells_reads_back(tmp_path: Path) -> None:

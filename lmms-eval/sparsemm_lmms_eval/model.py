@@ -102,7 +102,8 @@ class SparseMMModel(lmms):
         if self._world_size > 1:
             if wanted == "auto":
                 raise ConfigError("device_map=auto needs all GPUs in one process; run without torchrun or accelerate")
-            wanted = str(self.accelerator.device)
+            own = self.accelerator.device
+            wanted = "cpu" if own.type == "cpu" else str(own)  # accelerate numbers CPUs, for which torch has one name
         loaded = sparsemm.load_model(
             pretrained,
             device=wanted,

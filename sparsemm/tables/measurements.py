@@ -17,6 +17,7 @@ from sparsemm.methods import get_method
 logger = logging.getLogger(__name__)
 
 FORMAT, FORMAT_VERSION = "sparsemm-measurements", 1
+_RESULTS = re.compile(r"\d{8}_\d{6}_results\.json|failed\.json")
 _ARGUMENT = re.compile(r"(?:^|,)(\w+)=")
 
 
@@ -77,8 +78,9 @@ def read_measurements(paths: Iterable[str | Path], *, rounding: str | None = Non
     for path in map(Path, paths):
         if not path.exists():
             raise DataError(f"{path} does not exist; give result files of lmms-eval or folders of them")
-        files = [path] if path.is_file() else [*path.rglob("*_results.json"), *path.rglob("failed.json")]
-        for file in sorted(files):
+        # Tasks leave other files that end in _results.json (MMBench does): lmms-eval's own begin with the time.
+        inside = (file for file in path.rglob("*.json") if _RESULTS.fullmatch(file.name))
+        for file in [path] if path.is_file() else sorted(inside):
             found += [(file.stat().st_mtime, each) for each in _read(file)]
     kept: dict[tuple[Any, ...], Measurement] = {}
     for _, each in sorted(found, key=lambda pair: (pair[1].error is None, pair[0])):  # a success replaces a failure
