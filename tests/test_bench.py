@@ -17,6 +17,7 @@ from sparsemm.bench.baselines import CopyingLoop, kvpress_snapkv
 from sparsemm.bench.efficiency import PAPER_SPEEDUP, format_tables, plot_efficiency
 from sparsemm.bench.host import VICUNA, layer_costs, token_overhead
 from sparsemm.bench.measure import copy_bandwidth, full_cache_bytes, measure, row_bytes, step_weight_bytes, weight_bytes
+from sparsemm.bench.memory import peak_new_bytes
 from sparsemm.bench.shapes import SHAPES, prompt_inputs, random_model
 from sparsemm.bench.throughput import largest_batch
 from sparsemm.cli import app
@@ -98,6 +99,7 @@ def test_bytes_and_operators_of_a_measurement_are_exact(tiny):
     stock = measure(tiny, inputs, "hf", sparsemm.CompressionConfig("fullkv"), steps=3, warmup=1)
     assert stock.launches > found.launches
     assert stock.cache_bytes is None
+    assert weight_bytes(tiny) + found.cache_bytes < found.peak_bytes < stock.peak_bytes
     assert not hasattr(tiny.model.language_model.layers[0].self_attn, "_old_forward")
 
 
@@ -131,6 +133,20 @@ def test_time_steps_are_noted_only_when_asked(tiny):
             tiny.generate(**prompt_inputs(tiny, 60), max_new_tokens=5, custom_generate=loop)
             assert len(loop.step_seconds) == (4 if asked else 0)
             assert loop.decode_seconds >= sum(loop.step_seconds) > -1
+
+
+def test_peak_of_tensors_alive_at_once():
+    def run():
+        first = torch.zeros(1000)  # 4,000 bytes
+        second = first.view(10, 100) + 1  # 8,000 together, and a view is none
+        del first
+        third = second.double()  # 4,000 and 8,000
+        del second
+        return third.sum()
+
+    assert peak_new_bytes(run) == 12000
+    assert peak_new_bytes(lambda: [torch.zeros(1000) for _ in range(3)]) == 12000
+    assert peak_new_bytes(lambda: [torch.zeros(1000).sum() for _ in range(3)]) == 4000 + 4 * 3
 
 
 # -- the largest batch ---------------------------------------------------------------------------------------------

@@ -8,10 +8,21 @@ import pytest
 import torch
 from graph_emulation import EmulatedGraphs
 from test_cache import assert_close, config, scores, text_inputs
-from toy_models import FAMILIES, toy_inputs, toy_model
-from transformers import LogitsProcessor, LogitsProcessorList, MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
+from toy_models import FAMILIES, IMAGE_ID, toy_inputs, toy_model
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 import sparsemm
+from sparsemm.bench.memory import peak_new_bytes
 from sparsemm.bench.operators import count_operators
 from sparsemm.decoding import DecodeLoop, DecodeStep, StepRunner, loop, tiled_prompt, why_no_graph
 from sparsemm.errors import ConfigError, PatchError
@@ -428,6 +439,37 @@ def test_no_prompt_wide_mlp_activation_and_no_second_layer_of_keys(monkeypatch):
         hook.remove()
     assert alive == [0, 0, 0, 0], "full-length keys of an earlier layer are still there"
     assert max(mlp_rows) == 64
+
+
+def test_peak_of_a_long_prompt(monkeypatch):
+    """In Vicuna's proportions, so that the peak scales to 32K tokens of it: goal weights + 2.5 GB."""
+    tokens, size, layers = 2048, 256, 3
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28)
+    heads = dict(num_attention_heads=4, num_key_value_heads=4, head_dim=64)
+    text = LlamaConfig(
+        vocab_size=128, hidden_size=size, intermediate_size=688, num_hidden_layers=layers, **heads, eos_token_id=None
+    )
+    config_ = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(**vision, patch_size=7), text_config=text, image_token_index=IMAGE_ID
+    )
+    model = LlavaNextForConditionalGeneration(config_).eval()
+    inputs = text_inputs(tokens)
+    unit = tokens * size * 4  # bytes of one tensor [tokens, hidden_size]
+
+    def peak(tile):
+        monkeypatch.setattr("sparsemm.attention.ROTARY_TILE", tile or tokens)
+        with sparsemm.patch(model, sparsemm.CompressionConfig("snapkv", 32)) as handle:
+            run = DecodeLoop(handle, prompt_tile=tile)
+            made = peak_new_bytes(
+                lambda: model.generate(**inputs, max_new_tokens=1, custom_generate=run, pad_token_id=0)
+            )
+        return made / unit
+
+    tiled, whole = peak(tokens // 16), peak(0)
+    stock = peak_new_bytes(lambda: model.generate(**inputs, max_new_tokens=1, do_sample=False, pad_token_id=0)) / unit
+    assert tiled < 8 < 11 < whole < stock
+    cache = (256 + 64) * 32 * 32 * 2 * 128 * 2
+    assert tiled * 32768 * 4096 * 2 + cache < 2.5e9
 
 
 # -- with a GPU ----------------------------------------------------------------------------------------------------

@@ -218,7 +218,7 @@ def _latency(
     floor_ms = 1000 * (sizes["step_weight_bytes"] + cache_read) / sizes["copy_bytes_per_second"]
     cache_bytes = found.full_cache_bytes if found.cache_bytes is None and full else found.cache_bytes
     peak = found.peak_bytes
-    rest = None if peak is None or cache_bytes is None else peak - sizes["weight_bytes"] - cache_bytes
+    rest = None if cache_bytes is None else peak - sizes["weight_bytes"] - cache_bytes
     ordered = sorted(found.steps)
     return {
         "ttft_ms": 1000 * statistics.median(found.prefill[1:] or found.prefill),

@@ -54,7 +54,7 @@ def format_tables(document: dict[str, Any]) -> str:
 def _latency_table(document: dict[str, Any]) -> str:
     header = [
         *("prompt", "batch", "method", "budget", "first token ms", "ms/token", "tokens/s", "x hf", "x full, same loop"),
-        *("graph", "floor share", "cache MB", "peak GB", "rest GB", "launches"),
+        *("graph", "floor share", "cache MB", "peak MB", "rest MB", "launches"),
     ]
     rows = []
     for cell in _of_kind(document, "latency"):
@@ -73,8 +73,8 @@ def _latency_table(document: dict[str, Any]) -> str:
                 "yes" if cell["graph"] else "no",
                 f"{100 * cell['floor_share']:.0f} %",
                 _or_dash(cell["cache_bytes"], "{:,.1f}", 1e6),
-                _or_dash(cell["peak_bytes"], "{:.2f}", 1e9),
-                _or_dash(cell["rest_bytes"], "{:.2f}", 1e9),
+                _or_dash(cell["peak_bytes"], "{:,.1f}", 1e6),
+                _or_dash(cell["rest_bytes"], "{:,.1f}", 1e6),
                 _or_dash(cell["kernels"] or cell["launches"], "{}"),
             ]
         )
@@ -123,7 +123,7 @@ def _paper_table(document: dict[str, Any]) -> str:
 
 
 def plot_efficiency(document: dict[str, Any], path: str | Path, *, budget: int | None = None) -> None:
-    """Latency and memory against prompt length, one line a method, batch 1. Peak memory on a GPU, else cache bytes.
+    """Latency and peak memory against prompt length, one line a method, batch 1.
 
     Args:
         document: What `sparsemm.bench.e2e.run` returned.
@@ -143,21 +143,15 @@ def plot_efficiency(document: dict[str, Any], path: str | Path, *, budget: int |
     cells = [cell for cell in cells if cell["budget"] in (None, budget)]
     if not cells:
         raise DataError("no latency of batch 1 was measured, so there is nothing to draw")
-    on_gpu = all(cell["peak_bytes"] is not None for cell in cells)
-    memory, label, unit = ("peak_bytes", "Peak memory (GB)", 1e9) if on_gpu else ("cache_bytes", "Cache (MB)", 1e6)
+    large = max(cell["peak_bytes"] for cell in cells) > 1e9
+    label, unit = ("Peak memory (GB)", 1e9) if large else ("Peak memory (MB)", 1e6)
     figure = Figure(figsize=(9.5, 3.9), dpi=150, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     lengths = sorted({cell["prompt_tokens"] for cell in cells})
-    panels = (("ms_per_token", "ms per token", 1.0), (memory, label, unit))
+    panels = (("ms_per_token", "ms per token", 1.0), ("peak_bytes", label, unit))
     for axes, (field, name, scale) in zip(figure.subplots(1, 2), panels, strict=True):
         for method in dict.fromkeys(cell["method"] for cell in cells):
-            points = sorted(
-                (cell["prompt_tokens"], cell[field] / scale)
-                for cell in cells
-                if cell["method"] == method and cell[field] is not None
-            )
-            if not points:
-                continue
+            points = sorted((cell["prompt_tokens"], cell[field] / scale) for cell in cells if cell["method"] == method)
             colour, marker = _STYLES.get(method, ("#7A7A7A", "v"))
             axes.plot(
                 *zip(*points, strict=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 import sparsemm
 from sparsemm.bench.baselines import CopyingLoop, kvpress_snapkv
+from sparsemm.bench.memory import peak_new_bytes
 from sparsemm.bench.operators import count_kernels, count_operators
 from sparsemm.decoding import DecodeLoop
 from sparsemm.generation import generate_greedy
@@ -35,7 +37,7 @@ class Measurement:
         full_cache_bytes: Keys and values of every token at the end.
         effective_budget: Prompt rows kept per kv head.
         graph: Whether steps were replayed from a CUDA graph.
-        peak_bytes: Largest allocation on the GPU, weights included; None on a CPU.
+        peak_bytes: Largest allocation, weights included: of the whole run on a GPU, of the prompt's tensors on a CPU.
         operators, launches: Dispatched in one step; the second without views.
         kernels: Run on the GPU in one step; None on a CPU.
     """
@@ -46,7 +48,7 @@ class Measurement:
     full_cache_bytes: int = 0
     effective_budget: float | None = None
     graph: bool = False
-    peak_bytes: int | None = None
+    peak_bytes: int = 0
     operators: int | None = None
     launches: int | None = None
     kernels: int | None = None
@@ -97,26 +99,27 @@ def _measure_ours(
     result: Measurement,
 ) -> None:
     with sparsemm.patch(model, config) as handle:
+        if method == "original":
+            loop: DecodeLoop = CopyingLoop(handle, graph=False, time_steps=True)
+        else:
+            loop = DecodeLoop(handle, graph=graph, time_steps=True, reserve=new_tokens + SPARE_ROWS)
+
+        def generate(tokens: int) -> None:
+            model.generate(**inputs, **_greedy_to_the_end(tokens), custom_generate=loop, pad_token_id=0)
+
         for repeat in range(repeats):
-            last = repeat == repeats - 1
-            if method == "original":
-                loop: DecodeLoop = CopyingLoop(handle, graph=False, time_steps=True)
-            else:
-                loop = DecodeLoop(handle, graph=graph, time_steps=True, reserve=new_tokens + SPARE_ROWS)
-            model.generate(
-                **inputs, **_greedy_to_the_end(new_tokens if last else 1), custom_generate=loop, pad_token_id=0
-            )
+            generate(new_tokens if repeat == repeats - 1 else 1)
             result.prefill.append(loop.prefill_seconds)
         result.steps = loop.step_seconds
         result.graph = loop.runner.captures > 0
         stats = loop.cache.record.stats()
         result.cache_bytes, result.effective_budget = loop.cache.memory_bytes(), stats.effective_budget
-        result.peak_bytes = peak_bytes(model.device)
         if method != "original":
             loop.cache.begin_steps()
             count = count_operators(loop.step)
             result.operators, result.launches = count.total, count.launches
             result.kernels = count_kernels(loop.step, model.device)
+        result.peak_bytes = _peak_bytes(model, lambda: generate(1))
 
 
 SPARE_ROWS = 8  # for the steps that count operators
@@ -125,16 +128,16 @@ SPARE_ROWS = 8  # for the steps that count operators
 def _measure_stock(
     model: nn.Module, inputs: dict[str, Tensor], new_tokens: int, repeats: int, result: Measurement
 ) -> None:
+    never = {"eos_token_id": None, "pad_token_id": 0}
     for repeat in range(repeats):
-        last = repeat == repeats - 1
-        _, clock = generate_greedy(model, inputs, new_tokens if last else 1, eos_token_id=None, pad_token_id=0)
+        _, clock = generate_greedy(model, inputs, new_tokens if repeat == repeats - 1 else 1, **never)
         result.prefill.append(clock.prefill_seconds)
     result.steps = [end - begin for begin, end in zip(clock.ticks, clock.ticks[1:], strict=False)]
-    result.peak_bytes = peak_bytes(model.device)
+    result.peak_bytes = _peak_bytes(model, lambda: generate_greedy(model, inputs, 1, **never))
     short = {name: inputs[name][:, -8:] for name in ("input_ids", "attention_mask")}
 
     def count(tokens: int) -> Any:
-        return count_operators(lambda: generate_greedy(model, short, tokens, eos_token_id=None, pad_token_id=0))
+        return count_operators(lambda: generate_greedy(model, short, tokens, **never))
 
     if not bool((short["input_ids"] == model.config.image_token_id).any()):  # one step more is one step
         longer, shorter = count(4), count(3)
@@ -157,8 +160,11 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def peak_bytes(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+def _peak_bytes(model: nn.Module, prompt: Callable[[], Any]) -> int:
+    """What the GPU's allocator noted since its peak was reset; on a CPU, what tensors of one more prompt hold."""
+    if model.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(model.device)
+    return weight_bytes(model) + peak_new_bytes(prompt)
 
 
 def weight_bytes(model: nn.Module) -> int:
