@@ -28,7 +28,7 @@ def show(
         typer.echo(f"  {name}: {value}")
     for percent in (1, 5, 10, 20):
         typer.echo(f"top {percent:>2} % of the heads hold {100 * scores.top_share(percent / 100):5.1f} % of the score")
-    for share in (50, 90):
+    for share in (50, 80, 90):
         count = scores.num_heads_holding(share / 100)
         typer.echo(f"{share} % of the score lies in {count} of {scores.values.numel()} heads")
     typer.echo("layer head  share of the score")
