@@ -97,6 +97,17 @@ def test_generate_prints_what_the_library_generates(run: Any, files: dict[str, P
     assert streamed.out.strip() == text
 
 
+def test_generate_samples_when_asked(run: Any, files: dict[str, Path]) -> None:
+    arguments = ("generate", "--model", files["model"], "--image", files["image"], "--max-new-tokens", 8, "--method")
+    options = ("fullkv", "--temperature", 2.0, "--top-k", 50, "--top-p", 0.9, "--repetition-penalty", 1.2, "--seed")
+    first, again, other = (run(*arguments, *options, seed) for seed in (1, 1, 2))
+    assert first.status == 0 and first.out == again.out
+    assert first.out != other.out
+    refused = run(*arguments, "fullkv", "--device", "cpu", "--graph")
+    assert refused.status == 2 and "not on a GPU" in refused.err
+    assert run(*arguments, "fullkv", "--top-p", 1.5).status == 2
+
+
 def test_generate_as_json_carries_figures_and_settings(run: Any, files: dict[str, Path]) -> None:
     outcome = run(
         *("generate", "--model", files["model"], "--image", files["image"], "--max-new-tokens", 4, "--json"),

@@ -20,7 +20,6 @@ from sparsemm.cli.common import (
     RatioOption,
     Rounding,
     RoundingOption,
-    SeedOption,
     WindowOption,
     find_head_scores,
     load,
@@ -42,11 +41,22 @@ def generate(
     rounding: RoundingOption = Rounding.exact,
     mask_ratio: MaskRatioOption = 0.1,
     mask_mode: MaskModeOption = MaskMode.zero_query,
-    seed: SeedOption = 0,
+    seed: Annotated[int, typer.Option(help="Seed of random heads and of sampling.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     max_pixels: Annotated[int | None, typer.Option(help="Largest image area (Qwen2-VL).")] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=1e-6, help="Sample at this temperature [default: greedy].")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(min=1e-6, max=1.0, help="Sample from the likeliest tokens of this total.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample from so many likeliest tokens.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(min=1e-6, help="Above 1 repeats less.")] = None,
+    graph: Annotated[
+        bool | None, typer.Option("--graph/--no-graph", help="CUDA graphs [default: where possible].")
+    ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print text, figures and settings as JSON.")] = False,
 ) -> None:
@@ -55,7 +65,6 @@ def generate(
 
     import sparsemm
     from sparsemm.chase import READ_PROMPT
-    from sparsemm.generation import generate_greedy
     from sparsemm.methods import get_method
     from sparsemm.models import family_of
 
@@ -82,9 +91,25 @@ def generate(
         from transformers import TextStreamer
 
         streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with sparsemm.patch(network, config) as handle, torch.inference_mode():
-        tokens, clock = generate_greedy(network, inputs, max_new_tokens, streamer=streamer)
-        stats = handle.stats
+    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    sample = any(value is not None for value in given.values())
+    if sample:
+        torch.manual_seed(seed)
+        given = {name: value for name, value in given.items() if value is not None}
+    output = sparsemm.generate(
+        network,
+        inputs,
+        config,
+        max_new_tokens=max_new_tokens,
+        do_sample=sample,
+        num_beams=1,
+        # Greedy: a checkpoint's settings of sampling are without effect, but warned about unless unset.
+        **given,
+        **({} if repetition_penalty is None else {"repetition_penalty": repetition_penalty}),
+        graph=graph,
+        streamer=streamer,
+    )
+    tokens, stats = output.new_tokens, output.stats
     text = processor.tokenizer.decode(tokens[0], skip_special_tokens=True).strip()
     figures = {
         "prompt_tokens": stats.prompt_tokens[0],
@@ -93,8 +118,9 @@ def generate(
         "effective_budget": stats.effective_budget,
         "cache_bytes": stats.cache_bytes,
         "full_cache_bytes": stats.full_cache_bytes,
-        "prefill_ms": 1000 * clock.prefill_seconds,
-        "ms_per_token": 1000 * clock.decode_seconds / clock.decode_steps if clock.decode_steps else None,
+        "prefill_ms": 1000 * output.prefill_seconds,
+        "ms_per_token": output.ms_per_token,
+        "graph": output.graph,
     }
     if as_json:
         report = {"model": short_name(model), "prompt": question, "text": text, **figures, "config": config.to_dict()}
