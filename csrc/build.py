@@ -182,6 +182,68 @@ def build_cpu(builder: Builder, output_dir: Path) -> Path:
     return install(builder.run("link_cpu", link, ".so"), output_dir / "_kernels_cpu.so")
 
 
+CUDA_SOURCES = ("kernels_copy", "kernels_decode", "kernels_window")
+
+
+def spills(log: str) -> list[str]:
+    """Kernels for which ptxas reports register spills, from its `-v` output: "name (architecture): bytes"."""
+    found, kernel = [], "?"
+    for line in log.splitlines():
+        if match := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
+            kernel = f"{match[1]} ({match[2]})"
+        elif (match := re.search(r"(\d+) bytes spill stores", line)) and match[1] != "0":
+            found.append(f"{kernel}: {match[1]} bytes")
+    return found
+
+
+def register_table(log: str) -> list[dict[str, str | int]]:
+    """One row a kernel and architecture: mangled name, architecture, registers, bytes of spill stores."""
+    rows: list[dict[str, str | int]] = []
+    for line in log.splitlines():
+        if match := re.search(r"Compiling entry function '(\S+)' for '(\S+)'", line):
+            rows.append({"kernel": match[1], "arch": match[2], "registers": 0, "spill_bytes": 0})
+        elif rows and (match := re.search(r"(\d+) bytes spill stores", line)):
+            rows[-1]["spill_bytes"] = int(match[1])
+        elif rows and (match := re.search(r"Used (\d+) registers", line)):
+            rows[-1]["registers"] = int(match[1])
+    return rows
+
+
+def build_cuda(builder: Builder, output_dir: Path, nvcc: str) -> Path:
+    """Builds `_kernels_cuda.so`: kernels by nvcc for every architecture asked for, the binding by the C++ compiler.
+    Links the CUDA runtime statically and nothing of torch's CUDA part, so that it also loads under a CPU torch."""
+    compiler = find_compiler()
+    include, lib = torch_paths()
+    archs = cuda_archs(nvcc)
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    newest = max(archs, key=int)
+    targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")  # PTX for what comes after
+    flags = ["-std=c++17", "-O3", "-Xptxas", "-v", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-ccbin", compiler]
+    objects = [
+        builder.run(f"cuda/{name}", [nvcc, *flags, *targets, "-c", str(SOURCE_DIR / "cuda" / f"{name}.cu")], ".o")
+        for name in CUDA_SOURCES
+    ]
+    log = "\n".join(step.log for step in builder.steps if step.source.startswith("cuda/"))
+    for spill in spills(log):
+        logger.warning("register spill in %s", spill)
+    (builder.build_dir / "registers.json").write_text(json.dumps(register_table(log), indent=1))
+    objects.append(
+        builder.run(
+            "binding_cuda", [compiler, *binding_flags(include), "-c", str(SOURCE_DIR / "binding_cuda.cpp")], ".o"
+        )
+    )
+    toolkit = Path(nvcc).resolve().parent.parent
+    folders = [
+        p for p in (toolkit / "lib64", toolkit / "targets" / "x86_64-linux" / "lib", toolkit / "lib",
+                    Path("/usr/local/cuda/lib64")) if (p / "libcudart_static.a").exists()
+    ]  # fmt: skip
+    link = [compiler, "-shared", *map(str, objects), *(f"-L{p}" for p in (*folders, lib)), "-ltorch_cpu",
+            "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--no-undefined", "-Wl,--as-needed",
+            "-Wl,--exclude-libs,ALL"]  # fmt: skip
+    logger.info("CUDA architectures: %s, and PTX for newer ones", ", ".join(archs))
+    return install(builder.run("link_cuda", link, ".so"), output_dir / "_kernels_cuda.so")
+
+
 def build(output_dir: Path, parts: tuple[str, ...] = ("cpu", "cuda"), force: bool = False) -> list[Path]:
     """Builds the asked parts into `output_dir` and returns the libraries. Without nvcc, "cuda" is skipped with a line.
 
@@ -192,6 +254,13 @@ def build(output_dir: Path, parts: tuple[str, ...] = ("cpu", "cuda"), force: boo
     began, built = time.monotonic(), []
     if "cpu" in parts:
         built.append(build_cpu(builder, output_dir))
+    if "cuda" in parts:
+        if nvcc := find_nvcc():
+            built.append(build_cuda(builder, output_dir, nvcc))
+        elif parts == ("cuda",):
+            raise BuildError("nvcc is not found: install the CUDA toolkit or set CUDA_HOME")
+        else:
+            logger.info("kernels: no nvcc here, CUDA kernels skipped")
     logger.info("kernels: %s in %.1f s", ", ".join(p.name for p in built) or "nothing", time.monotonic() - began)
     return built
 

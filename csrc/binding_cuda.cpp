@@ -1,0 +1,234 @@
+// torch.ops.sparsemm.* on CUDA: checks, device guard, workspaces, current stream, kernels of cuda/.
+//
+// The library links no CUDA part of torch: the one function it needs from there is declared weak, so that the same file
+// loads under a CPU torch (where nothing calls it). Nothing here synchronises with the device.
+#include <tuple>
+
+#include "checks.h"
+#include "cuda/args.h"
+#include "registration.h"
+
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                                   void** ret_stream);
+
+namespace sparsemm {
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+void* current_stream(const Tensor& t) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) == 0,
+                  "no current CUDA stream for device ", t.get_device_index());
+  return stream;
+}
+
+void check_launch(const char* name, const char* status) {
+  STD_TORCH_CHECK(status == nullptr, name, ": ", status ? status : "");
+}
+
+cuda::Dtype dtype_of(const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return cuda::Dtype::kFloat32;
+    case ScalarType::Half: return cuda::Dtype::kFloat16;
+    case ScalarType::BFloat16: return cuda::Dtype::kBFloat16;
+    default: break;
+  }
+  STD_TORCH_CHECK(false, name, " on a GPU takes float32, float16 or bfloat16, got ",
+                  torch::headeronly::toString(t.scalar_type()), "; cast the model, or use the reference backend");
+  return cuda::Dtype::kFloat32;
+}
+
+// Rows are moved 16 bytes at a time.
+void check_vectors(const char* name, const Tensor& t) {
+  const int64_t element = static_cast<int64_t>(t.element_size()), last = t.dim() - 1;
+  STD_TORCH_CHECK(t.size(last) * element % 16 == 0, name, ": rows of ", t.size(last) * element,
+                  " bytes; a multiple of 16 is needed");
+  bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  for (int64_t d = 0; d < last; ++d) aligned = aligned && (t.size(d) <= 1 || t.stride(d) * element % 16 == 0);
+  STD_TORCH_CHECK(aligned, name, " is not aligned to 16 bytes; call .contiguous() or .clone()");
+}
+
+void check_head_dim(int64_t head_dim) {
+  STD_TORCH_CHECK(head_dim % 8 == 0 && head_dim >= 8 && head_dim <= cuda::kMaxHeadDim, "head_dim ", head_dim,
+                  " must be a multiple of 8 up to ", cuda::kMaxHeadDim);
+}
+
+const int32_t* ints(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
+
+Tensor empty_like_device(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) {
+  return torch::stable::empty(shape, dtype, std::nullopt, t.device());
+}
+
+float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+void compact(Tensor key, Tensor value, Tensor positions, Tensor cu_kept, Tensor offsets, Tensor key_buffer,
+             Tensor value_buffer) {
+  check_compact(key, value, positions, cu_kept, offsets, key_buffer, value_buffer);
+  const Tensor* sources[2] = {&key, &value};
+  const Tensor* targets[2] = {&key_buffer, &value_buffer};
+  const int64_t element = static_cast<int64_t>(key.element_size());
+  cuda::CompactArgs a{};
+  for (int which = 0; which < 2; ++which) {
+    check_vectors("key and value", *sources[which]);
+    check_vectors("key_buffer and value_buffer", *targets[which]);
+    a.source[which] = static_cast<const char*>(sources[which]->const_data_ptr());
+    a.target[which] = static_cast<char*>(targets[which]->mutable_data_ptr());
+    a.stride_b[which] = sources[which]->stride(0) * element;
+    a.stride_h[which] = sources[which]->stride(1) * element;
+    a.stride_t[which] = sources[which]->stride(2) * element;
+  }
+  a.positions = ints(positions);
+  a.cu_kept = ints(cu_kept);
+  a.offsets = ints(offsets);
+  a.total = positions.size(0);
+  a.slots = key_buffer.size(0);
+  a.lists = static_cast<int>(key.size(0) * key.size(1));
+  a.num_kv_heads = static_cast<int>(key.size(1));
+  a.num_columns = static_cast<int>(key.size(2));
+  a.row_bytes = static_cast<int>(key.size(3) * element);
+  const DeviceGuard guard(key.get_device_index());
+  check_launch("compact", cuda::launch_compact(a, current_stream(key)));
+}
+
+void append(Tensor key, Tensor value, Tensor offsets, Tensor lens, Tensor key_buffer, Tensor value_buffer,
+            Tensor overflow, std::optional<Tensor> mask) {
+  check_append(key, value, offsets, lens, key_buffer, value_buffer, overflow, mask);
+  const Tensor* sources[2] = {&key, &value};
+  const Tensor* targets[2] = {&key_buffer, &value_buffer};
+  const int64_t element = static_cast<int64_t>(key.element_size());
+  cuda::AppendArgs a{};
+  for (int which = 0; which < 2; ++which) {
+    check_vectors("key and value", *sources[which]);
+    check_vectors("key_buffer and value_buffer", *targets[which]);
+    a.source[which] = static_cast<const char*>(sources[which]->const_data_ptr());
+    a.target[which] = static_cast<char*>(targets[which]->mutable_data_ptr());
+    a.stride_b[which] = sources[which]->stride(0) * element;
+    a.stride_h[which] = sources[which]->stride(1) * element;
+    a.stride_n[which] = sources[which]->stride(2) * element;
+  }
+  a.offsets = ints(offsets);
+  a.lens = static_cast<int32_t*>(lens.mutable_data_ptr());
+  a.overflow = static_cast<int32_t*>(overflow.mutable_data_ptr());
+  if (mask.has_value()) {
+    a.mask = static_cast<const bool*>(mask->const_data_ptr());
+    a.mask_stride_b = mask->stride(0);
+    a.mask_stride_n = mask->stride(1);
+  }
+  a.slots = key_buffer.size(0);
+  a.lists = static_cast<int>(key.size(0) * key.size(1));
+  a.num_kv_heads = static_cast<int>(key.size(1));
+  a.num_new = static_cast<int>(key.size(2));
+  a.row_bytes = static_cast<int>(key.size(3) * element);
+  const DeviceGuard guard(key.get_device_index());
+  check_launch("append", cuda::launch_append(a, current_stream(key)));
+}
+
+std::tuple<Tensor, Tensor> varlen_decode(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor offsets,
+                                         Tensor lens, double scale, std::optional<Tensor> num_later) {
+  check_varlen_decode(query, key_buffer, value_buffer, offsets, lens, num_later);
+  check_head_dim(query.size(3));
+  check_vectors("query", query);
+  check_vectors("key_buffer", key_buffer);
+  check_vectors("value_buffer", value_buffer);
+  const int64_t batch = query.size(0), num_query_heads = query.size(1), n = query.size(2), head_dim = query.size(3);
+  Tensor out = empty_like_device(query, {batch, num_query_heads, n, head_dim}, query.scalar_type());
+  Tensor lse = empty_like_device(query, {batch, num_query_heads, n}, ScalarType::Float);
+  cuda::DecodeArgs a{};
+  a.dtype = dtype_of("varlen_decode", query);
+  if (out.numel() == 0) return {out, lse};
+  a.query = query.const_data_ptr();
+  a.key_buffer = key_buffer.const_data_ptr();
+  a.value_buffer = value_buffer.const_data_ptr();
+  a.offsets = ints(offsets);
+  a.lens = ints(lens);
+  a.num_later = num_later.has_value() ? ints(*num_later) : nullptr;
+  a.out = out.mutable_data_ptr();
+  a.lse = floats(lse);
+  a.query_stride_b = query.stride(0);
+  a.query_stride_h = query.stride(1);
+  a.query_stride_n = query.stride(2);
+  a.scale = static_cast<float>(scale);
+  a.lists = static_cast<int>(lens.size(0));
+  a.num_kv_heads = static_cast<int>(lens.size(0) / batch);
+  a.group = static_cast<int>(num_query_heads / a.num_kv_heads);
+  a.num_queries = static_cast<int>(n);
+  a.head_dim = static_cast<int>(head_dim);
+  const DeviceGuard guard(query.get_device_index());
+  int resident = 0;
+  check_launch("varlen_decode", cuda::decode_resident_ctas(a.dtype, a.head_dim, &resident));
+  a.num_ctas = cuda::decode_ctas(a, key_buffer.size(0), resident);
+  Tensor tile_begin = empty_like_device(query, {a.lists + int64_t{1}}, ScalarType::Int);
+  Tensor stats = empty_like_device(query, {cuda::partial_stats_size(a)}, ScalarType::Float);
+  Tensor partial = empty_like_device(query, {cuda::partial_out_size(a)}, ScalarType::Float);
+  a.tile_begin = static_cast<int32_t*>(tile_begin.mutable_data_ptr());
+  a.partial_stats = floats(stats);
+  a.partial_out = floats(partial);
+  check_launch("varlen_decode", cuda::launch_decode(a, current_stream(query)));
+  return {out, lse};
+}
+
+Tensor window_scores(Tensor query, Tensor key, Tensor starts, Tensor num_queries, double scale) {
+  check_window_scores(query, key, starts, num_queries);
+  check_head_dim(query.size(3));
+  check_vectors("query", query);
+  check_vectors("key", key);
+  cuda::WindowArgs a{};
+  a.dtype = dtype_of("window_scores", query);
+  a.batch = static_cast<int>(key.size(0));
+  a.num_kv_heads = static_cast<int>(key.size(1));
+  a.group = static_cast<int>(query.size(1) / key.size(1));
+  a.window = static_cast<int>(query.size(2));
+  a.num_columns = static_cast<int>(key.size(2));
+  a.head_dim = static_cast<int>(key.size(3));
+  STD_TORCH_CHECK(int64_t{a.batch} * a.num_kv_heads <= 65535, "batch times kv heads must be at most 65535, got ",
+                  int64_t{a.batch} * a.num_kv_heads);
+  Tensor scores = empty_like_device(key, {key.size(0), key.size(1), key.size(2)}, ScalarType::Float);
+  if (scores.numel() == 0) return scores;
+  if (a.window == 0) return torch::stable::fill_(scores, 0.0);
+  a.query = query.const_data_ptr();
+  a.key = key.const_data_ptr();
+  a.starts = ints(starts);
+  a.num_queries = ints(num_queries);
+  a.scores = floats(scores);
+  a.query_stride_b = query.stride(0);
+  a.query_stride_h = query.stride(1);
+  a.query_stride_w = query.stride(2);
+  a.key_stride_b = key.stride(0);
+  a.key_stride_h = key.stride(1);
+  a.key_stride_t = key.stride(2);
+  a.scale = static_cast<float>(scale);
+  Tensor stats = empty_like_device(key, {cuda::window_stats_size(a)}, ScalarType::Float);
+  Tensor lse = empty_like_device(key, {cuda::window_lse_size(a)}, ScalarType::Float);
+  a.stats = floats(stats);
+  a.lse = floats(lse);
+  const DeviceGuard guard(key.get_device_index());
+  check_launch("window_scores", cuda::launch_window_scores(a, current_stream(key)));
+  return scores;
+}
+
+Tensor select_rows(Tensor scores, Tensor starts, Tensor counts, int64_t window, Tensor cu_kept, int64_t total) {
+  check_select_rows(scores, starts, counts, window, cu_kept, total);
+  Tensor positions = empty_like_device(scores, {total}, ScalarType::Int);
+  const cuda::SelectArgs a{static_cast<const float*>(scores.const_data_ptr()), ints(starts), ints(counts),
+                           ints(cu_kept), static_cast<int32_t*>(positions.mutable_data_ptr()), total,
+                           static_cast<int>(scores.size(0)), static_cast<int>(scores.size(1)),
+                           static_cast<int>(window)};
+  const DeviceGuard guard(scores.get_device_index());
+  check_launch("select_rows", cuda::launch_select(a, current_stream(scores)));
+  return positions;
+}
+
+const KernelEntry kEntries[] = {
+    {"compact", TORCH_BOX(&compact)},
+    {"append", TORCH_BOX(&append)},
+    {"varlen_decode", TORCH_BOX(&varlen_decode)},
+    {"window_scores", TORCH_BOX(&window_scores)},
+    {"select_rows", TORCH_BOX(&select_rows)},
+};
+
+}  // namespace
+}  // namespace sparsemm
+
+SPARSEMM_DEFINE_ENTRY_POINTS("CUDA", sparsemm::kEntries)
