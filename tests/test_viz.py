@@ -166,6 +166,10 @@ def test_every_picture_is_drawn(family: str, tmp_path: Path) -> None:
     config = CompressionConfig(method="snapkv", budget=10, window_size=4)
     kept = kept_rows(model, processor, picture(), config)
     draw_kept(kept, tmp_path / "kept.png")
+    draw_kept(kept, tmp_path / "last.png", layers=[1])
+    assert opened(tmp_path / "last.png").shape[0] < opened(tmp_path / "kept.png").shape[0]
+    with pytest.raises(DataError, match=r"layers \[2\]"):
+        draw_kept(kept, tmp_path / "last.png", layers=[2])
     draw_budgets(kept.rows(), tmp_path / "budgets.png", title=kept.describe(), prompt_length=kept.prompt_length)
     draw_score_map(table(), tmp_path / "scores.png", num_kv_heads=2, title="toy")
     draw_sparsity({"a": table(), "b": table(3, 5)}, tmp_path / "sparsity.png", title="toy")

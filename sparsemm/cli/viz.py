@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from sparsemm import CompressionConfig, HeadScores
     from sparsemm.viz.reading import Reading
 
+_MOST_LAYERS = 8
+
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Pictures, as files.")
 
 OutputOption = Annotated[Path, typer.Option(help="Image file: .png, .svg or .pdf.")]
@@ -170,6 +172,9 @@ def kept(
     budget: BudgetOption = 32,
     image: ImageOption = None,
     prompt: PromptOption = None,
+    layers: Annotated[
+        str | None, typer.Option(help=f"Layers drawn, numbers [default: all, of deep models {_MOST_LAYERS}].")
+    ] = None,
     part: Annotated[str | None, typer.Option(help="Part of LLaVA-NeXT's image: high_res or base.")] = None,
     head_scores: HeadScoresOption = None,
     window_size: WindowOption = None,
@@ -185,7 +190,8 @@ def kept(
     from sparsemm.viz.overlay import draw_kept
 
     rows = _keep(model, method, budget, image, prompt, head_scores, window_size, ratio, rounding, seed, device, dtype)
-    draw_kept(rows, output, part=part, title=title)
+    chosen = _some_layers(len(rows.positions)) if layers is None else parse_integers(layers, "--layers")
+    draw_kept(rows, output, layers=chosen, part=part, title=title)
     typer.echo(str(output))
 
 
@@ -232,10 +238,16 @@ def everything(
         draw_overlays(reading, folder / "attention_parts.png", parts=list(reading.layout.grids), scores=table)
     rows = kept_rows(network, processor, picture, config, prompt=question)
     draw_budgets(rows.rows(), folder / "budgets.png", title=rows.describe(), prompt_length=rows.prompt_length)
-    draw_kept(rows, folder / "kept.png")
+    draw_kept(rows, folder / "kept.png", layers=_some_layers(len(rows.positions)))
     typer.echo(f"read: {reading.text}")
     for path in sorted(folder.iterdir()):
         typer.echo(str(path))
+
+
+def _some_layers(count: int) -> list[int]:
+    """Evenly spaced layers, the first and the last among them."""
+    most = min(count, _MOST_LAYERS)
+    return sorted({round(index * (count - 1) / max(1, most - 1)) for index in range(most)})
 
 
 def _read(

@@ -102,9 +102,12 @@ def draw_budgets(rows: Tensor, path: str | Path, *, title: str | None = None, pr
     if rows.ndim != 2 or 0 in rows.shape:
         raise DataError(f"budgets have shape {list(rows.shape)}; give [num_layers, num_kv_heads]")
     num_layers, num_heads = rows.shape
-    figure = new_figure(max(8.0, 3.2 + 0.3 * num_heads + 0.03 * rows.numel()), max(3.2, 1.5 + 0.22 * num_layers))
-    ratio = [max(1.0, 0.06 * num_heads), 2.0]
-    left, right = figure.subplots(1, 2, width_ratios=ratio)
+    if rows.numel() <= _MOST_NUMBERED:
+        figure = new_figure(max(8.0, 3.2 + 0.3 * num_heads + 0.03 * rows.numel()), max(3.2, 1.5 + 0.22 * num_layers))
+        left, right = figure.subplots(1, 2, width_ratios=[max(1.0, 0.06 * num_heads), 2.0])
+    else:  # a thousand bars take the whole width
+        figure = new_figure(14.0, 5.0 + 0.18 * num_layers)
+        left, right = figure.subplots(2, 1, height_ratios=[0.18 * num_layers + 1, 3.6])
     values = rows.detach().cpu().numpy().astype(float)
     _table(figure, left, values, "Rows kept", numbers="{:.0f}", columns="kv head")
     right.bar(np.arange(values.size), values.flatten(), width=1.0, color=LINES[0])

@@ -68,7 +68,14 @@ def draw_overlays(
     save_figure(figure, path)
 
 
-def draw_kept(kept: KeptRows, path: str | Path, *, part: str | None = None, title: str | None = None) -> None:
+def draw_kept(
+    kept: KeptRows,
+    path: str | Path,
+    *,
+    layers: Sequence[int] | None = None,
+    part: str | None = None,
+    title: str | None = None,
+) -> None:
     """A sheet of pages on which only what a kv head keeps is shown: one row a layer, one column a kv head.
 
     Cells whose row was dropped are washed out: dark on a light page, light on a dark one. Below each panel stands how
@@ -77,30 +84,34 @@ def draw_kept(kept: KeptRows, path: str | Path, *, part: str | None = None, titl
     Args:
         kept: From `kept_rows`.
         path: Image file.
+        layers: Rows of the sheet; all layers by default.
         part: Part of the image; the main one by default.
         title: Above the sheet.
 
     Raises:
-        DataError: The part is not there, or the file's ending is no image format.
+        DataError: A layer or the part is not there, or the file's ending is no image format.
     """
-    num_layers, num_heads = len(kept.positions), len(kept.positions[0])
+    layers = list(range(len(kept.positions)) if layers is None else layers)
+    if not layers or not all(0 <= layer < len(kept.positions) for layer in layers):
+        raise DataError(f"layers {layers} are not some of the {len(kept.positions)} of the model, counted from 0")
+    num_layers, num_heads = len(layers), len(kept.positions[0])
     width, height = _panel_size(kept.image)
     figure = new_figure(0.8 + (width + 0.1) * num_heads, 0.8 + (height + 0.3) * num_layers)
     panels = figure.subplots(num_layers, num_heads, squeeze=False)
     page = np.asarray(kept.image)
     washed = (0.2 * page + 0.8 * (40 if page.mean() > 127 else 225)).astype(page.dtype)
-    for layer in range(num_layers):
+    for row, layer in enumerate(layers):
         for head in range(num_heads):
-            axes = panels[layer, head]
+            axes = panels[row, head]
             mask = kept.on_image(layer, head)
             cells = grid_map(kept.layout, mask.float(), part).numpy() > 0
             shown = np.asarray(Image.fromarray(cells).resize(kept.image.size, Image.Resampling.NEAREST))
             axes.imshow(np.where(shown[..., None], page, washed))
             _bare(axes)
-            rows = len(kept.positions[layer][head])
             image_rows = int(mask.sum())
-            axes.set_xlabel(f"{image_rows} image + {rows - image_rows} text", fontsize=6.5, labelpad=2)
-            if layer == 0:
+            text_rows = len(kept.positions[layer][head]) - image_rows
+            axes.set_xlabel(f"{image_rows} image + {text_rows} text", fontsize=6.5, labelpad=2)
+            if row == 0:
                 axes.set_title(f"kv head {head}", fontsize=8)
             if head == 0:
                 axes.set_ylabel(f"layer {layer}", fontsize=8)
