@@ -151,26 +151,46 @@ class StepClock(StoppingCriteria):
         return len(self.ticks) - 1
 
 
+@dataclass(frozen=True)
+class Timing:
+    """Seconds until the first token, from it to the last, and the decode steps between them."""
+
+    prefill_seconds: float
+    decode_seconds: float
+    decode_steps: int
+
+
 def generate_greedy(
     model: nn.Module, inputs: Mapping[str, Tensor], max_new_tokens: int, **options: Any
-) -> tuple[Tensor, StepClock]:
-    """Greedy continuation `[batch, new tokens]`, prompts cut off, and when each token came.
+) -> tuple[Tensor, Timing]:
+    """Greedy continuation `[batch, new tokens]`, prompts cut off, and how long it took.
 
-    `options` go on to `model.generate`, a `streamer` for instance.
+    By `generate` where a patch is active, else by `model.generate`; `options` go on to it, a `streamer` for instance.
     """
+    if active_patch(model) is None:
+        tokens, clock = stock_greedy(model, inputs, max_new_tokens, **options)
+        return tokens, Timing(clock.prefill_seconds, clock.decode_seconds, clock.decode_steps)
+    output = generate(model, inputs, max_new_tokens=max_new_tokens, **_GREEDY, **options)
+    return output.new_tokens, Timing(output.prefill_seconds, output.decode_seconds, output.new_tokens.shape[1] - 1)
+
+
+def stock_greedy(
+    model: nn.Module, inputs: Mapping[str, Tensor], max_new_tokens: int, **options: Any
+) -> tuple[Tensor, StepClock]:
+    """`generate_greedy` by transformers' own loop, patched or not, and when each token came."""
     clock = StepClock(model.device)
     output = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,  # a checkpoint's settings of sampling: without effect here, but warned about
-        top_p=None,
-        top_k=None,
         stopping_criteria=StoppingCriteriaList([clock]),
+        **_GREEDY,
         **options,
     )
     return output[:, inputs["input_ids"].shape[1] :], clock
+
+
+# A checkpoint's settings of sampling have no effect on greedy search, but are warned about unless unset.
+_GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
 
 
 @contextmanager

@@ -201,6 +201,27 @@ def test_what_is_refused():
         assert sparsemm.generate(model, inputs, max_new_tokens=4).new_tokens.shape == (1, 4)
 
 
+def test_an_observer_sees_the_rows_of_every_step():
+    model = toy_model("qwen2-vl")
+    inputs = toy_inputs(model, 1)
+    seen = {"ours": [], "stock": []}
+
+    def observer(name):
+        return lambda layer_idx, query, layer: seen[name].append(
+            (layer_idx, layer.longest, layer.get_seq_length(), layer.top_columns(query[:, :, -1:]))
+        )
+
+    with sparsemm.patch(model, sparsemm.CompressionConfig("fullkv")) as handle:
+        for name, run in (("ours", lambda **kw: sparsemm.generate(model, inputs, reserve=3, **kw)),
+                          ("stock", lambda **kw: model.generate(**inputs, **kw))):  # fmt: skip
+            handle.observer = observer(name)
+            run(max_new_tokens=7)
+    assert len(seen["ours"]) == len(seen["stock"]) == 2 * 7
+    for ours, stock in zip(seen["ours"], seen["stock"], strict=True):
+        assert ours[:3] == stock[:3]
+        assert torch.equal(ours[3], stock[3])
+
+
 # -- the step as a graph -------------------------------------------------------------------------------------------
 
 

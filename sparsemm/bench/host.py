@@ -15,7 +15,7 @@ import sparsemm
 from sparsemm.bench.shapes import prompt_inputs
 from sparsemm.cache import CachePlan, CacheRecord, SparseLayer
 from sparsemm.cache.chunk import Chunk
-from sparsemm.generation import generate_greedy
+from sparsemm.generation import stock_greedy
 
 VICUNA = {"num_heads": 32, "num_kv_heads": 32, "head_dim": 128, "prompt_tokens": 4096, "budget": 256}
 
@@ -142,7 +142,7 @@ def token_overhead(
     never = {"eos_token_id": None, "pad_token_id": 0}
 
     def stock() -> float:
-        _, clock = generate_greedy(model, inputs, tokens, **never)
+        _, clock = stock_greedy(model, inputs, tokens, **never)
         return clock.decode_seconds / clock.decode_steps
 
     def patched() -> float:

@@ -18,7 +18,7 @@ from sparsemm.bench.baselines import CopyingLoop, kvpress_snapkv
 from sparsemm.bench.memory import peak_new_bytes
 from sparsemm.bench.operators import count_kernels, count_operators
 from sparsemm.decoding import DecodeLoop
-from sparsemm.generation import generate_greedy
+from sparsemm.generation import stock_greedy
 from sparsemm.models import family_of
 
 BASELINES = ("hf", "kvpress", "original")
@@ -130,14 +130,14 @@ def _measure_stock(
 ) -> None:
     never = {"eos_token_id": None, "pad_token_id": 0}
     for repeat in range(repeats):
-        _, clock = generate_greedy(model, inputs, new_tokens if repeat == repeats - 1 else 1, **never)
+        _, clock = stock_greedy(model, inputs, new_tokens if repeat == repeats - 1 else 1, **never)
         result.prefill.append(clock.prefill_seconds)
     result.steps = [end - begin for begin, end in zip(clock.ticks, clock.ticks[1:], strict=False)]
-    result.peak_bytes = _peak_bytes(model, lambda: generate_greedy(model, inputs, 1, **never))
+    result.peak_bytes = _peak_bytes(model, lambda: stock_greedy(model, inputs, 1, **never))
     short = {name: inputs[name][:, -8:] for name in ("input_ids", "attention_mask")}
 
     def count(tokens: int) -> Any:
-        return count_operators(lambda: generate_greedy(model, short, tokens, **never))
+        return count_operators(lambda: stock_greedy(model, short, tokens, **never))
 
     if not bool((short["input_ids"] == model.config.image_token_id).any()):  # one step more is one step
         longer, shorter = count(4), count(3)

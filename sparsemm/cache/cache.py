@@ -80,19 +80,21 @@ class SparseCache(Cache):
         """Tokens that every list of every layer can still take before a buffer has to move."""
         return min(layer.room for layer in self.layers)
 
-    def begin_steps(self) -> None:
+    def begin_steps(self, *, watched: bool = False) -> None:
         """Let the coming forwards each append one token of every sequence and touch nothing but the device.
 
         Such a forward can be captured in a CUDA graph and replayed. It needs `room`, and `count_steps` once it has run.
+        `watched` is for steps that are not captured: the layers' accounts are then right while a step still runs.
         """
         if self.batch_size < 0:
             raise CacheError("decode steps need a prompt in the cache; run the prompt through the model first")
-        self.chunk = Chunk.of_step(self.batch_size)
+        self.chunk = Chunk.of_step(self.batch_size, counted=watched)
 
     def count_steps(self, steps: int) -> None:
         """Account on the host for `steps` forwards since `begin_steps` or the last call."""
-        for layer in self.layers:
-            layer.count(steps)
+        if not self.chunk.counted:
+            for layer in self.layers:
+                layer.count(steps)
         batch = self.batch_size
         self.record.appended_rows += steps * batch
         if self.attention_mask is not None:

@@ -32,9 +32,9 @@ class Chunk:
     counted: bool = True
 
     @classmethod
-    def of_step(cls, batch: int) -> Chunk:
-        """One decoded token of every sequence, accounted for later."""
-        return cls(batch, 1, None, [1] * batch, None, None, counted=False)
+    def of_step(cls, batch: int, *, counted: bool = False) -> Chunk:
+        """One decoded token of every sequence."""
+        return cls(batch, 1, None, [1] * batch, None, None, counted)
 
     @classmethod
     def of(cls, mask: Tensor | None, batch: int, columns: int, *, needs_lengths: bool) -> Chunk:

@@ -68,21 +68,29 @@ class StepRunner:
     """
 
     def __init__(
-        self, body: Callable[[], None], cache: SparseCache, graphs: CudaGraphs | None, *, growth: int = GROWTH_ROWS
+        self,
+        body: Callable[[], None],
+        cache: SparseCache,
+        graphs: CudaGraphs | None,
+        *,
+        growth: int = GROWTH_ROWS,
+        watched: bool = False,
     ) -> None:
         """
         Args:
             body: Device work only, on tensors that keep their addresses (see `DecodeStep`).
             graphs: Captures the step; None runs it as it is. Only where `why_no_graph` says None.
             growth: Tokens to make room for when the buffers are full.
+            watched: Something looks into the cache while a step runs; not with `graphs`.
         """
+        self.watched = watched
         self.body, self.cache, self.growth = body, cache, growth
         self.captures = self.steps = 0
         self._graphs = graphs
         self._replay: Callable[[], None] | None = None
         self._uncounted = 0
         self._room = cache.room
-        cache.begin_steps()
+        cache.begin_steps(watched=watched)
 
     def __call__(self) -> None:
         if self._room == 0:
@@ -108,7 +116,7 @@ class StepRunner:
         self._replay = None  # its memory is freed before the buffers grow, and it must never run again
         self.cache.grow(self.growth)
         self._room = self.cache.room
-        self.cache.begin_steps()
+        self.cache.begin_steps(watched=self.watched)
 
     def _capture(self) -> None:
         try:

@@ -97,7 +97,8 @@ class DecodeLoop:
             if cache.room < min(remaining, cache.plan.reserve):  # a later turn
                 cache.grow(min(remaining, cache.plan.reserve))
             body = _one_after_the_other(step, choose) if choose.on_device else step
-            self.runner = StepRunner(body, cache, CudaGraphs(input_ids.device) if self.graph else None)
+            graphs = CudaGraphs(input_ids.device) if self.graph else None
+            self.runner = StepRunner(body, cache, graphs, watched=self.handle.observer is not None)
             try:
                 for _ in range(remaining):
                     self.runner()
