@@ -12,6 +12,7 @@ from sparsemm.datasets import FORMATS, WRITERS, BoxedImage, convert, open_pages
 from sparsemm.datasets.base import bounding_box, box_of_extent
 from sparsemm.datasets.hub import HubPages
 from sparsemm.datasets.registry import recognise
+from sparsemm.documents import split_of
 from sparsemm.documents.pages import TextBox
 from sparsemm.errors import DataError
 from sparsemm.matching import match_unique
@@ -300,6 +301,9 @@ def test_generators_make_the_page_asked_for():
     assert " ".join(text for text, _ in boxes(lines)) == " ".join(text for text, _ in boxes(pages[2]))
     miniature = open_pages("miniature", limit=4, num_words=(2,))
     assert [len(page.words) for page in miniature] == [2, 2, 2, 2]
+    training = open_pages("miniature", limit=4, num_words=(2,), fonts="train")
+    assert all(split_of(word.text) == "train" for page in training for word in page.words)
+    assert all(split_of(word.text) == "heldout" for page in miniature for word in page.words)
     with pytest.raises(IndexError):
         _ = miniature[4]
 

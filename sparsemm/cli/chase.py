@@ -20,6 +20,7 @@ from sparsemm.cli.common import (
     short_name,
 )
 from sparsemm.cli.data import (
+    FontsOption,
     FormatOption,
     ImagesOption,
     PageSizeOption,
@@ -61,6 +62,7 @@ def chase(
         str | None, typer.Option(help="Words of a miniature's page, taking turns [default: 1,2,3,4].")
     ] = None,
     page_size: PageSizeOption = None,
+    fonts: FontsOption = None,
     seed: Annotated[int, typer.Option(help="Generators: another seed draws other pages.")] = PAGE_SEED,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reading of a page.")] = 1024,
     prompt: Annotated[str | None, typer.Option(help="What the model is asked [default: the paper's].")] = None,
@@ -84,7 +86,7 @@ def chase(
     words = None if num_words is None else tuple(parse_integers(num_words, "--num-words"))
     pages = open_source(
         source, format=format, images=images, split=split, limit=limit, seed=seed, page_size=page_size, unit=unit,
-        num_words=words,
+        fonts=fonts, num_words=words,
     )  # fmt: skip
     if max_pixels is not None and max_pixels < 1:
         raise ConfigError(f"--max-pixels {max_pixels} must be at least 1")
@@ -94,12 +96,12 @@ def chase(
         dtype=dtype,
         **({} if max_pixels is None else {"max_pixels": max_pixels}),
     )
-    details = {"pixels": page_size, "words": num_words, "unit": None if unit is None else unit.value}
+    details = {"pixels": page_size, "words": num_words, "unit": None if unit is None else unit.value, "fonts": fonts}
     run_chase(
         network,
         processor,
         output or Path("head_scores") / f"{short_name(model)}.json",
-        model_name=short_name(model) if is_miniature(model) else model,
+        model_name=short_name(model) if is_miniature(model) or Path(model).is_dir() else model,
         pages=pages,
         dataset=_describe(source, split, details),
         seed=seed,

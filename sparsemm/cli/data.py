@@ -41,6 +41,9 @@ UnitOption = Annotated[
 PageSizeOption = Annotated[
     str | None, typer.Option("--page-size", help="Generators: side, or WIDTHxHEIGHT, in pixels.")
 ]
+FontsOption = Annotated[
+    str | None, typer.Option("--fonts", help="Generators: train or heldout, which have no typeface in common.")
+]
 
 
 @app.callback()
@@ -62,14 +65,16 @@ def convert(
     seed: Annotated[int, typer.Option(help="Of a generator.")] = 0,
     page_size: PageSizeOption = None,
     unit: UnitOption = None,
+    fonts: FontsOption = None,
     no_progress: Annotated[bool, typer.Option("--no-progress", help="No progress bar.")] = False,
 ) -> None:
     """Write a data set, or pages of a generator, in another format."""
     from sparsemm.datasets import convert as write
 
     pages = open_source(
-        source, format=format, images=images, split=split, limit=num_images, seed=seed, page_size=page_size, unit=unit
-    )
+        source, format=format, images=images, split=split, limit=num_images, seed=seed, page_size=page_size, unit=unit,
+        fonts=fonts,
+    )  # fmt: skip
     written, skipped = write(pages, output, to.value, progress=not no_progress)
     typer.echo(f"{output}: {written} pages" + (f", {skipped} left out" if skipped else ""))
 
@@ -84,12 +89,13 @@ def open_source(
     seed: int,
     page_size: str | None,
     unit: Unit | None,
+    fonts: str | None = None,
     num_words: tuple[int, ...] | None = None,
 ) -> Any:
     """`open_pages` with the options of the command line; those not given are not passed on."""
     from sparsemm.datasets import open_pages
 
-    given = {"size": parse_size(page_size), "unit": None if unit is None else unit.value, "num_words": num_words}
+    options = {"size": parse_size(page_size), "unit": None if unit is None else unit.value, "num_words": num_words}
     return open_pages(
         source,
         format=None if format is None else format.value,
@@ -97,7 +103,7 @@ def open_source(
         split=split,
         limit=limit,
         seed=seed,
-        **{name: value for name, value in given.items() if value is not None},
+        **{name: value for name, value in {**options, "fonts": fonts}.items() if value is not None},
     )
 
 

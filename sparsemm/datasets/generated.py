@@ -22,7 +22,9 @@ class GeneratedPages(Sequence):
         size: (width, height) in pixels, or the side of a square; 960 x 1280 and 224 by default.
         unit: Text boxes of a "documents" page: "line" or "word".
         num_words: Words of a "miniature" page, taking turns.
-        fonts, strength: Of `make_document`.
+        fonts: "train" or "heldout", whose typefaces (and, on a "miniature" page, words) the other never has; of
+            "documents" also "all", the default, where a miniature's pages are held-out ones.
+        strength: Of `make_document`.
 
     Raises:
         DataError: An option is unknown, out of range, or not one of this generator.
@@ -37,6 +39,7 @@ class GeneratedPages(Sequence):
         size: int | tuple[int, int] | None = None,
         unit: str | None = None,
         num_words: Sequence[int] | None = None,
+        fonts: str | None = None,
         **options: Any,
     ) -> None:
         if name not in GENERATORS:
@@ -50,6 +53,7 @@ class GeneratedPages(Sequence):
             raise DataError(f"the generator {name!r} has no option {', '.join(given)}")
         self.name, self.count, self.seed = name, count, seed
         self.size, self.unit, self.num_words, self.options = size, unit or "line", num_words, options
+        self.fonts = fonts or ("all" if name == "documents" else "heldout")
         self[0]  # bad options are errors now, not in the middle of a chase
 
     def __len__(self) -> int:
@@ -65,7 +69,7 @@ class GeneratedPages(Sequence):
 
         size = (self.size, self.size) if isinstance(self.size, int) else self.size or (960, 1280)
         try:
-            page = make_document(index, size=size, seed=self.seed, **self.options)
+            page = make_document(index, size=size, seed=self.seed, fonts=self.fonts, **self.options)
         except TypeError as error:
             raise DataError(f"unknown option in {sorted(self.options)} ({error})") from error
         return BoxedImage(f"{index:06d}.png", page.image, page.lines if self.unit == "line" else page.words)
@@ -78,5 +82,5 @@ class GeneratedPages(Sequence):
         if not isinstance(side, int):
             raise DataError(f"size={side}: a miniature's page is square; give one number")
         number = words[index % len(words)]
-        page = make_page(index, split="heldout", task="read", num_words=number, seed=self.seed, size=side)
+        page = make_page(index, split=self.fonts, task="read", num_words=number, seed=self.seed, size=side)
         return BoxedImage(f"{index:06d}.png", page.image, page.words)

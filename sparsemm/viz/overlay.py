@@ -124,11 +124,11 @@ def _overlay(axes: Any, backdrop: np.ndarray, values: np.ndarray) -> None:
 
     height, width = backdrop.shape[:2]
     rows, cols = values.shape
-    axes.imshow(backdrop, extent=(0, width, height, 0))
-    axes.imshow(
-        values, extent=(0, width, height, 0), cmap=COLOURS, vmin=0, vmax=max(float(values.max()), 1e-12), alpha=0.6,
-        interpolation="nearest",
-    )  # fmt: skip
+    scaled = values / max(float(values.max()), 1e-12)
+    extent = (0, width, height, 0)
+    axes.imshow(backdrop, extent=extent)
+    # What nobody looks at stays legible: the colours cover it less.
+    axes.imshow(scaled, extent=extent, cmap=COLOURS, vmin=0, vmax=1, alpha=0.25 + 0.5 * scaled, interpolation="nearest")
     row, col = np.unravel_index(values.argmax(), values.shape)
     place = (col * width / cols, row * height / rows)
     axes.add_patch(Rectangle(place, width / cols, height / rows, fill=False, edgecolor=LINES[1], linewidth=1.2))

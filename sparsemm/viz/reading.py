@@ -188,7 +188,7 @@ def read_with_attention(
     names = processor.tokenizer.convert_ids_to_tokens(ids)
     texts = token_texts(processor.tokenizer, ids)
     tokens = [
-        f"<{name.strip('<>|/')}>" if index in special else text
+        f"<{name.strip('<>|')}>" if index in special else text
         for index, name, text in zip(ids, names, texts, strict=True)
     ]
     return Reading(picture, prompt, tokens, list(heads), observer.result(), layout)
