@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one go: build, tests, compute-sanitizer, micro-benchmark. Called by `make gpu-check`.
+#
+#   bash scripts/others/gpu_check.sh
+#
+# A step that has passed is not repeated, and the benchmark keeps its finished cells, so a stopped run goes on; remove
+# OUTPUT to start over. Variables:
+#   OUTPUT         folder of the results                                     (results/gpu_check)
+#   BENCH_SECONDS  seconds after which the benchmark begins no further cell  (240)
+#   PROMPTS, BUDGETS, BATCHES, SHAPES  grid of the benchmark                 (4096 32768 131072; 64 256 1024 full; 1 8 32; all)
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+help_if_asked "$@"
+
+cd "$scripts_folder/.."
+output="${OUTPUT:-results/gpu_check}"
+python=.venv/bin/python
+[[ -x "$python" ]] || python=python3
+mkdir -p "$output"
+
+# step NAME command...: runs it unless it has passed for these sources, keeping what it prints.
+sources="$(cat csrc/*.h csrc/*.cpp csrc/*/* sparsemm/ops/*.py tests/test_ops_gpu.py | sha256sum | cut -c1-16)"
+step() {
+    local name="$1" mark
+    shift
+    mark="$output/$name.$sources.passed"
+    if [[ -e "$mark" ]]; then
+        echo "$name: passed before"
+        return
+    fi
+    echo "$name: $*"
+    local begun=$SECONDS
+    "$@" 2>&1 | tee "$output/$name.log"
+    echo "$((SECONDS - begun)) s" > "$mark"
+}
+
+step build "$python" csrc/build.py
+
+"$python" - <<'CODE'
+import sys
+
+import torch
+
+from sparsemm.ops import library
+
+if not torch.cuda.is_available():
+    sys.exit("gpu-check: built; from here on a GPU is needed, and torch sees none")
+if not library.is_loaded("cuda"):
+    sys.exit("gpu-check: the CUDA kernels are not built; is nvcc installed?")
+print(f"GPU: {torch.cuda.get_device_name()}, torch {torch.__version__}")
+CODE
+
+step tests "$python" -m pytest -m gpu tests -p no:cacheprovider
+if sanitizer="$(command -v compute-sanitizer)"; then
+    for tool in memcheck racecheck synccheck; do
+        step "$tool" "$sanitizer" --tool "$tool" --error-exitcode 1 \
+            "$python" -m pytest -m gpu tests/test_ops_gpu.py -k small_run -p no:cacheprovider
+    done
+else
+    echo "compute-sanitizer is not installed: memcheck, racecheck and synccheck left out"
+fi
+
+SHAPES="${SHAPES:-vicuna-7b mistral-7b qwen2-vl-7b}"
+PROMPTS="${PROMPTS:-4096 32768 131072}"
+option_from SHAPES --shapes PROMPTS --prompts BUDGETS --budgets BATCHES --batches
+run_sparsemm bench kernels "${options[@]}" --time-limit "${BENCH_SECONDS:-240}" --output "$output/kernels.json" \
+    --no-progress "$@" | tee "$output/kernels.log"

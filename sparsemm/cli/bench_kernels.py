@@ -1,0 +1,49 @@
+"""`sparsemm bench kernels`: the operators over ragged rows, in time and share of the memory bandwidth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.replace(",", " ").split())
+
+
+def kernels(
+    shapes: Annotated[str, typer.Option(help="Attention shapes: vicuna-7b, mistral-7b, qwen2-vl-7b, tiny.")] = (
+        "vicuna-7b mistral-7b qwen2-vl-7b"
+    ),
+    prompts: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "4096 8192 16384 32768 65536 131072",
+    budgets: Annotated[str, typer.Option(help="Mean rows per kv head; full keeps every row.")] = "64 256 1024 full",
+    batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1 8 32",
+    operations: Annotated[str, typer.Option(help="What to time.")] = "decode append compact window_scores select",
+    head_scores: Annotated[Path | None, typer.Option(help="Scores for skewed rows; default: synthetic ones.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions; the median counts.")] = 20,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds after which no further cell is begun.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON of the figures; finished cells are kept beside it.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure finished cells again.")] = False,
+    no_progress: Annotated[bool, typer.Option("--no-progress", help="No progress bar.")] = False,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: the GPU where there is one.")] = None,
+) -> None:
+    """Time compact, append, decode, window_scores and select beside other backends and the original algorithm."""
+    from sparsemm.bench.kernels import run
+
+    results = run(
+        shapes=_words(shapes),
+        prompts=tuple(map(int, _words(prompts))),
+        budgets=tuple(None if word == "full" else int(word) for word in _words(budgets)),
+        batches=tuple(map(int, _words(batches))),
+        operations=_words(operations),
+        head_scores=head_scores,
+        device=device,
+        repeats=repeats,
+        output=output,
+        resume=not fresh,
+        time_limit=time_limit,
+        progress=not no_progress,
+        report=typer.echo,
+    )
+    typer.echo(f"{results['device']}: copying moves {results['copy_gb_per_s']:.0f} GB/s")
