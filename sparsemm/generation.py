@@ -68,6 +68,7 @@ def generate(
     reserve: int | None = None,
     graph: bool | None = None,
     prompt_tile: int = PROMPT_TILE,
+    decode_backend: str | None = None,
     streamer: BaseStreamer | Callable[[LongTensor], None] | None = None,
     **options: Any,
 ) -> GenerationOutput:
@@ -86,6 +87,7 @@ def generate(
             buffers grow and the graph is captured anew.
         graph: True insists on a CUDA graph, False does without; by default one is used where possible.
         prompt_tile: Prompt tokens that norms and MLPs take at a time; 0 for all at once.
+        decode_backend: As for `sparsemm.patch`, when `config` is given; otherwise the patch has it.
         streamer: A transformers streamer, or a function that is called with the tokens `[batch]` of every step, on the
             CPU. On a GPU tokens come one step late.
         **options: For `model.generate`: `max_new_tokens`, `do_sample`, `temperature`, `top_p`, `top_k`,
@@ -103,7 +105,10 @@ def generate(
     active = active_patch(model)
     if config is None and active is None:
         raise PatchError("the model is not patched: give a config, or call this inside `with sparsemm.patch(…)`")
-    with nullcontext(active) if config is None else patch(model, config) as handle:
+    if config is None and decode_backend is not None:
+        raise ConfigError("decode_backend belongs to the patch: give it to sparsemm.patch, or a config here")
+    made = nullcontext(active) if config is None else patch(model, config, decode_backend=decode_backend or "auto")
+    with made as handle:
         loop = DecodeLoop(handle, reserve=reserve, graph=graph, prompt_tile=prompt_tile, streamer=streamer)
         device = handle.text_model.embed_tokens.weight.device
         device = model.device if device.type == "meta" else device

@@ -19,12 +19,15 @@ from sparsemm.errors import CacheError, ConfigError, PatchError, UnsupportedMode
 from sparsemm.head_scores import resolve_head_scores
 from sparsemm.methods import masked_query_heads
 from sparsemm.models import family_of
+from sparsemm.ops.backends import resolve_backend
 
 _ABSENT = object()
 _PATCHED: weakref.WeakKeyDictionary[nn.Module, PatchHandle] = weakref.WeakKeyDictionary()
 
 
-def patch(model: nn.Module, config: CompressionConfig, *, reserve: int = GROWTH_ROWS) -> PatchHandle:
+def patch(
+    model: nn.Module, config: CompressionConfig, *, reserve: int = GROWTH_ROWS, decode_backend: str = "auto"
+) -> PatchHandle:
     """Give `model` the cache of `config` until the handle is removed.
 
     `with patch(model, config) as handle: …` or `handle = patch(model, config); …; handle.remove()`. Only instances are
@@ -34,13 +37,15 @@ def patch(model: nn.Module, config: CompressionConfig, *, reserve: int = GROWTH_
         model: `LlavaNextForConditionalGeneration` (Llama or Mistral) or `Qwen2VLForConditionalGeneration`.
         config: Method and settings; score files are read and random scores drawn here, once.
         reserve: Slots allocated behind every head's prompt rows; set it to `max_new_tokens` to never grow.
+        decode_backend: Who attends to the cached rows: a name of `sparsemm.ops.backends.BACKENDS`.
 
     Raises:
+        ConfigError: An unknown backend, or one that cannot serve this model here.
         UnsupportedModelError: Another class, or a setting (sliding window) that the cache would not honour.
         PatchError: The model is patched already.
         HeadScoreError, DataError: The head scores do not fit the model, or their file is missing.
     """
-    return PatchHandle(model, config, reserve=reserve)
+    return PatchHandle(model, config, reserve=reserve, decode_backend=decode_backend)
 
 
 def active_patch(model: nn.Module) -> PatchHandle | None:
@@ -51,7 +56,9 @@ def active_patch(model: nn.Module) -> PatchHandle | None:
 class PatchHandle:
     """An active patch. `stats` describes the most recent prompt, `observer` sees every attention forward."""
 
-    def __init__(self, model: nn.Module, config: CompressionConfig, *, reserve: int = GROWTH_ROWS) -> None:
+    def __init__(
+        self, model: nn.Module, config: CompressionConfig, *, reserve: int = GROWTH_ROWS, decode_backend: str = "auto"
+    ) -> None:
         if not isinstance(config, CompressionConfig):
             raise ConfigError(f"config must be a CompressionConfig, got {type(config).__name__}")
         if isinstance(reserve, bool) or not isinstance(reserve, int) or reserve < 1:
@@ -60,7 +67,7 @@ class PatchHandle:
         self.text_model = family_of(model).text_model(model)
         if self.text_model in _PATCHED:
             raise PatchError("this model is patched already; remove that handle (or leave its with block) first")
-        self.plan = _plan(model, self.text_model, config, reserve)
+        self.plan = _plan(model, self.text_model, config, reserve, decode_backend)
         self.observer: Observer | None = None
         self._record: CacheRecord | None = None
         self._undo: list[Callable[[], None]] = []
@@ -228,7 +235,9 @@ class PatchHandle:
         self._set(self.model, "_prepare_position_ids_for_generation", prepare_position_ids)
 
 
-def _plan(model: nn.Module, text_model: nn.Module, config: CompressionConfig, reserve: int) -> CachePlan:
+def _plan(
+    model: nn.Module, text_model: nn.Module, config: CompressionConfig, reserve: int, decode_backend: str
+) -> CachePlan:
     text_config = text_model.config
     attentions = [layer.self_attn for layer in text_model.layers]
     for attention in attentions:
@@ -245,6 +254,9 @@ def _plan(model: nn.Module, text_model: nn.Module, config: CompressionConfig, re
             f"the language model attends through a sliding window of {text_config.sliding_window} tokens, which a "
             "cache of kept rows would not honour; load it with sliding_window=None if its prompts are shorter than that"
         )
+    device = attentions[0].q_proj.weight.device
+    if decode_backend != "auto" and device.type != "meta":  # better refused here than in the middle of a prompt
+        resolve_backend(decode_backend, device, model.dtype, attentions[0].head_dim)
     num_layers, num_query_heads = text_config.num_hidden_layers, text_config.num_attention_heads
     return CachePlan(
         config=config,
@@ -254,6 +266,7 @@ def _plan(model: nn.Module, text_model: nn.Module, config: CompressionConfig, re
         head_dim=attentions[0].head_dim,
         head_scores=resolve_head_scores(config, num_layers, num_query_heads),
         reserve=reserve,
+        decode_backend=decode_backend,
     )
 
 

@@ -45,7 +45,7 @@ def emulated_graphs(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(loop, "CudaGraphs", make)
-    monkeypatch.setattr(loop, "why_no_graph", lambda text_model: None)
+    monkeypatch.setattr(loop, "why_no_graph", lambda *args: None)
     return made
 
 
@@ -193,12 +193,33 @@ def test_what_is_refused():
             ({"reserve": 0}, "reserve"),
             ({"prompt_tile": -1}, "prompt_tile"),
             ({"assistant_model": model}, "own loop"),
+            ({"decode_backend": "cpu"}, "belongs to the patch"),
         ):
             with pytest.raises(ConfigError, match=message):
                 sparsemm.generate(model, inputs, max_new_tokens=4, **options)
         with pytest.raises(PatchError, match="patched already"):
             sparsemm.generate(model, inputs, config("snapkv", 12))
         assert sparsemm.generate(model, inputs, max_new_tokens=4).new_tokens.shape == (1, 4)
+
+
+def test_decode_backends_by_name(monkeypatch):
+    model = toy_model("llava-mistral")
+    inputs = toy_inputs(model, 2)
+    expected = sparsemm.generate(model, inputs, config("snapkv", 12), max_new_tokens=12).sequences
+    calls = []
+    original = sparsemm.ops.reference.varlen_decode
+    monkeypatch.setattr(
+        sparsemm.ops.backends.reference, "varlen_decode", lambda *args: calls.append(1) or original(*args)
+    )
+    sparsemm.cache.layer._varlen_decode.cache_clear()
+    named = sparsemm.generate(model, inputs, config("snapkv", 12), max_new_tokens=12, decode_backend="reference")
+    sparsemm.cache.layer._varlen_decode.cache_clear()
+    assert len(calls) == 2 * 11
+    assert torch.equal(named.sequences, expected)
+    for name, message in (("cuda", "needs a GPU"), ("fast", "unknown")):
+        with pytest.raises(ConfigError, match=message):
+            sparsemm.patch(model, config("snapkv", 12), decode_backend=name)
+    assert "forward" not in vars(model.model.language_model.layers[0].self_attn)
 
 
 def test_an_observer_sees_the_rows_of_every_step():

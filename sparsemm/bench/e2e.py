@@ -102,6 +102,7 @@ def run(
     head_scores: Any = None,
     window_size: int = 32,
     graph: bool | None = None,
+    decode_backend: str = "auto",
     limit_bytes: int | None = None,
     output: Path | None = None,
     fresh: bool = False,
@@ -116,6 +117,7 @@ def run(
         warmup: Decode steps before them.
         head_scores: For `sparsemm` and `original`; by default skewed random ones, which keep as many rows in all.
         graph: As for `sparsemm.generate`.
+        decode_backend: As for `sparsemm.patch`.
         limit_bytes: Memory that `throughput` may fill; by default the whole GPU's, and no such cells on a CPU.
         output: Result file (JSON).
         fresh: Forget what it holds.
@@ -137,6 +139,7 @@ def run(
         "warmup": warmup,
         "window_size": window_size,
         "graph": graph,
+        "decode_backend": decode_backend,
         "device": device.type,
         "head_scores": "skewed" if head_scores is None else str(head_scores),
     }
@@ -170,11 +173,17 @@ def run(
             try:
                 config = _config(workload.method, workload.budget, scores, window_size)
                 if workload.kind == "latency":
-                    cell |= _latency(model, workload, config, steps, warmup, graph, document["model"])
+                    cell |= _latency(model, workload, config, steps, warmup, graph, decode_backend, document["model"])
                 else:
                     inputs = prompt_inputs(model, workload.prompt_tokens)
                     found = largest_batch(
-                        model, inputs, workload.method, config, steps=min(steps, 20), limit_bytes=limit_bytes
+                        model,
+                        inputs,
+                        workload.method,
+                        config,
+                        steps=min(steps, 20),
+                        limit_bytes=limit_bytes,
+                        decode_backend=decode_backend,
                     )
                     cell |= {"status": "does not fit"} if found is None else dataclasses.asdict(found)
             except torch.cuda.OutOfMemoryError:
@@ -205,11 +214,22 @@ def _latency(
     steps: int,
     warmup: int,
     graph: bool | None,
+    decode_backend: str,
     sizes: dict[str, Any],
 ) -> dict[str, Any]:
     inputs = prompt_inputs(model, workload.prompt_tokens, workload.batch)
     repeats = 2 if workload.prompt_tokens <= REPEATED_PROMPTS else 1
-    found = measure(model, inputs, workload.method, config, steps=steps, warmup=warmup, repeats=repeats, graph=graph)
+    found = measure(
+        model,
+        inputs,
+        workload.method,
+        config,
+        steps=steps,
+        warmup=warmup,
+        repeats=repeats,
+        graph=graph,
+        decode_backend=decode_backend,
+    )
     ms = found.ms_per_token
     # What the timed steps read on average: every row kept, and half of those that they append.
     full = workload.method == "hf" or not _compresses(workload.method)

@@ -68,6 +68,7 @@ def measure(
     warmup: int,
     repeats: int = 1,
     graph: bool | None = None,
+    decode_backend: str = "auto",
 ) -> Measurement:
     """Time `steps` decode steps behind `warmup` others, and the prompt `repeats` times, greedily and to full length."""
     result = Measurement()
@@ -82,7 +83,8 @@ def measure(
         with press:
             run(model, inputs, new_tokens, repeats, result)
     else:
-        _measure_ours(model, inputs, method, config, new_tokens, repeats, graph, result)
+        with sparsemm.patch(model, config, decode_backend=decode_backend) as handle:
+            _measure_ours(model, inputs, method, handle, new_tokens, repeats, graph, result)
     result.steps = result.steps[warmup:]
     result.full_cache_bytes = full_cache_bytes(model, inputs["input_ids"].shape[0], prompt_tokens + new_tokens - 1)
     return result
@@ -92,34 +94,33 @@ def _measure_ours(
     model: nn.Module,
     inputs: dict[str, Tensor],
     method: str,
-    config: sparsemm.CompressionConfig,
+    handle: sparsemm.PatchHandle,
     new_tokens: int,
     repeats: int,
     graph: bool | None,
     result: Measurement,
 ) -> None:
-    with sparsemm.patch(model, config) as handle:
-        if method == "original":
-            loop: DecodeLoop = CopyingLoop(handle, graph=False, time_steps=True)
-        else:
-            loop = DecodeLoop(handle, graph=graph, time_steps=True, reserve=new_tokens + SPARE_ROWS)
+    if method == "original":
+        loop: DecodeLoop = CopyingLoop(handle, graph=False, time_steps=True)
+    else:
+        loop = DecodeLoop(handle, graph=graph, time_steps=True, reserve=new_tokens + SPARE_ROWS)
 
-        def generate(tokens: int) -> None:
-            model.generate(**inputs, **_greedy_to_the_end(tokens), custom_generate=loop, pad_token_id=0)
+    def generate(tokens: int) -> None:
+        model.generate(**inputs, **_greedy_to_the_end(tokens), custom_generate=loop, pad_token_id=0)
 
-        for repeat in range(repeats):
-            generate(new_tokens if repeat == repeats - 1 else 1)
-            result.prefill.append(loop.prefill_seconds)
-        result.steps = loop.step_seconds
-        result.graph = loop.runner.captures > 0
-        stats = loop.cache.record.stats()
-        result.cache_bytes, result.effective_budget = loop.cache.memory_bytes(), stats.effective_budget
-        if method != "original":
-            loop.cache.begin_steps()
-            count = count_operators(loop.step)
-            result.operators, result.launches = count.total, count.launches
-            result.kernels = count_kernels(loop.step, model.device)
-        result.peak_bytes = _peak_bytes(model, lambda: generate(1))
+    for repeat in range(repeats):
+        generate(new_tokens if repeat == repeats - 1 else 1)
+        result.prefill.append(loop.prefill_seconds)
+    result.steps = loop.step_seconds
+    result.graph = loop.runner.captures > 0
+    stats = loop.cache.record.stats()
+    result.cache_bytes, result.effective_budget = loop.cache.memory_bytes(), stats.effective_budget
+    if method != "original":
+        loop.cache.begin_steps()
+        count = count_operators(loop.step)
+        result.operators, result.launches = count.total, count.launches
+        result.kernels = count_kernels(loop.step, model.device)
+    result.peak_bytes = _peak_bytes(model, lambda: generate(1))
 
 
 SPARE_ROWS = 8  # for the steps that count operators

@@ -48,6 +48,7 @@ def largest_batch(
     *,
     steps: int,
     limit_bytes: int,
+    decode_backend: str = "auto",
     max_batch: int = 2048,
 ) -> Throughput | None:
     """Decode as many copies of one prompt as fit into `limit_bytes` beside the weights; None when not even one does.
@@ -62,7 +63,7 @@ def largest_batch(
     """
     prepare = _prepare_stock if method == "hf" else _prepare_ours
     room = _HEADROOM * (limit_bytes - weight_bytes(model))
-    with sparsemm.patch(model, config) as handle:
+    with sparsemm.patch(model, config, decode_backend=decode_backend) as handle:
         if method == "hf":
             handle.remove()
         batch, per_sequence = 1, None
@@ -98,7 +99,8 @@ def _prepare_ours(
     cache.batch_repeat_interleave(batch)
     logits = loop.step.logits.expand(batch, -1)
     step = DecodeStep(model, cache, loop.step.positions - 1, logits)
-    graphs = CudaGraphs(model.device) if why_no_graph(handle.text_model) is None else None
+    obstacle = why_no_graph(handle.text_model, handle.plan.decode_backend)
+    graphs = CudaGraphs(model.device) if obstacle is None else None
 
     def body() -> None:
         step.token.copy_(step.logits.argmax(-1, keepdim=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -12,10 +13,18 @@ import sparsemm.ops  # noqa: F401  (defines torch.ops.sparsemm)
 from sparsemm.cache.chunk import Chunk
 from sparsemm.cache.plan import GROWTH_ROWS, CachePlan, CacheRecord
 from sparsemm.errors import CacheError
+from sparsemm.ops.backends import VarlenDecode, resolve_backend
 from sparsemm.ops.chunk import MAX_DECODE_QUERIES, causal_attention, merge_attention
 from sparsemm.selection import KeptRows, choose_rows
 
 GROWTH_SHARE = 8  # a full cache grows by at least 1/8, so that growing costs a constant share of appending
+
+
+@functools.cache  # resolved, and said in the log, once
+def _varlen_decode(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> VarlenDecode:
+    backend = resolve_backend(name, device, dtype, head_dim)
+    # The twins serve the operator too, which traces and exports know by name.
+    return torch.ops.sparsemm.varlen_decode if (name, backend.name) == ("auto", "reference") else backend.varlen_decode
 
 
 class SparseLayer(CacheLayerMixin):
@@ -94,19 +103,19 @@ class SparseLayer(CacheLayerMixin):
         query, key, value = query.detach(), key.detach(), value.detach()
         if chunk.columns <= MAX_DECODE_QUERIES:
             self._append(key, value, chunk)
-            out, _ = torch.ops.sparsemm.varlen_decode(
-                query, self.key_buffer, self.value_buffer, self.offsets, self.lens, scale, chunk.num_later
-            )
+            out, _ = self._decode(query, scale, chunk.num_later)
         else:
             none_later = torch.zeros(chunk.batch, chunk.columns, dtype=torch.int32, device=query.device)
-            kept = torch.ops.sparsemm.varlen_decode(
-                query, self.key_buffer, self.value_buffer, self.offsets, self.lens, scale, none_later
-            )
+            kept = self._decode(query, scale, none_later)
             out = merge_attention(kept, causal_attention(query, key, value, scale, chunk.mask))
             self._append(key, value, chunk)
         if self.plan.config.compress_turns == "every" and chunk.columns > 1 and self.plan.method.compresses:
             self._compress_again(query, chunk)
         return out
+
+    def _decode(self, query: Tensor, scale: float, num_later: Tensor | None) -> tuple[Tensor, Tensor]:
+        decode = _varlen_decode(self.plan.decode_backend, query.device, query.dtype, query.shape[-1])
+        return decode(query, self.key_buffer, self.value_buffer, self.offsets, self.lens, scale, num_later)
 
     def top_columns(self, query: Tensor) -> LongTensor:
         """The token (0 = first valid one) with the largest attention weight of each query head.

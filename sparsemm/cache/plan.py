@@ -22,10 +22,12 @@ class CachePlan(SelectionPlan):
     Attributes:
         head_dim: Size of a key or value row.
         reserve: Slots allocated behind the prompt rows of every head.
+        decode_backend: Who attends to the ragged rows, a name of `sparsemm.ops.backends.BACKENDS`.
     """
 
     head_dim: int
     reserve: int = GROWTH_ROWS
+    decode_backend: str = "auto"
 
     def with_reserve(self, reserve: int) -> CachePlan:
         """The same plan with other slack; the budgets computed so far are shared."""

@@ -56,6 +56,9 @@ def e2e(
     graph: Annotated[
         bool | None, typer.Option("--graph/--no-graph", help="CUDA graphs [default: where possible].")
     ] = None,
+    decode_backend: Annotated[
+        str, typer.Option(help="auto, cuda, fa3, flash_attn, torch_varlen, cpu or reference.")
+    ] = "auto",
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     output: Annotated[Path, typer.Option(help="Folder of results.json, table.md and efficiency.png.")] = Path(
@@ -104,6 +107,7 @@ def e2e(
         head_scores=head_scores,
         window_size=window_size,
         graph=graph,
+        decode_backend=decode_backend,
         limit_bytes=None if memory_limit is None else int(1e9 * memory_limit),
         output=output / "results.json",
         fresh=fresh,

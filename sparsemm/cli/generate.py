@@ -57,6 +57,9 @@ def generate(
     graph: Annotated[
         bool | None, typer.Option("--graph/--no-graph", help="CUDA graphs [default: where possible].")
     ] = None,
+    decode_backend: Annotated[
+        str, typer.Option(help="auto, cuda, fa3, flash_attn, torch_varlen, cpu or reference.")
+    ] = "auto",
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print text, figures and settings as JSON.")] = False,
 ) -> None:
@@ -107,6 +110,7 @@ def generate(
         **given,
         **({} if repetition_penalty is None else {"repetition_penalty": repetition_penalty}),
         graph=graph,
+        decode_backend=decode_backend,
         streamer=streamer,
     )
     tokens, stats = output.new_tokens, output.stats

@@ -17,8 +17,10 @@ logger = logging.getLogger(__name__)
 _ROPE_THAT_READS_POSITIONS = ("dynamic", "longrope")
 
 
-def why_no_graph(text_model: nn.Module) -> str | None:
+def why_no_graph(text_model: nn.Module, decode_backend: str = "auto") -> str | None:
     """Why decode steps of this model cannot be a CUDA graph here; None when they can."""
+    if decode_backend == "reference":
+        return "the reference backend reads lengths on the host"
     devices = {parameter.device for parameter in text_model.parameters()}
     if {device.type for device in devices} != {"cuda"}:
         return "the language model is not on a GPU"

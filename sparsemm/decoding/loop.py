@@ -53,7 +53,7 @@ class DecodeLoop:
 
         Raises `ConfigError` when a graph is insisted on and cannot be had.
         """
-        obstacle = why_no_graph(handle.text_model)
+        obstacle = why_no_graph(handle.text_model, handle.plan.decode_backend)
         if obstacle is None and handle.observer is not None:
             obstacle = "an observer is to see every attention forward"
         if graph and obstacle is not None:
