@@ -41,6 +41,7 @@ run_accelerate() {
     local python="$scripts_folder/../.venv/bin/python" processes="$1"
     shift
     [[ -x "$python" ]] || python=python3
-    "$python" -m accelerate.commands.launch --num_processes "$processes" --num_machines 1 --mixed_precision no \
-        --dynamo_backend no --main_process_port 0 -m sparsemm "$@"
+    # --multi_gpu starts the processes; without a GPU they compute on the CPU.
+    "$python" -m accelerate.commands.launch --multi_gpu --num_processes "$processes" --num_machines 1 \
+        --mixed_precision no --dynamo_backend no --main_process_port 0 -m sparsemm "$@"
 }

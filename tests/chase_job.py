@@ -12,8 +12,11 @@ from toy_models import toy_model, toy_processor
 
 from sparsemm.chase import chase
 from sparsemm.documents.pages import TextBox
+from sparsemm.parallel import workers
 
 PAGES = 6
+OPENED: list[int] = []
+"""Pages that this process looked at."""
 
 
 @dataclass
@@ -25,6 +28,7 @@ class SlowPage:
 
     @property
     def image(self) -> Image.Image:
+        OPENED.append(self.index)
         time.sleep(self.seconds)
         if self.index == 4:
             raise OSError("truncated file")
@@ -48,3 +52,5 @@ def run(output: str, seconds: float = 0.0) -> None:
 
 if __name__ == "__main__":
     run(sys.argv[1], float(sys.argv[2]))
+    us = workers()
+    print(f"{us.rank}/{us.count}:[{','.join(map(str, OPENED))}]", flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,12 +72,14 @@ def test_a_killed_chase_goes_on_and_gives_the_same_files(undisturbed: Path, tmp_
 def test_processes_of_accelerate_launch_share_the_pages(undisturbed: Path, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     output = tmp_path / "scores.json"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     result = subprocess.run(
         [*launcher, str(TESTS / "chase_job.py"), str(output), "0"], env=ENVIRONMENT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr[-2000:]
+    shares = re.findall(r"\d/2:\[[\d,]*\]", result.stdout)
+    assert sorted(shares) == ["0/2:[0,2,4]", "1/2:[1,3,5]"], "each process opens its own pages"
     assert output.read_bytes() == undisturbed.read_bytes()
     assert journal_path(output).read_bytes() == journal_path(undisturbed).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.images.jsonl", "scores.json"]
