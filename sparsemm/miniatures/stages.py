@@ -44,9 +44,20 @@ CURRICULUM = (
     Stage("symbols-small", "symbols", 3000, 64, Mix(5, 9, 1, 3, 2, 0.2), enough=0.93),
     Stage("symbols-middle", "symbols", 3000, 48, Mix(8, 10, 1, 6, 4, 0.25), enough=0.93),
     Stage("symbols-page", "symbols", 3000, 32, Mix(14, 14, 1, 12, 6, 0.3), enough=0.93),
-    Stage("glyphs", "glyphs", 2500, 8, Mix(fewest_words=14, most_words=24, field_share=0.0), 2e-3, enough=0.985),
-    Stage("pages", "pages", 3000, 24, Mix(14, 14, 1, 8, 6, 0.3), 1e-3),
-    Stage("polish", "pages", 600, 24, Mix(14, 14, 1, 8, 6, 0.3), 5e-4, warmup=1, decay=True),
+    Stage(
+        "glyphs",
+        "glyphs",
+        2500,
+        8,
+        Mix(fewest_words=14, most_words=24, field_share=0.0),
+        2e-3,
+        decay=True,
+        enough=0.985,
+    ),
+    Stage("pages", "pages", 1000, 24, Mix(14, 14, 1, 8, 6, 0.3), 1e-3),
+    # A field's answer is a few tokens of a batch's hundreds: forms need more than their share of pages.
+    Stage("forms", "pages", 1000, 24, Mix(14, 14, 1, 8, 6, 0.65), 1e-3, warmup=20),
+    Stage("polish", "pages", 400, 24, Mix(14, 14, 1, 8, 6, 0.5), 1e-3, warmup=1, decay=True),
 )
 
 

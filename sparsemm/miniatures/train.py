@@ -146,7 +146,7 @@ class Trainer:
 
     # ---- the run -----------------------------------------------------------------------------------------------
 
-    def run(self, *, log_every: int = 20, save_every: int = 100, max_steps: int | None = None) -> Progress:
+    def run(self, *, log_every: int = 20, save_every: int = 50, max_steps: int | None = None) -> Progress:
         """Trains to the end of the last stage, or for `max_steps` more steps; checkpoints as it goes and at the end."""
         state = self.progress
         done = 0
@@ -207,8 +207,8 @@ class Trainer:
         """Begins at `first_stage` with the weights of another family's run in `run`.
 
         Key and value projections with more heads than this model has are averaged over each group (Ainslie et al.,
-        "GQA", 2023, section 2.1). Raises `DataError` when the two models differ otherwise, `ConfigError` for an unknown
-        stage.
+        "GQA", 2023, section 2.1); a vision tower of another shape starts anew if its training is still to come. Raises
+        `DataError` when the two models differ otherwise, `ConfigError` for an unknown stage.
         """
         from safetensors.torch import load_file
 
@@ -225,6 +225,9 @@ class Trainer:
                     heads = parameter.shape[0] // head_dim
                     weight = weight.view(heads, -1, head_dim, weight.shape[1]).mean(1).flatten(0, 1)
                 if weight is None or weight.shape != parameter.shape:
+                    if "language_model" not in name and names.index(first_stage) <= names.index("glyphs"):
+                        logger.info("%s starts anew: %s has none of its shape", name, run)
+                        continue
                     raise DataError(f"{run} ({source.family}) has no {name} of shape {tuple(parameter.shape)}")
                 parameter.copy_(weight)
                 self.average[name].copy_(weight)
@@ -257,7 +260,7 @@ class Trainer:
 def train(
     family: str, *, folder: str | Path | None = None, seed: int = 0, resume: bool = False,
     steps: dict[str, int] | None = None, start_from: str | Path | None = None, first_stage: str = "symbols-page",
-    save_every: int = 100,
+    save_every: int = 50,
 ) -> Path:  # fmt: skip
     """Trains `family` through the curriculum, checkpointing in `folder` (default `runs/miniatures/<family>`).
 
