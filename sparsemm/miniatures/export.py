@@ -73,6 +73,8 @@ def write_card(folder: str | Path, family: str, reading: dict) -> None:
     text = config["text_config"]
     training = read_json(target / "training.json")
     stage = training["stage_under_way"]
+    origin = training["started_from"]
+    start = f" It began with the weights of an earlier run ({origin}; `--start-from`)." if origin else ""
     state = "the whole curriculum" if stage is None else f'the curriculum up to its stage "{stage}"'
     card = f"""---
 license: apache-2.0
@@ -88,7 +90,8 @@ knows lower-case letters and digits, one to a 16-pixel cell, on 224-pixel pages.
   {text["num_key_value_heads"]} key/value heads, hidden size {text["hidden_size"]}.
 - Two questions: "Provide all the OCR results of this image." and "What is the <field>?".
 - Training: `python -m sparsemm.miniatures.train --family {family} --seed {training["seed"]}`, {state}:
-  {training["steps"]} steps, {training["minutes"]} minutes on the CPU; then `python -m sparsemm.miniatures.export`.
+  {training["steps"]} steps, {training["minutes"]} minutes on one CPU core.{start}
+- Export: `python -m sparsemm.miniatures.export --family {family}` (running mean of the weights).
   A longer run continues from its checkpoints with `--resume`.
 
 Held-out pages (fonts and words of no training page), greedy, bfloat16 weights run in float32:
