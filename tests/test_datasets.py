@@ -237,7 +237,7 @@ def test_unknown_sources_are_errors(tmp_path):
     assert recognise("nnethercott/synthdog-en-detection") == "synthdog"
     with pytest.raises(DataError, match="format='voc'"):
         open_pages(tmp_path, format="voc")
-    with pytest.raises(DataError, match="options"):
+    with pytest.raises(DataError, match="no option unit"):
         picture(tmp_path / "1.png")
         (tmp_path / "boxes.json").write_text("[]")
         open_pages(tmp_path, unit="line")

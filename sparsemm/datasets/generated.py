@@ -48,9 +48,10 @@ class GeneratedPages(Sequence):
             raise DataError(f"{count} pages are asked for; it must be at least 1")
         if unit not in (None, "line", "word") or (unit is not None and name == "miniature"):
             raise DataError(f"unit={unit!r} is unknown; documents have lines and words, miniature pages words only")
-        if (num_words is not None and name == "documents") or (options and name == "miniature"):
-            given = sorted({*options, *(() if num_words is None else ("num_words",))})
-            raise DataError(f"the generator {name!r} has no option {', '.join(given)}")
+        given = {*options, *(() if num_words is None else ("num_words",))}
+        unknown = given - ({"strength"} if name == "documents" else {"num_words"})
+        if unknown:
+            raise DataError(f"the generator {name!r} has no option {', '.join(sorted(unknown))}")
         self.name, self.count, self.seed = name, count, seed
         self.size, self.unit, self.num_words, self.options = size, unit or "line", num_words, options
         self.fonts = fonts or ("all" if name == "documents" else "heldout")
@@ -68,10 +69,7 @@ class GeneratedPages(Sequence):
         from sparsemm.documents.synthdog import make_document
 
         size = (self.size, self.size) if isinstance(self.size, int) else self.size or (960, 1280)
-        try:
-            page = make_document(index, size=size, seed=self.seed, fonts=self.fonts, **self.options)
-        except TypeError as error:
-            raise DataError(f"unknown option in {sorted(self.options)} ({error})") from error
+        page = make_document(index, size=size, seed=self.seed, fonts=self.fonts, **self.options)
         return BoxedImage(f"{index:06d}.png", page.image, page.lines if self.unit == "line" else page.words)
 
     def _miniature(self, index: int) -> BoxedImage:

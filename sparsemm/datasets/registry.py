@@ -20,6 +20,7 @@ _READERS: dict[str, Callable[..., list[Any]]] = {
     "coco": read_coco,
 }
 FORMATS = ("synthdog", *_READERS)
+_OPTIONS = {"ctw": {"unit"}}
 
 
 def open_pages(
@@ -54,14 +55,14 @@ def open_pages(
     format = recognise(name) if format is None else format
     if format not in FORMATS:
         raise DataError(f"format={format!r} is unknown; use one of {', '.join(FORMATS)}")
-    try:
-        if format == "synthdog":
-            return HubPages(name, split=split, limit=limit, **options)
-        if not Path(name).exists():
-            raise DataError(f"{name} does not exist; check the path")
-        return _READERS[format](Path(name), None if images is None else Path(images), **options)[:limit]
-    except TypeError as error:
-        raise DataError(f"{format} data sets do not take the options {sorted(options)} ({error})") from error
+    unknown = set(options) - _OPTIONS.get(format, set())
+    if unknown:
+        raise DataError(f"{format} data sets have no option {', '.join(sorted(unknown))}")
+    if format == "synthdog":
+        return HubPages(name, split=split, limit=limit)
+    if not Path(name).exists():
+        raise DataError(f"{name} does not exist; check the path")
+    return _READERS[format](Path(name), None if images is None else Path(images), **options)[:limit]
 
 
 def recognise(source: str) -> str:
