@@ -522,6 +522,7 @@ needs_gpu = pytest.mark.skipif(
 )
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["fullkv", "snapkv", "adakv"])
@@ -537,6 +538,7 @@ def test_gpu_replayed_tokens_are_those_of_transformers(family, method):
             assert torch.equal(actual.sequences, expected)
 
 
+@pytest.mark.gpu
 @needs_gpu
 def test_gpu_step_never_waits():
     model = toy_model("qwen2-vl").to("cuda")
@@ -545,13 +547,13 @@ def test_gpu_step_never_waits():
         run = DecodeLoop(handle, graph=True)
         model.generate(**inputs, max_new_tokens=12, custom_generate=run)
         run.cache.grow(10)
-        runner = StepRunner(run.runner.body, run.cache, loop.CudaGraphs(torch.device("cuda")))
+        runner = StepRunner(run.step, run.cache, loop.CudaGraphs(torch.device("cuda")))
         runner()
         runner()
         torch.cuda.set_sync_debug_mode("error")
         try:
             runner()
-            run.runner.body()
+            run.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert runner.captures == 1

@@ -70,7 +70,7 @@ def largest_batch(
         for _ in range(_ATTEMPTS):
             try:
                 if per_sequence is None:
-                    per_sequence, _ = prepare(model, handle, inputs, 1, steps)
+                    per_sequence = prepare(model, handle, inputs, 1, steps)[0]
                     batch = min(max_batch, int(room // per_sequence))
                     if batch < 1:
                         return None

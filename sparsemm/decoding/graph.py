@@ -53,7 +53,8 @@ class CudaGraphs:
     def capture(self, body: Callable[[], None]) -> Callable[[], None]:
         """Record `body` without running it; the function returned replays it on the current stream."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        # Other threads, a streamer's reader say, may use CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             body()
         return graph.replay
 
