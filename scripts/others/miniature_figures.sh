@@ -53,7 +53,7 @@ if [[ -n "$first" ]]; then
     mkdir -p "$pictures"
     cp "$output/$first/pictures/"* "$output/$first/masking.png" "$pictures/"
     run_sparsemm viz sparsity "${score_files[@]}" --output "$pictures/sparsity.png"
-    run_sparsemm data convert documents "$output/pages" --num-images 1 --seed 3 --page-size 720x960 --no-progress ||
+    run_sparsemm data convert documents "$output/pages" --num-images 1 --seed 3 --page-size 420x560 --no-progress ||
         echo "the example page is in $output/pages already" >&2
     cp "$output/pages/images/img_000001.png" "$pictures/document.png"
 fi
