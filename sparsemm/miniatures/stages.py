@@ -16,7 +16,9 @@ class Stage:
     `kind` "symbols": the language model learns to read pages given as those embeddings, with noise; no image is drawn.
     `kind` "pages": everything learns, from images.
     A stage ends after `steps` steps, or as soon as the running training accuracy passes `enough`. The learning rate
-    rises over `warmup` steps and, with `decay`, falls linearly to zero.
+    rises over `warmup` steps and, with `decay`, falls linearly to zero. A token of an answer of n tokens weighs
+    n ** -`balance`: at 0 all tokens weigh the same, at 1 all answers do. `noise` is the length of the vector added to
+    a symbol's embedding, whose own length is 1.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Stage:
     decay: bool = False
     enough: float = 1.0
     noise: float = 0.3
+    balance: float = 0.0
 
     def rate(self, step: int) -> float:
         """The learning rate of `step` (0-based)."""
@@ -56,8 +59,8 @@ CURRICULUM = (
     ),
     Stage("pages", "pages", 1000, 24, Mix(14, 14, 1, 8, 6, 0.3), 1e-3),
     # A field's answer is a few tokens of a batch's hundreds: forms need more than their share of pages.
-    Stage("forms", "pages", 1000, 24, Mix(14, 14, 1, 8, 6, 0.65), 1e-3, warmup=20),
-    Stage("polish", "pages", 400, 24, Mix(14, 14, 1, 8, 6, 0.5), 1e-3, warmup=1, decay=True),
+    Stage("forms", "pages", 1000, 24, Mix(14, 14, 1, 8, 6, 0.65), 1e-3, warmup=20, balance=1.0),
+    Stage("polish", "pages", 400, 24, Mix(14, 14, 1, 8, 6, 0.5), 1e-3, warmup=1, decay=True, balance=0.5),
 )
 
 

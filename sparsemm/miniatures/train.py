@@ -73,13 +73,13 @@ class Trainer:
             return [p for p in self.model.parameters() if p in language and p is not table]
         return [p for p in self.model.parameters() if p not in language]
 
-    def _language_loss(self, batch: Batch, image: torch.Tensor | None, noise: float) -> tuple[torch.Tensor, float]:
-        """Cross-entropy of the answers' tokens, and the share of them that is predicted."""
+    def _language_loss(self, batch: Batch, image: torch.Tensor | None, stage: Stage) -> tuple[torch.Tensor, float]:
+        """Cross-entropy of the answers' tokens, weighted by the stage's `balance`, and the share that is predicted."""
         embeddings = F.embedding(batch.input_ids, self.model.get_input_embeddings().weight)
         if image is None:  # symbols: the embedding of each cell's character, disturbed as a vision tower would
             image = embeddings[:, batch.image]
             generator = torch.Generator().manual_seed(self.progress.seed * 1_000_003 + self.progress.total_steps)
-            spread = noise / image.shape[-1] ** 0.5
+            spread = stage.noise / image.shape[-1] ** 0.5
             image = image + spread * torch.randn(image.shape, generator=generator)
         embeddings = torch.cat([embeddings[:, : batch.image.start], image, embeddings[:, batch.image.stop :]], dim=1)
         positions = batch.positions[:1]
@@ -89,12 +89,12 @@ class Trainer:
             inputs_embeds=embeddings, position_ids=positions, use_cache=False
         ).last_hidden_state
         chosen = batch.labels != IGNORE
-        return self._cross_entropy(self.model.lm_head(hidden[chosen]), batch.labels[chosen])
-
-    @staticmethod
-    def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, float]:
+        logits, targets = self.model.lm_head(hidden[chosen]), batch.labels[chosen]
+        lengths = chosen.sum(1, keepdim=True).expand_as(chosen)[chosen]
+        weights = lengths.float() ** -stage.balance
+        losses = F.cross_entropy(logits.float(), targets, reduction="none")
         accuracy = (logits.argmax(-1) == targets).float().mean().item()
-        return F.cross_entropy(logits.float(), targets), accuracy
+        return (losses * weights).sum() / weights.sum(), accuracy
 
     def _glyph_loss(self, batch: Batch, image: torch.Tensor) -> tuple[torch.Tensor, float]:
         """Names the cells through the tied embedding table, and pulls each embedding onto its character's row.
@@ -119,7 +119,7 @@ class Trainer:
             image = image_embeddings(self.model, batch.pixels) if stage.kind != "symbols" else None
             if stage.kind == "glyphs":
                 return self._glyph_loss(batch, image)
-            return self._language_loss(batch, image, stage.noise)
+            return self._language_loss(batch, image, stage)
 
     def step(self, stage: Stage) -> tuple[float, float]:
         """One update; returns its loss and accuracy."""
