@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,20 @@ def shared(checkpoints: Path, family: str = "qwen2-vl", **changes: Any) -> grid.
     defaults = {"window_size": 4, "rounding": "exact", "limit": 5, "loading": QUIET}
     scores = checkpoints / "scores.json"
     return grid.Shared(str(checkpoints / family), head_scores=scores, **{**defaults, **changes})
+
+
+def run_program(command: list[str], folder: Path, **variables: str) -> str:
+    """What a program prints; when it takes too long it is ended together with the processes it started."""
+    environment = {**os.environ, **OFFLINE, **variables}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes) as process:
+        try:
+            printed, _ = process.communicate(timeout=600)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert process.returncode == 0, printed
+    return printed
 
 
 def answers(folder: Path) -> dict[int, str]:
@@ -214,7 +229,10 @@ def test_a_failed_cell_is_seen_and_resumes(
     failed = runner.run_cells(cells[:2], tmp_path, report=lambda line: None)
     assert failed == [cells[0]]
     assert "power cut" in json.loads((cells[0].folder(tmp_path) / "failed.json").read_text())["error"]
-    assert {m.method: m.error for m in read_measurements([tmp_path])} == {"fullkv": "power cut", "mask": None}
+    assert {m.method: m.error for m in read_measurements([tmp_path])} == {
+        "fullkv": "RuntimeError: power cut",
+        "mask": None,
+    }
 
     answered.clear()
     monkeypatch.setattr(
@@ -316,10 +334,7 @@ def test_two_processes_answer_like_one(
     }
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = ["bash", str(ROOT / "scripts" / "eval" / "qwen.sh")]
-    environment = {**os.environ, **OFFLINE, **settings, "PATH": path}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "(exact rounding)" in done.stdout
+    assert "(exact rounding)" in run_program(command, tmp_path, **settings, PATH=path)
     (folder,) = (tmp_path / "out" / "qwen2-vl" / "sparsemm_field").iterdir()
     assert json.loads((folder / "cell.json").read_text())["processes"] == 2
     assert answers(folder) == answers(cells[-1].folder(output))
@@ -330,9 +345,7 @@ def test_the_program_of_lmms_eval_runs_our_models_and_tasks(checkpoints: Path, t
     command = [sys.executable, "-m", "lmms_eval", "--model", "sparsemm_llava_next", "--model_args", arguments]
     command += ["--include_path", str(TASKS_FOLDER), "--tasks", "sparsemm_read", "--limit", "3", "--device", "cpu"]
     command += ["--batch_size", "2", "--log_samples", "--output_path", str(tmp_path / "out")]
-    done = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, **OFFLINE}, capture_output=True, text=True, timeout=300
-    )
+    run_program(command, tmp_path)
     (found,) = read_measurements([tmp_path / "out"])
-    assert (found.model, found.method, found.budget, found.documents) == ("llava-mistral", "snapkv", 8, 3), done.stderr
+    assert (found.model, found.method, found.budget, found.documents) == ("llava-mistral", "snapkv", 8, 3)
     assert found.effective_budget == 8.0 and 0 <= found.metrics["anls"] <= 1

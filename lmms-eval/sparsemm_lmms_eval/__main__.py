@@ -54,7 +54,7 @@ DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, auto (spreads
 DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")]
 PixelsOption = Annotated[int | None, typer.Option(min=1, help="Bound of the area of images (Qwen2-VL).")]
 AttentionOption = Annotated[str, typer.Option(help="transformers' attention for the prompt.")]
-BackendOption = Annotated[str, typer.Option(help="auto, or reference for PyTorch's operators.")]
+BackendOption = Annotated[str, typer.Option(help="Who attends to the cached rows: auto, reference, …")]
 
 
 @app.command()

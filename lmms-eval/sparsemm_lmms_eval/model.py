@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -58,7 +57,7 @@ class SparseMMModel(lmms):
         pretrained: Checkpoint folder or hub id.
         method, budget, ratio, rounding, head_scores, window_size, seed, mask_ratio, mask_mode: Fields of
             `sparsemm.CompressionConfig`, with its defaults.
-        decode_backend: `auto` takes the compiled kernels where they are built, `reference` PyTorch's operators.
+        decode_backend: Who attends to the cached rows, a name of `sparsemm.ops.backends.BACKENDS`.
         attn_implementation: transformers' attention for the prompt.
         min_pixels, max_pixels: Bounds of the area images are resized to (Qwen2-VL).
         batch_size: Prompts generated together, left padded.
@@ -92,10 +91,13 @@ class SparseMMModel(lmms):
     ) -> None:
         super().__init__()
         from sparsemm.models import family_of
+        from sparsemm.ops.backends import BACKENDS
 
         self.batch_size = _whole("batch_size", batch_size)
         self.use(progress=progress, **config)
-        _choose_kernels(decode_backend)
+        if decode_backend not in BACKENDS:
+            raise ConfigError(f"decode_backend={decode_backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+        self.decode_backend = decode_backend
         wanted = device_map or device
         self.accelerator = Accelerator(cpu=wanted == "cpu")
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -138,7 +140,9 @@ class SparseMMModel(lmms):
         """Greedy answers, in the order of the requests. An error ends the run: an empty answer would pass for one."""
         with ExitStack() as stack:
             journals = self._open_journals(requests, stack)
-            handle = stack.enter_context(sparsemm.patch(self.loaded.network, self.compression))
+            handle = stack.enter_context(
+                sparsemm.patch(self.loaded.network, self.compression, decode_backend=self.decode_backend)
+            )
             bar = stack.enter_context(tqdm(total=len(requests), desc="answers", disable=self._rank != 0))
             missing = {}
             for request in requests:  # a request may come twice: ranks are padded to the same number of them
@@ -163,9 +167,12 @@ class SparseMMModel(lmms):
 
     def _open_journals(self, requests: list[Instance], stack: ExitStack) -> dict[str, Journal]:
         """One journal a task for this process, filled with what earlier runs on any number of processes noted."""
+        config = self.compression.to_dict()
+        if isinstance(config["head_scores"], str):  # the same file may be reached by another path next time
+            config["head_scores"] = Path(config["head_scores"]).name
         journals = {}
         for task in {request.args[4] for request in requests}:
-            settings = {"task": task, "config": self.compression.to_dict()}
+            settings = {"task": task, "config": config}
             path = None
             earlier: dict[int, dict[str, Any]] = {}
             if self.progress is not None:
@@ -268,14 +275,3 @@ def _whole(name: str, value: Any) -> int:
     if not str(value).isdecimal() or int(value) < 1:
         raise ConfigError(f"{name}={value!r} is not a whole number of at least 1")
     return int(value)
-
-
-def _choose_kernels(choice: str) -> None:
-    """The operators load their kernels once, at import: a later wish for others cannot be met."""
-    if choice not in ("auto", "reference"):
-        raise ConfigError(f"decode_backend={choice!r} is unknown; use auto or reference")
-    current = os.environ.get("SPARSEMM_KERNELS", "auto")
-    if choice != "auto" and choice != current and "sparsemm.ops" in sys.modules:
-        raise ConfigError(f"decode_backend={choice} comes too late; set SPARSEMM_KERNELS={choice} before starting")
-    if choice != "auto":
-        os.environ["SPARSEMM_KERNELS"] = choice

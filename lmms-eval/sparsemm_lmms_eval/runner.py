@@ -46,9 +46,9 @@ def run_cells(
             summary = read_json(folder / DONE)["summary"]
         except Exception as error:
             logger.debug("a cell failed", exc_info=True)
-            trace = traceback.format_exc()
-            write_json_atomic(folder / FAILED, {"cell": cell.to_dict(), "error": str(error), "trace": trace})
-            report(f"    FAILED: {type(error).__name__}: {error}")
+            note = {"cell": cell.to_dict(), "error": _reason(error), "trace": traceback.format_exc()}
+            write_json_atomic(folder / FAILED, note)
+            report(f"    FAILED: {_reason(error)}")
             failed.append(cell)
         else:
             report(f"    {describe(summary)}")
@@ -64,6 +64,13 @@ def describe(summary: dict[str, Any]) -> str:
         f"cache {100 * summary['cache_bytes'] / summary['full_cache_bytes']:.0f} % of full{speed}, "
         f"{summary['seconds']:.0f} s"
     )
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause of an error: lmms-eval's repeated attempts hide it behind one of their own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
 
 
 class _InProcess:
