@@ -46,7 +46,9 @@ Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtyp
                               torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
-constexpr int64_t kGrainBytes = 64 * 1024;  // copies below this are not worth a second thread
+// Work below this is not worth a second thread, which may have to wait for a busy core.
+constexpr int64_t kGrainBytes = 256 * 1024;
+constexpr int64_t kGrainProducts = 256 * 1024;
 
 int64_t grain_for(int64_t row_bytes) { return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, row_bytes)); }
 
@@ -141,7 +143,8 @@ DecodePlan plan_decode(const cpu::DecodeArgs& a, int64_t lists, int64_t threads)
   const int64_t blocks = (queries + cpu::kMaxQueryBlock - 1) / cpu::kMaxQueryBlock;
   int64_t cost = 0;
   for (int64_t r = 0; r < lists; ++r) cost += blocks * (a.lens[r] + kOverhead);
-  const int64_t share = std::max<int64_t>((cost + threads - 1) / threads, 256);
+  const int64_t row_products = std::max<int64_t>(1, std::min(queries, cpu::kMaxQueryBlock) * a.head_dim);
+  const int64_t share = std::max((cost + threads - 1) / threads, std::max(kOverhead, kGrainProducts / row_products));
   DecodePlan plan;
   plan.thread_begin.push_back(0);
   plan.block_begin.push_back(0);
@@ -225,7 +228,9 @@ Tensor window_scores(Tensor query, Tensor key, Tensor starts, Tensor num_queries
                           ints(num_queries), static_cast<float*>(scores.mutable_data_ptr()), num_kv_heads,
                           query.size(1), query.size(2), num_columns, key.size(3), query.stride(0), query.stride(1),
                           query.stride(2), key.stride(0), key.stride(1), key.stride(2), scale};
-  torch::stable::parallel_for(0, batch * num_kv_heads, 1, [&](int64_t first, int64_t last) {
+  const int64_t products = query.size(1) / std::max<int64_t>(1, num_kv_heads) * query.size(2) * num_columns * key.size(3);
+  const int64_t grain = std::max<int64_t>(1, kGrainProducts / std::max<int64_t>(1, products));
+  torch::stable::parallel_for(0, batch * num_kv_heads, grain, [&](int64_t first, int64_t last) {
     std::unique_ptr<float[]> scratch(new float[kernels().window_scratch(a)]);
     for (int64_t r = first; r < last; ++r) kernels().window_list(a, r, scratch.get());
   });

@@ -1,28 +1,49 @@
 // torch.ops.sparsemm.* on CUDA: checks, device guard, workspaces, current stream, kernels of cuda/.
 //
-// The library links no CUDA part of torch: the one function it needs from there is declared weak, so that the same file
-// loads under a CPU torch (where nothing calls it). Nothing here synchronises with the device.
+// The library links no CUDA part of torch, so that the same file loads under a CPU torch (where nothing calls it); the one
+// function it needs from there is looked up when first used. Nothing here synchronises with the device.
+#include <dlfcn.h>
+
 #include <tuple>
 
 #include "checks.h"
 #include "cuda/args.h"
 #include "registration.h"
 
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                                   void** ret_stream);
-
 namespace sparsemm {
 namespace {
 
-using torch::stable::accelerator::DeviceGuard;
+using CurrentStream = AOTITorchError (*)(int32_t device_index, void** stream);
 
-void* current_stream(const Tensor& t) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) == 0,
-                  "no current CUDA stream for device ", t.get_device_index());
-  return stream;
+// Python loads torch's libraries with local visibility, so the linker alone would not find the function in
+// libtorch_cuda.so; asking that library (already loaded, never loaded by us) does.
+CurrentStream find_current_stream() {
+  constexpr const char* kName = "aoti_torch_get_current_cuda_stream";
+  void* found = dlsym(RTLD_DEFAULT, kName);
+  for (const char* name : {"libtorch_cuda.so", "libtorch.so"}) {
+    if (found != nullptr) break;
+    if (void* library = dlopen(name, RTLD_LAZY | RTLD_NOLOAD)) found = dlsym(library, kName);
+  }
+  return reinterpret_cast<CurrentStream>(found);
 }
+
+// Makes `t`'s device current for torch and for this library's CUDA runtime, and gives torch's current stream on it.
+class DeviceScope {
+ public:
+  explicit DeviceScope(const Tensor& t) : guard_(t.get_device_index()) {
+    static const CurrentStream current_stream = find_current_stream();
+    STD_TORCH_CHECK(current_stream != nullptr, "this torch has no CUDA");
+    STD_TORCH_CHECK(current_stream(t.get_device_index(), &stream_) == 0, "no current CUDA stream for device ",
+                    t.get_device_index());
+    const char* status = cuda::select_device(t.get_device_index());
+    STD_TORCH_CHECK(status == nullptr, "device ", t.get_device_index(), ": ", status ? status : "");
+  }
+  void* stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
 
 void check_launch(const char* name, const char* status) {
   STD_TORCH_CHECK(status == nullptr, name, ": ", status ? status : "");
@@ -88,8 +109,8 @@ void compact(Tensor key, Tensor value, Tensor positions, Tensor cu_kept, Tensor 
   a.num_kv_heads = static_cast<int>(key.size(1));
   a.num_columns = static_cast<int>(key.size(2));
   a.row_bytes = static_cast<int>(key.size(3) * element);
-  const DeviceGuard guard(key.get_device_index());
-  check_launch("compact", cuda::launch_compact(a, current_stream(key)));
+  const DeviceScope scope(key);
+  check_launch("compact", cuda::launch_compact(a, scope.stream()));
 }
 
 void append(Tensor key, Tensor value, Tensor offsets, Tensor lens, Tensor key_buffer, Tensor value_buffer,
@@ -121,8 +142,8 @@ void append(Tensor key, Tensor value, Tensor offsets, Tensor lens, Tensor key_bu
   a.num_kv_heads = static_cast<int>(key.size(1));
   a.num_new = static_cast<int>(key.size(2));
   a.row_bytes = static_cast<int>(key.size(3) * element);
-  const DeviceGuard guard(key.get_device_index());
-  check_launch("append", cuda::launch_append(a, current_stream(key)));
+  const DeviceScope scope(key);
+  check_launch("append", cuda::launch_append(a, scope.stream()));
 }
 
 std::tuple<Tensor, Tensor> varlen_decode(Tensor query, Tensor key_buffer, Tensor value_buffer, Tensor offsets,
@@ -155,7 +176,7 @@ std::tuple<Tensor, Tensor> varlen_decode(Tensor query, Tensor key_buffer, Tensor
   a.group = static_cast<int>(num_query_heads / a.num_kv_heads);
   a.num_queries = static_cast<int>(n);
   a.head_dim = static_cast<int>(head_dim);
-  const DeviceGuard guard(query.get_device_index());
+  const DeviceScope scope(query);
   int resident = 0;
   check_launch("varlen_decode", cuda::decode_resident_ctas(a.dtype, a.head_dim, &resident));
   a.num_ctas = cuda::decode_ctas(a, key_buffer.size(0), resident);
@@ -165,7 +186,7 @@ std::tuple<Tensor, Tensor> varlen_decode(Tensor query, Tensor key_buffer, Tensor
   a.tile_begin = static_cast<int32_t*>(tile_begin.mutable_data_ptr());
   a.partial_stats = floats(stats);
   a.partial_out = floats(partial);
-  check_launch("varlen_decode", cuda::launch_decode(a, current_stream(query)));
+  check_launch("varlen_decode", cuda::launch_decode(a, scope.stream()));
   return {out, lse};
 }
 
@@ -203,8 +224,8 @@ Tensor window_scores(Tensor query, Tensor key, Tensor starts, Tensor num_queries
   Tensor lse = empty_like_device(key, {cuda::window_lse_size(a)}, ScalarType::Float);
   a.stats = floats(stats);
   a.lse = floats(lse);
-  const DeviceGuard guard(key.get_device_index());
-  check_launch("window_scores", cuda::launch_window_scores(a, current_stream(key)));
+  const DeviceScope scope(key);
+  check_launch("window_scores", cuda::launch_window_scores(a, scope.stream()));
   return scores;
 }
 
@@ -215,8 +236,8 @@ Tensor select_rows(Tensor scores, Tensor starts, Tensor counts, int64_t window, 
                            ints(cu_kept), static_cast<int32_t*>(positions.mutable_data_ptr()), total,
                            static_cast<int>(scores.size(0)), static_cast<int>(scores.size(1)),
                            static_cast<int>(window)};
-  const DeviceGuard guard(scores.get_device_index());
-  check_launch("select_rows", cuda::launch_select(a, current_stream(scores)));
+  const DeviceScope scope(scores);
+  check_launch("select_rows", cuda::launch_select(a, scope.stream()));
   return positions;
 }
 

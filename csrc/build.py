@@ -106,6 +106,21 @@ def cuda_archs(nvcc: str) -> list[str]:
     return [arch for arch in RELEASE_ARCHS if arch in known]
 
 
+def with_includes(sources: list[Path]) -> list[Path]:
+    """The sources and every file of csrc/ that they include, directly or not."""
+    found: dict[Path, None] = {}
+    waiting = list(sources)
+    while waiting:
+        path = waiting.pop().resolve()
+        if path in found:
+            continue
+        found[path] = None
+        if path.exists():
+            names = re.findall(r'^#include "([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE)
+            waiting += [candidate for name in names if (candidate := path.parent / name).exists()]
+    return list(found)
+
+
 class Builder:
     """Runs compiler steps, keeping objects by the hash of command and sources."""
 
@@ -113,13 +128,13 @@ class Builder:
         self.build_dir = build_dir
         self.force = force
         self.steps: list[Step] = []
-        sources = sorted(p for p in SOURCE_DIR.rglob("*") if p.suffix in {".h", ".cuh", ".cpp", ".cu"})
-        self.sources = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()
         build_dir.mkdir(parents=True, exist_ok=True)
 
     def run(self, label: str, command: list[str], suffix: str) -> Path:
         """Runs `command` + ["-o", output] unless its output is there already; returns the output."""
-        key = hashlib.sha256("\0".join([self.sources, *command]).encode()).hexdigest()[:16]
+        sources = [Path(word) for word in command if Path(word).suffix in {".cpp", ".cu"}]
+        texts = [path.read_text(encoding="utf-8") for path in with_includes(sources) if path.exists()]
+        key = hashlib.sha256("\0".join([*texts, *command]).encode()).hexdigest()[:16]
         output = self.build_dir / f"{label.replace('/', '_')}-{key}{suffix}"
         log = output.with_suffix(output.suffix + ".log")
         if output.exists() and log.exists() and not self.force:

@@ -100,6 +100,8 @@ struct SelectArgs {
   int lists, num_columns, window;
 };
 
+// Makes a device current for this library's CUDA runtime.
+const char* select_device(int device);
 // Each launches on `stream` and returns null, or what CUDA had to say. No function synchronises.
 const char* launch_compact(const CompactArgs& args, void* stream);
 const char* launch_append(const AppendArgs& args, void* stream);

@@ -4,6 +4,11 @@
 
 namespace sparsemm::cuda {
 
+const char* select_device(int device) {
+  const cudaError_t status = cudaSetDevice(device);
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+}
+
 const char* launch_compact(const CompactArgs& args, void* stream) {
   enqueue_compact(args, stream);
   return launch_status();
