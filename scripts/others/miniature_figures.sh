@@ -8,6 +8,7 @@
 #   MODELS         miniatures, those not in assets/ are left out   (llava-vicuna llava-mistral qwen2-vl)
 #   NUM_IMAGES     pages of every chase                            (200)
 #   DOCUMENTS      pages of the masking experiment                 (64)
+#   SEEDS          of the random heads that are masked             (0 1 2 3 4)
 #   BUDGET         budget of the pictures                          (24)
 #   OUTPUT         folder of tables and of what is compared        (results/miniatures)
 #   PICTURES       folder of the pictures of the first model       (assets/pictures)
@@ -42,7 +43,8 @@ for model in ${MODELS:-llava-vicuna llava-mistral qwen2-vl}; do
         echo "-- aligned against unique"
         run_sparsemm head-scores compare "$scores" "$folder/unique.json" --fraction 0.125
         echo "-- masking"
-        run_sparsemm mask --model "$model" --head-scores "$scores" --documents "${DOCUMENTS:-64}" --output "$folder"
+        run_sparsemm mask --model "$model" --head-scores "$scores" --documents "${DOCUMENTS:-64}" \
+            --seeds "${SEEDS:-0 1 2 3 4}" --output "$folder"
         echo "-- cost of chasing"
         run_sparsemm bench chase --model "$model" --output "$folder/chase_cost.json"
     } | tee "$folder/figures.txt"
