@@ -150,6 +150,11 @@ def test_a_folder_is_one_cells(checkpoints: Path, tmp_path: Path) -> None:
     assert len(folders) == 6
     same = shared(checkpoints, loading={"batch_size": 8}).cell("gqa", "sparsemm", 64)
     assert same.folder(tmp_path) == base.folder(tmp_path)
+    copy = shutil.copytree(checkpoints, tmp_path / "copy")
+    assert shared(copy).cell("gqa", "sparsemm", 64).folder(tmp_path) == base.folder(tmp_path)
+    weights = copy / "qwen2-vl" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert shared(copy).cell("gqa", "sparsemm", 64).folder(tmp_path) != base.folder(tmp_path)
 
 
 # -- running --------------------------------------------------------------------------------------------------------

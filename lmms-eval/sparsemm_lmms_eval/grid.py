@@ -27,6 +27,7 @@ SHORT_TASKS = ("mmbench_en_dev_static", "gqa", "vqav2_val")
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.8, 1.0)
 """Table 1, at budget 256 on OCRBench."""
 MINIATURE_DOCUMENTS = 200
+_WHOLE_FILE, _FILE_END = 64 << 20, 4 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,12 @@ class Cell:
         return "-".join(parts)
 
     def folder(self, output: Path) -> Path:
-        """Where the cell's files go; other settings give another folder, other places of the same files do not."""
+        """Where the files go: other settings, scores or weights give another folder, other paths to them do not."""
         digest = hashlib.sha256(json.dumps(self._identity(), sort_keys=True).encode()).hexdigest()[:8]
         return output / short_name(self.model) / self.task / f"{self.label}-{digest}"
 
     def _identity(self) -> dict[str, Any]:
-        values = self.to_dict()
+        values = {**self.to_dict(), "model": _checkpoint_digest(self.model)}
         scores = values["settings"].get("head_scores")
         if scores is not None:
             values["settings"]["head_scores"] = hashlib.sha256(Path(scores).read_bytes()).hexdigest()
@@ -82,6 +83,28 @@ class Cell:
         for name in ("device", "device_map", "batch_size"):
             values["loading"].pop(name, None)
         return values
+
+
+def _checkpoint_digest(model: str) -> str:
+    """Of a folder's weights: a checkpoint trained on is another one under the same name. A hub id stands for itself.
+
+    Of large files the size and both ends are read, not fourteen gigabytes.
+    """
+    files = sorted(Path(model).glob("*.safetensors"))
+    if not files:
+        return model
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as handle:
+            if size <= _WHOLE_FILE:
+                digest.update(handle.read())
+            else:
+                digest.update(handle.read(_FILE_END))
+                handle.seek(size - _FILE_END)
+                digest.update(handle.read())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
