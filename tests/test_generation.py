@@ -25,7 +25,7 @@ import sparsemm
 from sparsemm.bench.memory import peak_new_bytes
 from sparsemm.bench.operators import count_operators
 from sparsemm.decoding import DecodeLoop, DecodeStep, StepRunner, loop, tiled_prompt, why_no_graph
-from sparsemm.errors import ConfigError, PatchError
+from sparsemm.errors import CacheError, ConfigError, PatchError
 
 SAMPLING = dict(do_sample=True, temperature=0.7, top_p=0.9, top_k=30, repetition_penalty=1.3)
 ENDS = list(range(50, 60))  # end tokens that random text of the toy models meets soon, in each row at its own time
@@ -197,6 +197,9 @@ def test_what_is_refused():
         ):
             with pytest.raises(ConfigError, match=message):
                 sparsemm.generate(model, inputs, max_new_tokens=4, **options)
+        for kind in ("static", "offloaded"):
+            with pytest.raises(CacheError, match="cache_implementation"):
+                sparsemm.generate(model, inputs, max_new_tokens=4, cache_implementation=kind)
         with pytest.raises(PatchError, match="patched already"):
             sparsemm.generate(model, inputs, config("snapkv", 12))
         assert sparsemm.generate(model, inputs, max_new_tokens=4).new_tokens.shape == (1, 4)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import LongTensor, Tensor, nn
+from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from sparsemm.cache import CachePlan, SparseCache
@@ -120,10 +121,11 @@ class DecodeLoop:
 
     def _cache_for(self, given: Any, new_tokens: int) -> SparseCache:
         """The cache of an earlier turn, or an empty one with room for the whole answer."""
-        if isinstance(given, SparseCache):
-            return given
-        if given is not None and given.get_seq_length() > 0:
-            return given  # of another kind: the patch says why it is of no use
+        made_by_generate = (
+            type(given) is DynamicCache and given.get_seq_length() == 0 and not getattr(given, "offloading", False)
+        )
+        if given is not None and not made_by_generate:
+            return given  # if it is of another kind, the patch says why it is of no use
         return self.make_cache(self.handle.plan.with_reserve(self.reserve or max(1, new_tokens)))
 
     def make_cache(self, plan: CachePlan) -> SparseCache:
