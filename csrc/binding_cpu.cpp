@@ -48,6 +48,7 @@ Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtyp
 
 // Work below this is not worth a second thread, which may have to wait for a busy core.
 constexpr int64_t kGrainBytes = 256 * 1024;
+constexpr int64_t kPrefetchRows = 8;
 constexpr int64_t kGrainProducts = 256 * 1024;
 
 int64_t grain_for(int64_t row_bytes) { return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, row_bytes)); }
@@ -78,11 +79,18 @@ void compact(Tensor key, Tensor value, Tensor positions, Tensor cu_kept, Tensor 
       const char* source = static_cast<const char*>(sources[which]->const_data_ptr());
       const int64_t stride_b = sources[which]->stride(0) * element, stride_h = sources[which]->stride(1) * element;
       const int64_t stride_t = sources[which]->stride(2) * element;
-      int64_t r = 0;
-      for (int64_t i = first; i < last; ++i) {
+      const auto source_of = [&](int64_t i, int64_t& r) {
         while (i >= begin[r + 1]) ++r;
-        std::memcpy(targets[which] + (offset[r] + (i - begin[r])) * row_bytes,
-                    source + r / num_kv_heads * stride_b + r % num_kv_heads * stride_h + kept[i] * stride_t, row_bytes);
+        return source + r / num_kv_heads * stride_b + r % num_kv_heads * stride_h + kept[i] * stride_t;
+      };
+      int64_t r = 0, ahead = 0;
+      for (int64_t i = first; i < last; ++i) {
+        if (i + kPrefetchRows < last) {  // kept rows lie anywhere: the processor cannot guess the next one
+          const char* next = source_of(i + kPrefetchRows, ahead);
+          for (int64_t byte = 0; byte < row_bytes; byte += 64) __builtin_prefetch(next + byte);
+        }
+        const char* row = source_of(i, r);
+        std::memcpy(targets[which] + (offset[r] + (i - begin[r])) * row_bytes, row, row_bytes);
       }
     }
   });

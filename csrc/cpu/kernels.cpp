@@ -298,10 +298,22 @@ int64_t select_list(const float* scores, int64_t start, int64_t num_columns, int
   if (count > 0) {
     uint32_t* keys = scratch;
     uint32_t* order = scratch + num_columns;
-    for (int64_t c = 0; c < length; ++c) order[c] = keys[c] = sort_key(scores[start + c]);
+    for (int64_t c = 0; c < length; ++c) keys[c] = sort_key(scores[start + c]);
+    // The upper bits leave few candidates for the lowest kept key; only those are ranked.
+    constexpr int kShift = 20, kBins = 1 << (32 - kShift);
+    uint32_t histogram[kBins] = {};
+    for (int64_t c = 0; c < length; ++c) ++histogram[keys[c] >> kShift];
+    int64_t wanted = count;
+    uint32_t bin = kBins - 1;
+    for (; wanted > histogram[bin]; --bin) wanted -= histogram[bin];
+    int64_t candidates = 0;
+    for (int64_t c = 0; c < length; ++c) {
+      order[candidates] = keys[c];
+      candidates += keys[c] >> kShift == bin;
+    }
     const auto descending = [](uint32_t x, uint32_t y) { return x > y; };
-    std::nth_element(order, order + (count - 1), order + length, descending);
-    const uint32_t cut = order[count - 1];
+    std::nth_element(order, order + (wanted - 1), order + candidates, descending);
+    const uint32_t cut = order[wanted - 1];
     int64_t ties = count;  // how many columns at the cut are kept: the lowest ones
     for (int64_t c = 0; c < length; ++c) ties -= keys[c] > cut;
     for (int64_t c = 0; c < length; ++c) {

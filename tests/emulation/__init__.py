@@ -61,7 +61,7 @@ def compile_emulation(
     library = target_dir / f"emulated-{key}.so"
     if library.exists():
         return library
-    folder = target_dir / key
+    folder = target_dir / f"{key}.{os.getpid()}"  # several test processes may compile at once
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in {**sources, **own}.items():
         (folder / name).write_text(text, encoding="utf-8")
