@@ -153,6 +153,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(family, tmp_path):
     for (name, ours), (_, theirs) in zip(last.model.named_parameters(), whole.model.named_parameters(), strict=True):
         assert torch.equal(ours, theirs), name
         assert torch.equal(last.average[name], whole.average[name]), name
+    assert last.progress.history == {"symbols": 3, "glyphs": 1, "pages": 3}
     changed = [name for name, p in whole.model.named_parameters() if not torch.equal(p, start[name])]
     assert any("language_model" in name for name in changed) and any("vis" in name for name in changed)
 

@@ -46,7 +46,7 @@ def export(family: str, *, run: str | Path | None = None, output: str | Path | N
     history = {
         "seed": progress["seed"],
         "steps": progress["total_steps"],
-        "stages_finished": [item.name for item in CURRICULUM[:stage]],
+        "steps_by_stage": progress.get("history", {}),
         "stage_under_way": CURRICULUM[stage].name if stage < len(CURRICULUM) else None,
         "started_from": progress.get("started_from"),
         "minutes": round(progress["seconds"] / 60, 1),
@@ -76,6 +76,7 @@ def write_card(folder: str | Path, family: str, reading: dict) -> None:
     origin = training["started_from"]
     start = f" It began with the weights of an earlier run ({origin}; `--start-from`)." if origin else ""
     state = "the whole curriculum" if stage is None else f'the curriculum up to its stage "{stage}"'
+    lengths = ", ".join(f"{name} {steps}" for name, steps in training["steps_by_stage"].items())
     card = f"""---
 license: apache-2.0
 pipeline_tag: image-text-to-text
@@ -90,7 +91,8 @@ knows lower-case letters and digits, one to a 16-pixel cell, on 224-pixel pages.
   {text["num_key_value_heads"]} key/value heads, hidden size {text["hidden_size"]}.
 - Two questions: "Provide all the OCR results of this image." and "What is the <field>?".
 - Training: `python -m sparsemm.miniatures.train --family {family} --seed {training["seed"]}`, {state}:
-  {training["steps"]} steps, {training["minutes"]} minutes on one CPU core.{start}
+  {training["steps"]} steps, {training["minutes"]} minutes on one CPU core.{start} Steps by stage (`--steps STAGE=N`):
+  {lengths}.
 - Export: `python -m sparsemm.miniatures.export --family {family}` (running mean of the weights).
   A longer run continues from its checkpoints with `--resume`.
 

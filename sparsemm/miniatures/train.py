@@ -10,7 +10,7 @@ import io
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,7 +32,10 @@ AVERAGE_DECAY = 0.998
 
 @dataclass
 class Progress:
-    """Where a run stands: the stage being trained, the steps done in it, and its running training accuracy."""
+    """Where a run stands: the stage being trained, the steps done in it, and its running training accuracy.
+
+    `history` counts the steps of every stage, those of the run it started from included.
+    """
 
     family: str
     seed: int
@@ -42,6 +45,7 @@ class Progress:
     total_steps: int = 0
     seconds: float = 0.0
     started_from: str | None = None
+    history: dict[str, int] = field(default_factory=dict)
 
 
 class Trainer:
@@ -158,6 +162,7 @@ class Trainer:
             state.accuracy += share * (accuracy - state.accuracy)
             state.step += 1
             state.total_steps += 1
+            state.history[stage.name] = state.history.get(stage.name, 0) + 1
             done += 1
             state.seconds += time.perf_counter() - clock
             clock = time.perf_counter()
@@ -232,6 +237,7 @@ class Trainer:
                 parameter.copy_(weight)
                 self.average[name].copy_(weight)
         self.progress.stage = names.index(first_stage)
+        self.progress.history = dict(source.history)
         self.progress.started_from = f"{source.family}, step {source.total_steps}"
 
     def load(self) -> None:
