@@ -243,13 +243,13 @@ def test_shipped_miniature_reads_heldout_pages(family):
     from sparsemm.models import load_model
 
     model, processor = load_model(ASSETS / family)
-    pages = [make_page(i, split="heldout", task=task, seed=77) for task in ("read", "field") for i in range(8)]
+    pages = [make_page(i, split="heldout", seed=77) for i in range(12)]
     texts = answers(model, processor, pages)
     accuracy = np.mean([character_accuracy(text, page.answer) for text, page in zip(texts, pages, strict=True)])
     # Well under what reading.json reports over hundreds of pages, far over what guessing gets.
-    assert accuracy > 0.6
+    assert accuracy > 0.75
     # It is the image that is read: with another page's image the same questions go wrong.
     swapped = [replace(page, image=other.image) for page, other in zip(pages, pages[1:] + pages[:1], strict=True)]
     wrong = answers(model, processor, swapped)
     blind = np.mean([character_accuracy(text, page.answer) for text, page in zip(wrong, pages, strict=True)])
-    assert blind < accuracy - 0.3
+    assert blind < accuracy - 0.4

@@ -74,7 +74,7 @@ def write_card(folder: str | Path, family: str, reading: dict) -> None:
     training = read_json(target / "training.json")
     stage = training["stage_under_way"]
     origin = training["started_from"]
-    start = f" It began with the weights of an earlier run ({origin}; `--start-from`)." if origin else ""
+    start = f"\n  It began with the weights of an earlier run ({origin}; `--start-from`)." if origin else ""
     state = "the whole curriculum" if stage is None else f'the curriculum up to its stage "{stage}"'
     lengths = ", ".join(f"{name} {steps}" for name, steps in training["steps_by_stage"].items())
     card = f"""---
@@ -91,12 +91,12 @@ knows lower-case letters and digits, one to a 16-pixel cell, on 224-pixel pages.
   {text["num_key_value_heads"]} key/value heads, hidden size {text["hidden_size"]}.
 - Two questions: "Provide all the OCR results of this image." and "What is the <field>?".
 - Training: `python -m sparsemm.miniatures.train --family {family} --seed {training["seed"]}`, {state}:
-  {training["steps"]} steps, {training["minutes"]} minutes on one CPU core.{start} Steps by stage (`--steps STAGE=N`):
-  {lengths}.
+  {training["steps"]} steps, {training["minutes"]} minutes on one CPU core.{start}
+  Steps by stage, the earlier run's included (`--steps STAGE=N`): {lengths}.
 - Export: `python -m sparsemm.miniatures.export --family {family}` (running mean of the weights).
   A longer run continues from its checkpoints with `--resume`.
 
-Held-out pages (fonts and words of no training page), greedy, bfloat16 weights run in float32:
+Held-out pages (fonts and words of no training page; {reading["pages_each"]} for each number of words), greedy, bfloat16 weights run in float32:
 
 {_table(reading)}
 """
