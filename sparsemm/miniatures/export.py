@@ -96,7 +96,8 @@ knows lower-case letters and digits, one to a 16-pixel cell, on 224-pixel pages.
 - Export: `python -m sparsemm.miniatures.export --family {family}` (running mean of the weights).
   A longer run continues from its checkpoints with `--resume`.
 
-Held-out pages (fonts and words of no training page; {reading["pages_each"]} for each number of words), greedy, bfloat16 weights run in float32:
+Held-out pages (fonts and words of no training page), {reading["pages_each"]} for each number of words; greedy, bfloat16
+weights run in float32:
 
 {_table(reading)}
 """
