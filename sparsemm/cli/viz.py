@@ -233,7 +233,7 @@ def everything(
     write_page(reading, folder / "attention.html", scores=table, title=f"What heads of {name} look at")
     chosen = choose_heads(table, shape, top=top, bottom=bottom)
     reading = read_with_attention(network, processor, picture, chosen, prompt=question, max_new_tokens=max_new_tokens)
-    draw_overlays(reading, folder / "attention.png", tokens=[None, *range(min(8, len(reading.tokens)))], scores=table)
+    draw_overlays(reading, folder / "attention.png", tokens=[None, *range(min(4, len(reading.tokens)))], scores=table)
     if len(reading.layout.grids) > 1:
         draw_overlays(reading, folder / "attention_parts.png", parts=list(reading.layout.grids), scores=table)
     rows = kept_rows(network, processor, picture, config, prompt=question)
