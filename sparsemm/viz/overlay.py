@@ -64,7 +64,8 @@ def draw_overlays(
                 axes.set_title(_column_title(reading, token, part if len(parts) > 1 else None), fontsize=8)
             if column == 0:
                 axes.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-    figure.suptitle(title or f"Attention of heads (layer-head{', share of the score' if scores else ''})", fontsize=9)
+    key = "layer-head" if shares is None else "layer-head, share of the score"
+    figure.suptitle(title or f"Attention of heads ({key});\neach panel has its own scale", fontsize=9)
     save_figure(figure, path)
 
 
