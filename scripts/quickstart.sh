@@ -4,7 +4,7 @@
 #   bash scripts/quickstart.sh [options of `sparsemm quickstart`, such as --chase or --fresh]
 #
 # Variables:
-#   MODEL          miniature, checkpoint folder or hub id      (qwen2-vl)
+#   MODEL          miniature, checkpoint folder or hub id      (llava-vicuna)
 #   METHODS        methods, or METHOD for a single one         (all)
 #   BUDGETS        rows per kv head, or BUDGET for one value   (miniatures: 8 12 16 24 32 64 128)
 #   RATIO          share of the budget all heads get alike     (0.1)
