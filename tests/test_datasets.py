@@ -177,13 +177,13 @@ def synthdog(tmp_path_factory) -> Path:
     """A folder in the schema of the published set: further columns, boxes of two points in pixels."""
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
-    coords = {"chunk": datasets.Value("string"), "coord": datasets.List(datasets.List(datasets.Value("int64")))}
+    coords = {"chunk": datasets.Value("string"), "coord": [[datasets.Value("int64")]]}
     features = datasets.Features(
         {
             "image": datasets.Image(),
             "ground_truth": datasets.Value("string"),
-            "2_coord": datasets.List(coords),
-            "2_coord_norm": datasets.List({**coords, "coord": datasets.List(datasets.List(datasets.Value("float64")))}),
+            "2_coord": [coords],
+            "2_coord_norm": [{**coords, "coord": [[datasets.Value("float64")]]}],
         }
     )
     rows = [

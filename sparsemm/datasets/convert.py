@@ -139,7 +139,7 @@ def _write_parquet(pages: Iterator[tuple[Any, tuple[TextBox, ...]]], folder: Pat
         import pyarrow.parquet
     except ImportError as error:
         raise DataError("writing parquet needs the datasets package: pip install 'sparsemm[data]'") from error
-    boxes = [{"chunk": datasets.Value("string"), "coord": datasets.List(datasets.List(datasets.Value("float64")))}]
+    boxes = [{"chunk": datasets.Value("string"), "coord": [[datasets.Value("float64")]]}]
     features = datasets.Features({"image": datasets.Image(), "2_coord": boxes})
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".train.parquet.part"
