@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -236,8 +237,9 @@ def _run_cell(
     pages: list[Page] = []
     texts: list[str] = []
     kept: list[float] = []
-    prompt_tokens = cache_bytes = full_bytes = tokens = steps = 0
-    prefill = decode = 0.0
+    step_seconds: list[float] = []
+    prompt_tokens = cache_bytes = full_bytes = tokens = 0
+    prefill = 0.0
     with sparsemm.patch(model, config, reserve=max_new_tokens) as handle:
         for batch in batches.batches:
             generated, clock = generate_greedy(model, batch.inputs, max_new_tokens)
@@ -250,8 +252,8 @@ def _run_cell(
             full_bytes += stats.full_cache_bytes
             tokens += generated.numel()
             prefill += clock.prefill_seconds
-            decode += clock.decode_seconds
-            steps += clock.decode_steps
+            if clock.decode_steps:
+                step_seconds.append(clock.decode_seconds / clock.decode_steps)
             bar.update(len(batch.pages))
     whole = mean_metrics(texts, [page.answer for page in pages])
     bar.set_postfix(accuracy=f"{whole['accuracy']:.3f}")
@@ -265,7 +267,7 @@ def _run_cell(
         groups=_by_group(pages, texts),
         cache_bytes=cache_bytes / len(pages),
         full_cache_bytes=full_bytes / len(pages),
-        ms_per_token=1000 * decode / steps if steps else None,
+        ms_per_token=1000 * statistics.median(step_seconds) if step_seconds else None,
         prefill_ms=1000 * prefill / len(pages),
         tokens=tokens,
         config=config.to_dict(),

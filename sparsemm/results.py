@@ -30,7 +30,8 @@ class Cell:
         groups: The same three and the number of documents of each part: `{"read": {...}, "read/3 words": {...}}`.
         cache_bytes: Bytes the cache held at the end, a document: prompt and generated rows, slack, index tensors.
         full_cache_bytes: Bytes of the keys and values of every token, a document.
-        ms_per_token: Wall time of one decoding step of a whole batch, in ms; None when nothing was decoded.
+        ms_per_token: Wall time of one decoding step of a whole batch, in ms, the median of the batches; None when
+            nothing was decoded.
         prefill_ms: Wall time of the prompt's forward a document, in ms; image features already at hand.
         tokens: Tokens generated, summed over the documents (to the end of the longest answer of each batch).
         config: The settings of the run (`CompressionConfig.to_dict`).

@@ -34,7 +34,8 @@ DIMENSIONS = Dimensions(
 )
 COMMANDS = [
     [], ["generate"], ["evaluate"], ["report"], ["quickstart"], ["chase"], ["head-scores"], ["head-scores", "show"],
-    ["head-scores", "convert"], ["head-scores", "compare"], ["miniatures"], ["miniatures", "train"], ["bench"],
+    ["head-scores", "convert"], ["head-scores", "compare"], ["miniatures"], ["miniatures", "train"],
+    ["miniatures", "evaluate"], ["bench"],
 ]  # fmt: skip
 
 

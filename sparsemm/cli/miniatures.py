@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from sparsemm.cli.common import MINIATURES
+from sparsemm.cli.common import DEFAULT_MODEL, MINIATURES, resolve_model
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Train and evaluate the miniatures.")
 Family = Enum("Family", {name: name for name in MINIATURES}, type=str)
@@ -33,3 +33,25 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     typer.echo(run(family.value, folder=folder, seed=seed, resume=resume))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option("--model", help="A miniature's name or folder.")] = DEFAULT_MODEL,
+    pages: Annotated[int, typer.Option(min=1, help="Pages for each number of words.")] = 50,
+    split: Annotated[str, typer.Option(help="heldout or train.")] = "heldout",
+    output: Annotated[Path | None, typer.Option(help="JSON file to write; none by default.")] = None,
+) -> None:
+    """Measure how well a miniature reads, by task and number of words, with the full cache."""
+    from sparsemm.io import write_json_atomic
+    from sparsemm.miniatures.reading import read_pages
+
+    reading = read_pages(resolve_model(model), pages=pages, split=split)
+    for task, rows in reading["tasks"].items():
+        for count, row in rows.items():
+            typer.echo(
+                f"{task:5s} {count:>2s}: accuracy {row['accuracy']:.3f}, exact match {row['exact_match']:.3f}, "
+                f"ANLS {row['anls']:.3f}"
+            )
+    if output is not None:
+        write_json_atomic(output, reading)
