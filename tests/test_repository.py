@@ -22,6 +22,7 @@ ENTRY_SCRIPTS = [path for path in SCRIPTS if path.name != "common.sh"]
 FOLDERS = {"sparsemm", "csrc", "scripts", "lmms-eval", "head_scores", "assets", "tests", ".ci"}
 FILES = {
     "setup.py", "Makefile", "README.md", "pyproject.toml", "LICENSE", "CITATION.cff", ".gitignore", "constraints.txt",
+    "MANIFEST.in",
 }  # fmt: skip
 
 
