@@ -132,10 +132,10 @@ def generate(
         return
     if streamer is None:
         typer.echo(text)
-    share = 100 * stats.cache_bytes / stats.full_cache_bytes
+    share = 100 * stats.effective_budget / max(1, stats.prompt_tokens[0])
     speed = "" if figures["ms_per_token"] is None else f", {figures['ms_per_token']:.1f} ms/token"
     typer.echo(
-        f"[{method}] {stats.effective_budget:.2f} of {stats.prompt_tokens[0]} prompt rows kept per kv head; "
-        f"cache {stats.cache_bytes:,} bytes at the end, {share:.0f} % of a full one{speed}",
+        f"[{method}] {stats.effective_budget:.2f} of {stats.prompt_tokens[0]} prompt rows ({share:.0f} %) kept per kv "
+        f"head; cache {stats.cache_bytes:,} bytes with its room for {max_new_tokens} new tokens{speed}",
         err=True,
     )
