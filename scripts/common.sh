@@ -45,3 +45,14 @@ run_accelerate() {
     "$python" -m accelerate.commands.launch --multi_gpu --num_processes "$processes" --num_machines 1 \
         --mixed_precision no --dynamo_backend no --main_process_port 0 -m sparsemm "$@"
 }
+
+# A chase with MODEL and the other variables of scripts/chase_visual_head, in one process or PROCESSES.
+run_chase() {
+    option_from MODEL --model DATASET --dataset NUM_IMAGES --num-images MATCH --match OUTPUT --output DEVICE --device \
+        DTYPE --dtype
+    if [[ "${PROCESSES:-1}" -gt 1 ]]; then
+        run_accelerate "$PROCESSES" chase "${options[@]}" "$@"
+    else
+        run_sparsemm chase "${options[@]}" "$@"
+    fi
+}

@@ -17,11 +17,11 @@ from sparsemm.cache import GROWTH_ROWS, CachePlan, CacheRecord, CacheStats, Spar
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import CacheError, ConfigError, PatchError, UnsupportedModelError
 from sparsemm.head_scores import resolve_head_scores
+from sparsemm.instances import forward_name, set_on_instance
 from sparsemm.methods import masked_query_heads
 from sparsemm.models import family_of
 from sparsemm.ops.backends import resolve_backend
 
-_ABSENT = object()
 _PATCHED: weakref.WeakKeyDictionary[nn.Module, PatchHandle] = weakref.WeakKeyDictionary()
 
 
@@ -116,22 +116,10 @@ class PatchHandle:
             self._keep_rope_deltas_with_the_cache()
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
-        """Set an instance attribute and remember how to put back what was there, or that nothing was."""
-        before = vars(owner).get(name, _ABSENT)
-        setattr(owner, name, value)
-
-        def undo() -> None:
-            if before is _ABSENT:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, before)
-
-        self._undo.append(undo)
+        self._undo.append(set_on_instance(owner, name, value))
 
     def _replace_forward(self, module: nn.Module, masked_heads: Tensor) -> None:
-        # accelerate keeps the real forward in `_old_forward` and calls it from the one it set: ours goes inside, so
-        # that its hooks (moving weights and inputs between devices) keep working.
-        name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+        name = forward_name(module)
         original = getattr(module, name)
         weight = module.q_proj.weight
         dtype = weight.dtype if weight.dtype.is_floating_point else self.model.dtype

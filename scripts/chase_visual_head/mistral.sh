@@ -19,10 +19,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 help_if_asked "$@"
 
 MODEL="${MODEL:-llava-mistral}"
-option_from MODEL --model DATASET --dataset NUM_IMAGES --num-images MATCH --match OUTPUT --output DEVICE --device \
-    DTYPE --dtype
-if [[ "${PROCESSES:-1}" -gt 1 ]]; then
-    run_accelerate "$PROCESSES" chase "${options[@]}" "$@"
-else
-    run_sparsemm chase "${options[@]}" "$@"
-fi
+run_chase "$@"

@@ -9,10 +9,10 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from sparsemm.instances import forward_name, set_on_instance
+
 PROMPT_TILE = 2048
 """Tokens at a time: enough for full matrix throughput, and 1/16 of the MLP's activations of a 32K prompt."""
-
-_ABSENT = object()
 
 
 @contextmanager
@@ -35,10 +35,8 @@ def tiled_prompt(text_model: nn.Module, tile: int = PROMPT_TILE) -> Iterator[Non
 @contextmanager
 def _tiled(module: nn.Module, tile: int) -> Iterator[None]:
     """A forward from `[batch, seq_len, size]` to the same shape, in tiles."""
-    # Inside the forward that accelerate's hooks have set, as in the patch: weights are moved once, not once a tile.
-    name = "_old_forward" if "_old_forward" in vars(module) else "forward"
+    name = forward_name(module)
     original = getattr(module, name)
-    before = vars(module).get(name, _ABSENT)
 
     @functools.wraps(original)
     def forward(hidden_states: Tensor) -> Tensor:
@@ -49,11 +47,8 @@ def _tiled(module: nn.Module, tile: int) -> Iterator[None]:
             out[:, begin : begin + tile] = original(hidden_states[:, begin : begin + tile])
         return out
 
-    setattr(module, name, forward)
+    undo = set_on_instance(module, name, forward)
     try:
         yield
     finally:
-        if before is _ABSENT:
-            delattr(module, name)
-        else:
-            setattr(module, name, before)
+        undo()
