@@ -132,6 +132,11 @@ def choose_rows(
     return KeptRows(positions, kept_device, cu_kept_device, total)
 
 
+def take_columns(states: Tensor, order: Tensor) -> Tensor:
+    """`states` `[batch, heads, columns, head_dim]` with each batch row's columns in `order`, int64 `[batch, n]`."""
+    return states.gather(2, order[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+
+
 def select_positions(
     query: Tensor,
     key: Tensor,
@@ -167,10 +172,7 @@ def select_positions(
         valid = attention_mask.to(key.device) != 0
         lengths = valid.sum(1).cpu()
         order = valid.int().argsort(dim=1, stable=True)  # padding to the left, valid columns in their order
-        query, key = (
-            states.gather(2, order[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
-            for states in (query, key)
-        )
+        query, key = (take_columns(states, order) for states in (query, key))
     plan = SelectionPlan(
         config, num_layers, num_query_heads, num_kv_heads, resolve_head_scores(config, num_layers, num_query_heads)
     )

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsemm.selection import take_columns
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -62,6 +64,4 @@ class Chunk:
 
     def right_aligned(self, states: Tensor) -> Tensor:
         """`states` `[batch, heads, columns, head_dim]` with the valid columns at the right end, in order."""
-        if self.order is None:
-            return states
-        return states.gather(2, self.order[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+        return states if self.order is None else take_columns(states, self.order)
