@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-import sparsemm
-from sparsemm.chase import weights_digest
 from sparsemm.config import CompressionConfig
-from sparsemm.errors import ConfigError, DataError
+from sparsemm.errors import ConfigError
+from sparsemm.experiment import PageBatches, read
 from sparsemm.generation import generate_greedy, remember_image_features
 from sparsemm.methods import get_method
 from sparsemm.metrics import mean_metrics
-from sparsemm.models import family_of
 from sparsemm.results import Cell, Results, environment
 
 if TYPE_CHECKING:
@@ -28,41 +24,6 @@ if TYPE_CHECKING:
     from sparsemm.head_scores import HeadScores
 
 logger = logging.getLogger(__name__)
-
-
-def heldout_pages(
-    count: int,
-    *,
-    tasks: Sequence[str] = ("read", "field"),
-    num_words: Sequence[int] = (1, 2, 3, 4),
-    seed: int = 0,
-    size: int = 224,
-) -> list[Page]:
-    """`count` held-out pages, tasks taking turns and `num_words` spread evenly over each task's pages.
-
-    Args:
-        count: Number of pages.
-        tasks: `read` (everything on the page) and `field` (the value of one label of a form).
-        num_words: Words of a `read` page. A `field` page with fewer than two lines would ask nothing: it has at
-            least two.
-        seed: Another seed gives other pages.
-        size: Side of a page in pixels.
-
-    Raises:
-        DataError: A number is not positive, or a task is unknown.
-    """
-    from sparsemm.documents import make_page
-
-    if count < 1 or not tasks or not num_words:
-        raise DataError(f"count={count}, tasks={tuple(tasks)} and num_words={tuple(num_words)} describe no page")
-    pages = []
-    for index in range(count):
-        task = tasks[index % len(tasks)]
-        words = num_words[index // len(tasks) % len(num_words)]
-        if task == "field":
-            words = max(2, words)
-        pages.append(make_page(index, split="heldout", task=task, num_words=words, seed=seed, size=size))
-    return pages
 
 
 def evaluate(
@@ -110,17 +71,10 @@ def evaluate(
     from tqdm import tqdm
 
     configs = make_grid(methods, budgets, head_scores, options)
-    batches = _make_batches(model, processor, list(pages), batch_size)
+    batches = PageBatches.of(model, processor, pages, batch_size)
     settings = {
-        "model": model_name or Path(model.config.name_or_path).name or type(model).__name__,
-        "weights": weights_digest(model),
-        "pages_digest": batches.digest,
-        "documents": len(batches),
+        **batches.settings(model, model_name, max_new_tokens),
         "head_scores": _describe(head_scores),
-        "batch_size": batch_size,
-        "max_new_tokens": max_new_tokens,
-        "device": model.device.type,
-        "dtype": str(model.dtype).removeprefix("torch."),
         # Every cell repeats its whole configuration; these are the fields that no cell may differ in.
         "options": {name: value for name, value in configs[0].to_dict().items() if name not in _PER_CELL},
     }
@@ -188,51 +142,11 @@ def _describe(head_scores: HeadScores | str | Path | None) -> dict[str, Any] | N
     return table.describe()
 
 
-# -- pages ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Batch:
-    pages: list[Page]
-    inputs: dict[str, Tensor]
-
-
-@dataclass
-class _Batches:
-    """Pages made into model inputs once, for all cells."""
-
-    batches: list[_Batch] = field(default_factory=list)
-    digest: str = ""
-
-    def __len__(self) -> int:
-        return sum(len(batch.pages) for batch in self.batches)
-
-
-def _make_batches(model: nn.Module, processor: Any, pages: list[Page], batch_size: int) -> _Batches:
-    if not pages:
-        raise DataError("there is no page to evaluate on")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size} is too small; it must be at least 1")
-    digest = hashlib.sha256()
-    for page in pages:
-        digest.update(f"{page.prompt}\0{page.answer}\0{page.image.size}\0".encode())
-        digest.update(page.image.tobytes())
-    # Answers of like length side by side: a batch decodes until its longest answer ends.
-    ordered = sorted(pages, key=lambda page: (page.task, page.num_words))
-    batches = _Batches(digest=digest.hexdigest()[:16])
-    family = family_of(model)
-    for start in range(0, len(ordered), batch_size):
-        chosen = ordered[start : start + batch_size]
-        images, prompts = [page.image for page in chosen], [page.prompt for page in chosen]
-        batches.batches.append(_Batch(chosen, family.build_inputs(processor, images, prompts, device=model.device)))
-    return batches
-
-
 # -- one cell -------------------------------------------------------------------------------------------------------
 
 
 def _run_cell(
-    model: nn.Module, processor: Any, batches: _Batches, config: CompressionConfig, max_new_tokens: int, bar: Any
+    model: nn.Module, processor: Any, batches: PageBatches, config: CompressionConfig, max_new_tokens: int, bar: Any
 ) -> Cell:
     pages: list[Page] = []
     texts: list[str] = []
@@ -240,21 +154,18 @@ def _run_cell(
     step_seconds: list[float] = []
     prompt_tokens = cache_bytes = full_bytes = tokens = 0
     prefill = 0.0
-    with sparsemm.patch(model, config, reserve=max_new_tokens) as handle:
-        for batch in batches.batches:
-            generated, clock = generate_greedy(model, batch.inputs, max_new_tokens)
-            stats = handle.stats
-            pages += batch.pages
-            texts += processor.tokenizer.batch_decode(generated, skip_special_tokens=True)
-            kept += stats.kept_rows.double().mean(dim=(1, 2)).tolist()
-            prompt_tokens += sum(stats.prompt_tokens)
-            cache_bytes += stats.cache_bytes
-            full_bytes += stats.full_cache_bytes
-            tokens += generated.numel()
-            prefill += clock.prefill_seconds
-            if clock.decode_steps:
-                step_seconds.append(clock.decode_seconds / clock.decode_steps)
-            bar.update(len(batch.pages))
+    for reading in read(model, processor, batches, config, max_new_tokens, bar):
+        stats, timing = reading.stats, reading.timing
+        pages += reading.pages
+        texts += reading.texts
+        kept += stats.effective_budgets
+        prompt_tokens += sum(stats.prompt_tokens)
+        cache_bytes += stats.cache_bytes
+        full_bytes += stats.full_cache_bytes
+        tokens += reading.num_tokens
+        prefill += timing.prefill_seconds
+        if timing.decode_steps:
+            step_seconds.append(timing.decode_seconds / timing.decode_steps)
     whole = mean_metrics(texts, [page.answer for page in pages])
     bar.set_postfix(accuracy=f"{whole['accuracy']:.3f}")
     return Cell(

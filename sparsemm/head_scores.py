@@ -151,6 +151,14 @@ class HeadScores:
             raise HeadScoreError(f"{os.fspath(path)}: {error}") from error
 
 
+def rank_correlation(first: Tensor, second: Tensor) -> float:
+    """Spearman's correlation of two tables of one shape; NaN where one of them holds a single value."""
+    values = torch.stack([first.flatten(), second.flatten()])
+    # Ties share their mean rank.
+    ranks = [(row < row[:, None]).sum(1) + ((row == row[:, None]).sum(1) - 1) / 2 for row in values]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
 def resolve_head_scores(config: CompressionConfig, num_layers: int, num_query_heads: int) -> HeadScores | None:
     """The head scores that `config` runs with on a model: given, drawn from its seed, or None if its method needs none.
 

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-import sparsemm
-from sparsemm.chase import weights_digest
 from sparsemm.config import CompressionConfig
-from sparsemm.errors import ConfigError, DataError
-from sparsemm.generation import generate_greedy, remember_image_features
-from sparsemm.io import read_json, write_json_atomic
+from sparsemm.errors import ConfigError
+from sparsemm.experiment import PageBatches, accuracy_by_task, read_all
+from sparsemm.generation import remember_image_features
+from sparsemm.markdown import markdown_table
 from sparsemm.metrics import METRICS, mean_metrics
 from sparsemm.models import family_of
-from sparsemm.results import environment
+from sparsemm.results import Run, RunFile, environment
 
 if TYPE_CHECKING:
     from sparsemm.documents import Page
     from sparsemm.head_scores import HeadScores
 
-logger = logging.getLogger(__name__)
-
-FORMAT = "sparsemm-masking"
-FORMAT_VERSION = 1
-
 
 @dataclass(frozen=True)
-class MaskedRun:
+class MaskedRun(Run):
     """What a model read with some heads masked.
 
     Attributes:
@@ -57,8 +49,15 @@ class MaskedRun:
 
     @property
     def key(self) -> tuple[str, int, int | None]:
-        """What tells a run from the others of its experiment."""
         return self.kind, self.num_heads, self.seed
+
+
+class MaskingResults(RunFile[MaskedRun]):
+    """A masking experiment: its runs, one per choice of heads."""
+
+    FORMAT = "sparsemm-masking"
+    SUBJECT = "a masking experiment"
+    RUN = MaskedRun
 
 
 def heads_of_shares(shares: Sequence[float], num_heads: int) -> list[int]:
@@ -109,45 +108,25 @@ def masking_experiment(
 
     head_scores.check_shape(*_shape(model))
     configs = _configs(head_scores, num_heads, seeds, mask_mode)
-    if not pages:
-        raise DataError("there is no page to read")
+    batches = PageBatches.of(model, processor, pages, batch_size)
     settings = {
-        "model": model_name or Path(model.config.name_or_path).name or type(model).__name__,
-        "weights": weights_digest(model),
+        **batches.settings(model, model_name, max_new_tokens),
         "head_scores": head_scores.describe(),
         "mask_mode": mask_mode,
-        "documents": len(pages),
-        "pages_digest": _digest(pages),
-        "batch_size": batch_size,
-        "max_new_tokens": max_new_tokens,
-        "dtype": str(model.dtype).removeprefix("torch."),
         "environment": environment(model.device),
     }
-    runs = {run.key: run for run in _resume(output, settings, fresh)}
-    family = family_of(model)
-    ordered = sorted(pages, key=lambda page: (page.task, page.num_words))
-    chunks = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    batches = [
-        (
-            chunk,
-            family.build_inputs(processor, [p.image for p in chunk], [p.prompt for p in chunk], device=model.device),
-        )
-        for chunk in chunks
-    ]
-    missing = [key for key in configs if key not in runs]
+    results = MaskingResults.open(output, settings, fresh=fresh)
+    missing = [key for key in configs if results.find(*key) is None]
     with (
         torch.inference_mode(),
-        remember_image_features(model, capacity=len(batches)),
-        tqdm(total=len(missing) * len(pages), unit="page", disable=not progress) as bar,
+        remember_image_features(model, capacity=len(batches.batches)),
+        tqdm(total=len(missing) * len(batches), unit="page", disable=not progress) as bar,
     ):
         for key in missing:
             bar.set_description(f"{key[0]} {key[1]}")
-            runs[key] = _run(model, processor, batches, key, configs[key], max_new_tokens, bar)
-            if output is not None:
-                ordered_runs = [asdict(runs[known]) for known in configs if known in runs]
-                document = {"format": FORMAT, "version": FORMAT_VERSION, "settings": settings, "runs": ordered_runs}
-                write_json_atomic(output, document)
-    return [runs[key] for key in configs]
+            read_pages = read_all(model, processor, batches, configs[key], max_new_tokens, bar)
+            results.add(_run(key, head_scores.values.numel(), *read_pages))
+    return [results.find(*key) for key in configs]
 
 
 def _shape(model: nn.Module) -> tuple[int, int]:
@@ -182,66 +161,10 @@ def _configs(
     return configs
 
 
-def _run(
-    model: nn.Module,
-    processor: Any,
-    batches: list[tuple[list[Page], Any]],
-    key: tuple[str, int, int | None],
-    config: CompressionConfig,
-    max_new_tokens: int,
-    bar: Any,
-) -> MaskedRun:
-    texts: list[str] = []
-    pages: list[Page] = []
-    with sparsemm.patch(model, config, reserve=max_new_tokens):
-        for chunk, inputs in batches:
-            tokens, _ = generate_greedy(model, inputs, max_new_tokens)
-            texts += processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            pages += chunk
-            bar.update(len(chunk))
-    tasks = {}
-    for task in sorted({page.task for page in pages}):
-        pairs = [(text, page.answer) for text, page in zip(texts, pages, strict=True) if page.task == task]
-        tasks[task] = mean_metrics(*zip(*pairs, strict=True))["accuracy"]
+def _run(key: tuple[str, int, int | None], total: int, pages: list[Page], texts: list[str]) -> MaskedRun:
     kind, count, seed = key
-    share = count / config.head_scores.values.numel()
-    return MaskedRun(kind, count, share, seed, **mean_metrics(texts, [page.answer for page in pages]), tasks=tasks)
-
-
-def _digest(pages: Sequence[Page]) -> str:
-    digest = hashlib.sha256()
-    for page in pages:
-        digest.update(f"{page.prompt}\0{page.answer}\0{page.image.size}\0".encode())
-        digest.update(page.image.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _resume(output: str | Path | None, settings: dict[str, Any], fresh: bool) -> list[MaskedRun]:
-    if output is None or fresh or not Path(output).exists():
-        return []
-    found, runs = load_masking(output)
-    changed = sorted(name for name in {*found, *settings} - {"environment"} if found.get(name) != settings.get(name))
-    if changed:
-        raise DataError(
-            f"{output} holds an experiment of other settings ({', '.join(changed)}); choose another output, or start "
-            "over with --fresh"
-        )
-    return runs
-
-
-def load_masking(path: str | Path) -> tuple[dict[str, Any], list[MaskedRun]]:
-    """Settings and runs of a result file. Raises `DataError` when it is missing or is no such file."""
-    document = read_json(path)
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise DataError(f"{path} is no result file of a masking experiment; choose another path")
-    if document.get("version") != FORMAT_VERSION:
-        raise DataError(
-            f"{path} has format version {document.get('version')!r}, not {FORMAT_VERSION}; run with --fresh"
-        )
-    try:
-        return document["settings"], [MaskedRun(**values) for values in document["runs"]]
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}); run with --fresh") from error
+    metrics = mean_metrics(texts, [page.answer for page in pages])
+    return MaskedRun(kind, count, count / total, seed, **metrics, tasks=accuracy_by_task(pages, texts))
 
 
 def summarise(runs: Sequence[MaskedRun], metric: str = "accuracy") -> list[dict[str, Any]]:
@@ -286,12 +209,7 @@ def format_masking(runs: Sequence[MaskedRun]) -> str:
             drawn, span = f"{row['mean']:.3f} ± {row['std']:.3f}", f"{row['low']:.3f}–{row['high']:.3f}"
         figures = [str(row["num_heads"]), f"{100 * row['share']:.1f} %", _number(row["visual"]), drawn, span]
         rows.append([*figures, _number(other["visual"]), _number(other["mean"])])
-    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
-    rule = ["-" * (width - 1) + ":" for width in widths]
-    return "\n".join(
-        "| " + " | ".join(value.rjust(width) for value, width in zip(line, widths, strict=True)) + " |"
-        for line in [header, rule, *rows]
-    )
+    return markdown_table(header, rows, left=0)
 
 
 def _number(value: float | None) -> str:

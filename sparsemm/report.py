@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sparsemm.errors import DataError
 from sparsemm.io import write_bytes_atomic
+from sparsemm.markdown import markdown_table
 from sparsemm.results import Cell, Results
 
 # Okabe and Ito's palette, distinguishable with every kind of colour vision; a marker each for print without colour.
@@ -54,7 +55,7 @@ def _rows(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
 
 
 def format_table(cells: list[Cell]) -> str:
-    """A Markdown table that also reads well as plain text: one row per cell, columns aligned.
+    """A Markdown table: one row per cell.
 
     Budgets are prompt rows per kv head; bytes are those of one document's cache at its end (prompt rows, generated rows
     and slack), beside the share of what all its tokens' keys and values take; ms/token is one decoding step of a batch.
@@ -65,14 +66,7 @@ def format_table(cells: list[Cell]) -> str:
     if not cells:
         raise DataError("there is no result to show; run the evaluation first")
     header, rows = _rows(cells)
-    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
-
-    def line(values: list[str]) -> str:
-        first = values[0].ljust(widths[0])
-        return "| " + " | ".join([first, *(v.rjust(w) for v, w in zip(values[1:], widths[1:], strict=True))]) + " |"
-
-    rule = "| " + " | ".join(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]) + " |"
-    return "\n".join([line(header), rule, *(line(row) for row in rows)])
+    return markdown_table(header, rows)
 
 
 def describe(results: Results) -> str:

@@ -1,4 +1,4 @@
-"""Result files of an evaluation: one cell per method and budget, complete after every cell."""
+"""Result files of experiments, complete after every run; those of an evaluation, one cell per method and budget."""
 
 from __future__ import annotations
 
@@ -7,17 +7,116 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from sparsemm.errors import DataError
 from sparsemm.io import read_json, write_json_atomic
 
-FORMAT = "sparsemm-evaluation"
-FORMAT_VERSION = 1
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
-class Cell:
+class Run:
+    """One finished run of an experiment; its fields are JSON values."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells a run from the others of its file."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`. Raises `DataError` when a field is missing."""
+        names = [each.name for each in dataclasses.fields(cls)]
+        try:
+            return cls(**{name: values[name] for name in names})
+        except KeyError as error:
+            raise DataError(f"a result lacks {error}; delete the file or run again with --fresh") from None
+
+
+AnyRun = TypeVar("AnyRun", bound=Run)
+
+
+@dataclass
+class RunFile(Generic[AnyRun]):
+    """The settings that all runs of an experiment share, and the runs finished so far.
+
+    Attributes:
+        settings: JSON values. Runs are only ever added to a file of the same settings; "environment" may differ.
+        runs: In the order they were finished.
+        path: Where `add` writes; None keeps the results in memory.
+    """
+
+    FORMAT: ClassVar[str]
+    VERSION: ClassVar[int] = 1
+    SUBJECT: ClassVar[str]
+    RUN: ClassVar[type[Run]]
+    LISTED: ClassVar[str] = "runs"
+
+    settings: dict[str, Any]
+    runs: list[AnyRun] = field(default_factory=list)
+    path: Path | None = None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a result file. Raises `DataError` when it is missing or is no such file."""
+        document = read_json(path)
+        if not isinstance(document, dict) or document.get("format") != cls.FORMAT:
+            raise DataError(f"{path} is no result file of {cls.SUBJECT}; choose another path")
+        if document.get("version") != cls.VERSION:
+            raise DataError(
+                f"{path} has format version {document.get('version')!r}, not {cls.VERSION}; run again with --fresh"
+            )
+        runs = [cls.RUN.from_dict(values) for values in document[cls.LISTED]]
+        return cls(document["settings"], runs, Path(path))
+
+    @classmethod
+    def open(cls, path: str | Path | None, settings: dict[str, Any], *, fresh: bool = False) -> Self:
+        """Continue the file at `path`, or start one.
+
+        Raises:
+            DataError: The file holds results of other settings, and `fresh` is off.
+        """
+        if path is None:
+            return cls(settings)
+        target = Path(path)
+        if fresh or not target.exists():
+            return cls(settings, path=target)
+        found = cls.load(target)
+        differences = [
+            f"{name}: {found.settings.get(name)!r} there, {settings.get(name)!r} here"
+            for name in sorted({*settings, *found.settings} - {"environment"})
+            if found.settings.get(name) != settings.get(name)
+        ]
+        if differences:
+            raise DataError(
+                f"{target} holds results of other settings ({'; '.join(differences)}); "
+                "choose another output, or start over with --fresh"
+            )
+        return found
+
+    def find(self, *key: Any) -> AnyRun | None:
+        """The finished run of that key, if there is one."""
+        return next((run for run in self.runs if run.key == key), None)
+
+    def add(self, run: AnyRun) -> None:
+        """Append a finished run and write the whole file at once."""
+        self.runs.append(run)
+        if self.path is not None:
+            write_json_atomic(self.path, self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        runs = [run.to_dict() for run in self.runs]
+        return {"format": self.FORMAT, "version": self.VERSION, "settings": self.settings, self.LISTED: runs}
+
+
+@dataclass(frozen=True)
+class Cell(Run):
     """What one method reached at one budget.
 
     Attributes:
@@ -67,83 +166,21 @@ class Cell:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, `cache_share` included for readers of the file."""
-        return {**dataclasses.asdict(self), "cache_share": self.cache_share}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Cell:
-        """The inverse of `to_dict`. Raises `DataError` when a field is missing."""
-        names = [each.name for each in dataclasses.fields(cls)]
-        try:
-            return cls(**{name: values[name] for name in names})
-        except KeyError as error:
-            raise DataError(f"a result cell lacks {error}; delete the file or run again with --fresh") from None
+        return {**super().to_dict(), "cache_share": self.cache_share}
 
 
-@dataclass
-class Results:
-    """The settings that all cells share, and the cells finished so far.
+class Results(RunFile[Cell]):
+    """An evaluation: its cells, one per method and budget."""
 
-    Attributes:
-        settings: JSON values. Cells are only ever added to a file of the same settings.
-        cells: In the order they were finished.
-        path: Where `add` writes; None keeps the results in memory.
-    """
+    FORMAT = "sparsemm-evaluation"
+    SUBJECT = "an evaluation"
+    RUN = Cell
+    LISTED = "cells"
 
-    settings: dict[str, Any]
-    cells: list[Cell] = field(default_factory=list)
-    path: Path | None = None
-
-    @classmethod
-    def load(cls, path: str | Path) -> Results:
-        """Read a result file. Raises `DataError` when it is missing or is no such file."""
-        document = read_json(path)
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise DataError(f"{path} is no result file of an evaluation; choose another path")
-        if document.get("version") != FORMAT_VERSION:
-            raise DataError(
-                f"{path} has format version {document.get('version')!r}, not {FORMAT_VERSION}; run again with --fresh"
-            )
-        cells = [Cell.from_dict(values) for values in document["cells"]]
-        return cls(document["settings"], cells, Path(path))
-
-    @classmethod
-    def open(cls, path: str | Path | None, settings: dict[str, Any], *, fresh: bool = False) -> Results:
-        """Continue the file at `path`, or start one.
-
-        Raises:
-            DataError: The file holds results of other settings, and `fresh` is off.
-        """
-        if path is None:
-            return cls(settings)
-        target = Path(path)
-        if fresh or not target.exists():
-            return cls(settings, path=target)
-        found = cls.load(target)
-        differences = [
-            f"{name}: {found.settings.get(name)!r} there, {settings.get(name)!r} here"
-            for name in sorted({*settings, *found.settings})
-            if found.settings.get(name) != settings.get(name)
-        ]
-        if differences:
-            raise DataError(
-                f"{target} holds results of other settings ({'; '.join(differences)}); "
-                "choose another output, or start over with --fresh"
-            )
-        return found
-
-    def find(self, method: str, budget: int | None) -> Cell | None:
-        """The finished cell of that method and budget, if there is one."""
-        return next((cell for cell in self.cells if cell.key == (method, budget)), None)
-
-    def add(self, cell: Cell) -> None:
-        """Append a finished cell and write the whole file at once."""
-        self.cells.append(cell)
-        if self.path is not None:
-            write_json_atomic(self.path, self.to_dict())
-
-    def to_dict(self) -> dict[str, Any]:
-        cells = [cell.to_dict() for cell in self.cells]
-        return {"format": FORMAT, "version": FORMAT_VERSION, "settings": self.settings, "cells": cells}
+    @property
+    def cells(self) -> list[Cell]:
+        """The runs, in the order they were finished."""
+        return self.runs
 
 
 def environment(device: Any = "cpu") -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 
 import sparsemm.cli.common as common
 from sparsemm.cli import main
-from sparsemm.evaluate import heldout_pages
+from sparsemm.experiment import heldout_pages
 from sparsemm.head_scores import HeadScores
 from sparsemm.miniatures.architectures import Dimensions, build_model, build_processor
 from sparsemm.models import family_of, load_model

@@ -10,12 +10,13 @@ import pytest
 from test_cli import files, run  # noqa: F401  (fixtures)
 
 from sparsemm.datasets import open_pages
+from sparsemm.head_rows import HeadRowsResults
 from sparsemm.head_scores import HeadScores
-from sparsemm.masking import load_masking
+from sparsemm.masking import MaskingResults
 
 COMMANDS = [
-    ["data"], ["data", "convert"], ["mask"], ["bench", "chase"], ["viz"], ["viz", "all"], ["viz", "scores"],
-    ["viz", "sparsity"], ["viz", "attention"], ["viz", "page"], ["viz", "budgets"], ["viz", "kept"],
+    ["data"], ["data", "convert"], ["mask"], ["head-rows"], ["bench", "chase"], ["viz"], ["viz", "all"],
+    ["viz", "scores"], ["viz", "sparsity"], ["viz", "attention"], ["viz", "page"], ["viz", "budgets"], ["viz", "kept"],
 ]  # fmt: skip
 
 
@@ -79,9 +80,24 @@ def test_masking_prints_a_table(run: Any, files: dict[str, Path], tmp_path: Path
     table = [line for line in outcome.out.splitlines() if line.startswith("|")]
     assert len(table) == 5 and "12.5 %" in table[3] and "25.0 %" in table[4]
     assert (tmp_path / "masking" / "masking.png").stat().st_size > 10_000
-    assert len(load_masking(tmp_path / "masking" / "masking.json")[1]) == 7
+    assert len(MaskingResults.load(tmp_path / "masking" / "masking.json").runs) == 7
     shares = run(*arguments, "--shares", "0,12.5,25")
     assert [line for line in shares.out.splitlines() if line.startswith("|")] == table  # the same runs, done already
+
+
+def test_head_rows_prints_a_table(run: Any, files: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
+    arguments = ["head-rows", "--model", files["model"], "--head-scores", files["scores"], "--documents", 2]
+    arguments += ["--max-new-tokens", 3, "--window-size", 4, "--no-progress"]
+    outcome = run(*arguments, "--heads", "0-1,1-0", "--output", "full.json")
+    assert outcome.status == 0, outcome.err
+    table = [line for line in outcome.out.splitlines() if line.startswith("|")]
+    assert len(table) == 5 and {line.split()[1] for line in table[3:]} == {"0-1", "1-0"}
+    assert (tmp_path / "full.png").stat().st_size > 10_000
+    under = run(*arguments, "--method", "sparsemm", "--budget", 8, "--rows", 9)
+    assert under.status == 0, under.err
+    stored = HeadRowsResults.load(tmp_path / "results" / "head_rows" / f"{files['model'].name}-sparsemm-8.json")
+    assert {run.rows for run in stored.runs[1:]} == {9} and stored.settings["config"]["budget"] == 8
+    assert run(*arguments, "--heads", "7-0").status == 2
 
 
 def test_all_pictures_of_a_model(run: Any, files: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811

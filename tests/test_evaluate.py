@@ -12,6 +12,7 @@ from PIL import Image
 
 import sparsemm.evaluate as engine
 from sparsemm.errors import ConfigError, DataError
+from sparsemm.experiment import PageBatches, heldout_pages
 from sparsemm.generation import generate_greedy, remember_image_features
 from sparsemm.head_scores import HeadScores
 from sparsemm.metrics import mean_metrics
@@ -45,7 +46,7 @@ def reader() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def pages() -> list[Any]:
-    return engine.heldout_pages(5, num_words=(1, 3))
+    return heldout_pages(5, num_words=(1, 3))
 
 
 def run(reader: tuple[Any, Any], pages: list[Any], **settings: Any) -> list[Cell]:
@@ -110,7 +111,7 @@ def test_a_perfect_reader_scores_one_in_every_group(
 ) -> None:
     _, processor = reader
     answers = {page.image.tobytes(): page.answer for page in pages}
-    real_batches = engine._make_batches
+    real_batches = PageBatches.of
 
     def remember(*args: Any) -> Any:
         batches = real_batches(*args)
@@ -123,8 +124,9 @@ def test_a_perfect_reader_scores_one_in_every_group(
         _, clock = generate_greedy(model, {k: v for k, v in inputs.items() if k != "answers"}, 2)
         return processor.tokenizer(texts, padding=True, return_tensors="pt")["input_ids"], clock
 
-    monkeypatch.setattr(engine, "_make_batches", remember)
+    monkeypatch.setattr(PageBatches, "of", remember)
     monkeypatch.setattr(engine, "generate_greedy", generate)
+    monkeypatch.setattr("sparsemm.experiment.generate_greedy", generate)
     (cell,) = run(reader, pages, methods=["fullkv"])
     assert cell.accuracy == cell.exact_match == cell.anls == 1.0
     assert all(part["exact_match"] == 1.0 for part in cell.groups.values())
@@ -229,15 +231,15 @@ def test_images_are_encoded_once(family: str, pages: list[Any], monkeypatch: pyt
 
 
 def test_heldout_pages_spread_tasks_and_words() -> None:
-    pages = engine.heldout_pages(16)
+    pages = heldout_pages(16)
     read = [page.num_words for page in pages if page.task == "read"]
     assert sorted(read) == [1, 1, 2, 2, 3, 3, 4, 4]
     assert {page.task for page in pages} == {"read", "field"} and len(pages) == 16
-    again = engine.heldout_pages(16)
+    again = heldout_pages(16)
     assert [page.image.tobytes() for page in pages] == [page.image.tobytes() for page in again]
-    assert pages[0].answer != engine.heldout_pages(16, seed=1)[0].answer
+    assert pages[0].answer != heldout_pages(16, seed=1)[0].answer
     with pytest.raises(DataError, match="count=0"):
-        engine.heldout_pages(0)
+        heldout_pages(0)
 
 
 # -- table and plot -------------------------------------------------------------------------------------------------

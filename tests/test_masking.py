@@ -18,10 +18,10 @@ from sparsemm.errors import ConfigError, DataError, HeadScoreError
 from sparsemm.generation import generate_greedy
 from sparsemm.masking import (
     MaskedRun,
+    MaskingResults,
     _configs,
     format_masking,
     heads_of_shares,
-    load_masking,
     masking_experiment,
     summarise,
 )
@@ -116,29 +116,29 @@ def test_results_are_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
     expected = experiment(output=whole)
     calls = []
-    original = engine._run
+    original = engine.read_all
 
-    def counting(*args, **kwargs):
+    def counting(*args):
         if len(calls) == 4:
             raise KeyboardInterrupt
         calls.append(args[3])
-        return original(*args, **kwargs)
+        return original(*args)
 
-    monkeypatch.setattr(engine, "_run", counting)
+    monkeypatch.setattr(engine, "read_all", counting)
     with pytest.raises(KeyboardInterrupt):
         experiment(output=parts)
-    assert len(load_masking(parts)[1]) == 4
-    monkeypatch.setattr(engine, "_run", original)
+    assert len(MaskingResults.load(parts).runs) == 4
+    monkeypatch.setattr(engine, "read_all", original)
     assert experiment(output=parts) == expected
     assert json.loads(parts.read_text())["runs"] == json.loads(whole.read_text())["runs"]
     with pytest.raises(DataError, match="mask_mode"):
         experiment(output=parts, mask_mode="zero_output")
     assert len(experiment(output=parts, mask_mode="zero_output", fresh=True)) == 7
-    settings, _ = load_masking(parts)
+    settings = MaskingResults.load(parts).settings
     assert settings["mask_mode"] == "zero_output" and settings["documents"] == 3 and settings["weights"]
     parts.write_text("{}")
     with pytest.raises(DataError, match="no result file"):
-        load_masking(parts)
+        MaskingResults.load(parts)
 
 
 def by_hand() -> list[MaskedRun]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sparsemm.errors import DataError
 from sparsemm.io import write_bytes_atomic
+from sparsemm.markdown import markdown_table
 from sparsemm.report import LABELS, STYLES
 
 PAPER_SPEEDUP = {8192: 1.16, 16384: 1.5, 32768: 1.87}
@@ -78,7 +79,7 @@ def _latency_table(document: dict[str, Any]) -> str:
                 _or_dash(cell["kernels"] or cell["launches"], "{}"),
             ]
         )
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def _throughput_table(document: dict[str, Any]) -> str:
@@ -97,7 +98,7 @@ def _throughput_table(document: dict[str, Any]) -> str:
                 per_sequence,
             ]
         )
-    return _markdown(header, rows)
+    return markdown_table(header, rows)
 
 
 def _paper_table(document: dict[str, Any]) -> str:
@@ -119,7 +120,7 @@ def _paper_table(document: dict[str, Any]) -> str:
         cell = _find(document, "hf" if method == "fullkv" else method, 32768, 256)
         peak = None if cell is None else cell["peak_bytes"]
         rows.append([f"peak GB at 32K, {method}", f"{memory}", _or_dash(peak, "{:.2f}", 1e9)])
-    return _markdown(["LLaVA-NeXT-Vicuna-7B, budget 256", "paper", "measured"], rows)
+    return markdown_table(["LLaVA-NeXT-Vicuna-7B, budget 256", "paper", "measured"], rows)
 
 
 def plot_efficiency(document: dict[str, Any], path: str | Path, *, budget: int | None = None) -> None:
@@ -212,12 +213,3 @@ def _or_dash(value: float | None, form: str = "{:.2f}", scale: float = 1) -> str
     if value is None:
         return ""
     return form.format(value / scale if scale != 1 else value)
-
-
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
-
-    def line(values: list[str]) -> str:
-        return "| " + " | ".join(value.ljust(width) for value, width in zip(values, widths, strict=True)) + " |"
-
-    return "\n".join([line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsemm.cli import bench, chase, data, evaluate, generate, head_scores, mask, miniatures, tables, viz
+from sparsemm.cli import bench, chase, data, evaluate, generate, head_rows, head_scores, mask, miniatures, tables, viz
 from sparsemm.cli.common import quiet
 from sparsemm.errors import SparseMMError
 
@@ -26,6 +26,7 @@ app.command()(evaluate.report)
 app.command()(evaluate.quickstart)
 app.command()(chase.chase)
 app.command()(mask.mask)
+app.command("head-rows")(head_rows.head_rows)
 app.command()(tables.tables)
 app.add_typer(head_scores.app, name="head-scores")
 app.add_typer(data.app, name="data")

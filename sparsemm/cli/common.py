@@ -52,6 +52,14 @@ RoundingOption = Annotated[
 MaskRatioOption = Annotated[float, typer.Option(help="Share of heads that mask and mask_random mask.")]
 MaskModeOption = Annotated[MaskMode, typer.Option(help="Masked heads average all values, or contribute nothing.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of random heads.")]
+DocumentsOption = Annotated[int, typer.Option(min=1, help="Number of held-out pages.")]
+TasksOption = Annotated[str, typer.Option(help="read (all words of a page), field (one value of a form).")]
+WordsOption = Annotated[str, typer.Option(help="Words of a page, taking turns.")]
+PageSeedOption = Annotated[int, typer.Option(help="Another seed draws other pages.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Pages generated together.")]
+TokensOption = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Measure again what the output holds already.")]
+QuietOption = Annotated[bool, typer.Option("--no-progress", help="No progress bar.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto [default: cuda where there is one].")]
 DtypeOption = Annotated[
     str | None, typer.Option(help="float32, bfloat16, float16 [default: bfloat16 on a GPU, float32 on the CPU].")

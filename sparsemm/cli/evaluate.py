@@ -9,18 +9,26 @@ import typer
 
 from sparsemm.cli.common import (
     DEFAULT_MODEL,
+    BatchOption,
     DeviceOption,
+    DocumentsOption,
     DtypeOption,
+    FreshOption,
     HeadScoresOption,
     MaskMode,
     MaskModeOption,
     MaskRatioOption,
     ModelOption,
+    PageSeedOption,
+    QuietOption,
     RatioOption,
     Rounding,
     RoundingOption,
     SeedOption,
+    TasksOption,
+    TokensOption,
     WindowOption,
+    WordsOption,
     find_head_scores,
     is_miniature,
     load,
@@ -40,13 +48,6 @@ BudgetsOption = Annotated[
     str | None,
     typer.Option(help=f"Mean prompt rows kept per kv head [default: {BUDGETS}, miniatures {MINIATURE_BUDGETS}]."),
 ]
-DocumentsOption = Annotated[int, typer.Option(min=1, help="Number of held-out pages.")]
-TasksOption = Annotated[str, typer.Option(help="read (all words of a page), field (one value of a form).")]
-WordsOption = Annotated[str, typer.Option(help="Words of a page, taking turns.")]
-BatchOption = Annotated[int, typer.Option(min=1, help="Pages generated together.")]
-TokensOption = Annotated[int, typer.Option(min=1, help="Longest answer.")]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="Measure again what the output holds already.")]
-QuietOption = Annotated[bool, typer.Option("--no-progress", help="No progress bar.")]
 
 
 def evaluate(
@@ -63,7 +64,7 @@ def evaluate(
     mask_ratio: MaskRatioOption = 0.1,
     mask_mode: MaskModeOption = MaskMode.zero_query,
     seed: SeedOption = 0,
-    page_seed: Annotated[int, typer.Option(help="Another seed draws other pages.")] = 0,
+    page_seed: PageSeedOption = 0,
     batch_size: BatchOption = 16,
     max_new_tokens: TokensOption = 48,
     output: Annotated[Path | None, typer.Option(help="Folder of results.json and accuracy.png.")] = None,
@@ -121,8 +122,9 @@ def run_evaluation(
 ) -> None:
     """Evaluate into `folder`, then print the table and draw the plot."""
     import sparsemm.evaluate as engine
+    from sparsemm.experiment import heldout_pages
 
-    pages = engine.heldout_pages(
+    pages = heldout_pages(
         documents, tasks=parse_list(tasks), num_words=parse_integers(num_words, "--num-words"), seed=page_seed
     )
     engine.evaluate(
@@ -179,7 +181,7 @@ def quickstart(
     dtype: DtypeOption = None,
 ) -> None:
     """The whole method on a miniature: visual heads, every method at every budget, a table and a plot."""
-    from sparsemm.evaluate import heldout_pages
+    from sparsemm.experiment import heldout_pages
 
     network, processor = load(model, device=device, dtype=dtype)
     scores = find_head_scores(model, head_scores)

@@ -74,17 +74,16 @@ def compare(
 
     from sparsemm import HeadScores
     from sparsemm.errors import HeadScoreError
+    from sparsemm.head_scores import rank_correlation
 
     tables = [HeadScores.load(file) for file in (first, second)]
     tables[1].check_shape(tables[0].num_layers, tables[0].num_query_heads)
     values = torch.stack([table.normalised().flatten() for table in tables])
     if bool((values.std(dim=1) == 0).any()):
         raise HeadScoreError("one of the tables is the same for every head, so no correlation is defined")
-    # Ties share their mean rank, as in Spearman's definition.
-    ranks = torch.stack([(row < row[:, None]).sum(1) + ((row == row[:, None]).sum(1) - 1) / 2 for row in values])
     count = max(1, int(fraction * values.shape[1]))
     tops = [set(row.argsort(descending=True, stable=True)[:count].tolist()) for row in values]
     typer.echo(f"Pearson correlation of scores: {float(torch.corrcoef(values)[0, 1]):.3f}")
-    typer.echo(f"Spearman correlation of ranks: {float(torch.corrcoef(ranks)[0, 1]):.3f}")
+    typer.echo(f"Spearman correlation of ranks: {rank_correlation(*values):.3f}")
     typer.echo(f"total variation distance:      {float((values[0] - values[1]).abs().sum() / 2):.3f}")
     typer.echo(f"heads in both top {count}:          {len(tops[0] & tops[1])}")

@@ -9,12 +9,20 @@ import typer
 
 from sparsemm.cli.common import (
     DEFAULT_MODEL,
+    BatchOption,
     DeviceOption,
+    DocumentsOption,
     DtypeOption,
+    FreshOption,
     HeadScoresOption,
     MaskMode,
     MaskModeOption,
     ModelOption,
+    PageSeedOption,
+    QuietOption,
+    TasksOption,
+    TokensOption,
+    WordsOption,
     find_head_scores,
     is_miniature,
     load,
@@ -35,27 +43,27 @@ def mask(
     ] = None,
     shares: Annotated[str | None, typer.Option(help=f"The same as percentages [default: {SHARES}].")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of the random heads.")] = "0,1,2,3,4",
-    documents: Annotated[int, typer.Option(min=1, help="Number of held-out pages.")] = 64,
-    tasks: Annotated[str, typer.Option(help="read (all words of a page), field (one value of a form).")] = "read,field",
-    num_words: Annotated[str, typer.Option(help="Words of a page, taking turns.")] = "1,2,3,4",
-    page_seed: Annotated[int, typer.Option(help="Another seed draws other pages.")] = 0,
+    documents: DocumentsOption = 64,
+    tasks: TasksOption = "read,field",
+    num_words: WordsOption = "1,2,3,4",
+    page_seed: PageSeedOption = 0,
     page_size: Annotated[int, typer.Option(help="Side of a page in pixels, a multiple of 16.")] = 224,
     head_scores: HeadScoresOption = None,
     mask_mode: MaskModeOption = MaskMode.zero_query,
     metric: Annotated[str, typer.Option(help="What to plot: accuracy, exact_match, anls.")] = "accuracy",
-    batch_size: Annotated[int, typer.Option(min=1, help="Pages generated together.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 48,
+    batch_size: BatchOption = 16,
+    max_new_tokens: TokensOption = 48,
     output: Annotated[
         Path | None, typer.Option(help="Folder of masking.json and masking.png [default: results/masking/<model>].")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the output holds already.")] = False,
-    no_progress: Annotated[bool, typer.Option("--no-progress", help="No progress bar.")] = False,
+    fresh: FreshOption = False,
+    no_progress: QuietOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
     """Read held-out pages with the visual heads masked, and with as many random others. Table, JSON and plot."""
     from sparsemm import HeadScores
-    from sparsemm.evaluate import heldout_pages
+    from sparsemm.experiment import heldout_pages
     from sparsemm.masking import format_masking, heads_of_shares, masking_experiment
     from sparsemm.metrics import METRICS
     from sparsemm.viz.heads import draw_masking

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sparsemm.errors import ConfigError
+from sparsemm.markdown import markdown_table
 from sparsemm.tables.build import Entry, Table
 
 MINUS = "\N{MINUS SIGN}"
@@ -59,19 +60,13 @@ def _markdown(tables: Sequence[Table]) -> str:
     blocks = []
     for table in tables:
         beside = _has_paper(table)
-        lines = [[table.corner, *table.columns]]
-        for label in table.rows:
-            lines.append(
-                [label, *(_text(table.entry(label, c), table.benchmark.digits, beside) for c in table.columns)]
-            )
-        widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(lines[0]))]
-        shown = ["| " + " | ".join(v.ljust(w) for v, w in zip(line, widths, strict=True)) + " |" for line in lines]
-        rule = "| " + " | ".join("-" * width for width in widths) + " |"
+        digits = table.benchmark.digits
+        rows = [[label, *(_text(table.entry(label, c), digits, beside) for c in table.columns)] for label in table.rows]
         heading = f"**{_heading(table)}**"
         notes = LEGEND if beside else LEGEND_ALONE
         if table.notes:
             notes += f" {'; '.join(table.notes)}."
-        blocks.append("\n".join([heading, "", shown[0], rule, *shown[1:], "", notes]))
+        blocks.append("\n".join([heading, "", markdown_table([table.corner, *table.columns], rows), "", notes]))
     return "\n\n".join(blocks) + "\n"
 
 

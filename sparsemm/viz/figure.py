@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 COLOURS = "viridis"
 """The colour map of every picture: perceptually uniform, legible in print and with any kind of colour vision."""
 
+SIGNED_COLOURS = "PuOr"
+"""The same for values below and above zero, which is white."""
+
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette, for lines."""
 

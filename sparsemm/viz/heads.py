@@ -10,9 +10,10 @@ import numpy as np
 from torch import Tensor
 
 from sparsemm.errors import DataError, HeadScoreError
-from sparsemm.viz.figure import COLOURS, LINES, contrast, new_figure, save_figure, spaced
+from sparsemm.viz.figure import COLOURS, LINES, SIGNED_COLOURS, contrast, new_figure, save_figure, spaced
 
 if TYPE_CHECKING:
+    from sparsemm.head_rows import HeadRowsResults
     from sparsemm.head_scores import HeadScores
     from sparsemm.masking import MaskedRun
 
@@ -170,6 +171,30 @@ def draw_masking(
     save_figure(figure, path)
 
 
+def draw_head_rows(results: HeadRowsResults, path: str | Path, *, title: str | None = None) -> None:
+    """What each kv head's changed rows did to the accuracy: a map of layers by kv heads for each task, in points.
+
+    Raises:
+        DataError: The run that changes nothing is missing, or the file's ending is no image format.
+    """
+    from sparsemm.head_rows import changes
+
+    changes(results)  # raises where there is nothing to compare with
+    tasks = list(results.find(None, None).tasks)
+    num_layers, num_heads = results.settings["shape"]
+    width = max(4.8, 1.6 + 0.45 * num_heads)
+    figure = new_figure(width * len(tasks), max(3.0, 1.5 + 0.22 * num_layers))
+    for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks))), tasks, strict=True):
+        values = 100 * changes(results, task).numpy()
+        _table(
+            figure, axes, values, "Change of accuracy (points)", numbers="{:+.0f}", columns="kv head", signed=True
+        )  # fmt: skip
+        axes.set_title(task, fontsize=10)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    save_figure(figure, path)
+
+
 def kv_heads_of(scores: HeadScores, given: int | None) -> int | None:
     """The number of kv heads to mark: given, else what the score file says it was chased on, if it does."""
     number = scores.provenance.get("num_kv_heads") if given is None else given
@@ -178,20 +203,28 @@ def kv_heads_of(scores: HeadScores, given: int | None) -> int | None:
     return number
 
 
-def _table(figure: Any, axes: Any, values: np.ndarray, label: str, *, numbers: str, columns: str) -> None:
-    """A coloured table, layers from the bottom up; small ones carry their numbers."""
+def _table(
+    figure: Any, axes: Any, values: np.ndarray, label: str, *, numbers: str, columns: str, signed: bool = False
+) -> None:
+    """A coloured table, layers from the bottom up, empty where NaN; small ones carry their numbers.
+
+    Colours run from 0 to the largest value, those of a `signed` table from the largest loss to the same gain.
+    """
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
 
-    scale = Normalize(0, max(float(values.max()), 1e-12))
-    image = axes.imshow(values, cmap=COLOURS, norm=scale, origin="lower", aspect="auto", interpolation="nearest")
+    largest = max(float(np.nanmax(np.abs(values), initial=0)), 1e-12)
+    scale, colours = Normalize(-largest if signed else 0, largest), SIGNED_COLOURS if signed else COLOURS
+    image = axes.imshow(values, cmap=colours, norm=scale, origin="lower", aspect="auto", interpolation="nearest")
     axes.set(xlabel=columns, ylabel="Layer")
     axes.set_xticks(spaced(values.shape[1]))
     axes.set_yticks(spaced(values.shape[0]))
     figure.colorbar(image, ax=axes, label=label, pad=0.02)
     if values.size <= _MOST_NUMBERED:
         for (row, column), value in np.ndenumerate(values):
-            colour = contrast(*colormaps[COLOURS](scale(value))[:3])
+            if np.isnan(value):
+                continue
+            colour = contrast(*colormaps[colours](scale(value))[:3])
             axes.text(column, row, numbers.format(value), ha="center", va="center", fontsize=6.5, color=colour)
 
 

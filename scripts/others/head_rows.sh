@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Why the methods differ on the miniatures: one kv head after the other is given other rows than its method gives it.
+# With the full cache every head loses its rows but the window; under a budget every head gets the mean.
+#
+#   bash scripts/others/head_rows.sh
+#
+# Variables:
+#   CASES          model:method[:budget], in turn     (the seven that README.md reports)
+#   DOCUMENTS      held-out pages of both tasks       (128)
+#   OUTPUT         folder of the JSON files and maps  (assets/benchmarks/head_rows)
+#   DEVICE, DTYPE  where and how precisely to compute (cuda and bfloat16, or cpu and float32)
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+help_if_asked "$@"
+
+cases="llava-vicuna:fullkv llava-mistral:fullkv qwen2-vl:fullkv llava-vicuna:sparsemm:16 llava-vicuna:adakv:32"
+cases="$cases llava-vicuna:pyramidkv:32 qwen2-vl:sparsemm:32"
+option_from DEVICE --device DTYPE --dtype
+for each in ${CASES:-$cases}; do
+    IFS=: read -r model method budget <<<"$each"
+    name="$model-$method${budget:+-$budget}"
+    echo "== $name"
+    run_sparsemm head-rows --model "$model" --method "$method" ${budget:+--budget "$budget"} \
+        --documents "${DOCUMENTS:-128}" --output "${OUTPUT:-assets/benchmarks/head_rows}/$name.json" \
+        ${options[@]+"${options[@]}"} "$@"
+done
