@@ -228,6 +228,30 @@ def test_ablations_do_not_get_into_the_main_tables() -> None:
     assert part("3", "OCRBench").entry("SparseMM", "256").measured == 0.81
 
 
+def test_windows_do_not_share_a_table() -> None:
+    cells = [
+        cell("qwen2-vl", "sparsemm_read", method, 16, 0.1 * window, window_size=window)
+        for method in ("snapkv", "sparsemm")
+        for window in (4, 8)
+    ]
+    cells.append(cell("qwen2-vl", "sparsemm_read", "fullkv", None, 0.9))
+    narrow, wide = build_tables(cells, numbers=["3"])
+    assert narrow.title.endswith("qwen2-vl, window 4") and wide.variant == "window 8"
+    assert narrow.entry("SnapKV", "16").measured == pytest.approx(0.4)
+    assert wide.entry("SparseMM", "16").measured == pytest.approx(0.8)
+    assert narrow.entry("FullKV", "all rows") == wide.entry("FullKV", "all rows")
+    (alone,) = build_tables(cells[:1], numbers=["3"])
+    assert alone.title.endswith("qwen2-vl") and "window 4" in alone.notes
+
+
+def test_the_two_ratios_of_table_2_are_no_sweep() -> None:
+    cells = [cell("qwen2-vl", "sparsemm_read", "sparsemm", 16, 0.5, ratio=ratio, window_size=4) for ratio in (0.1, 1.0)]
+    assert not build_tables(cells, numbers=["1"])
+    cells.append(cell("qwen2-vl", "sparsemm_read", "sparsemm", 16, 0.4, ratio=0.0, window_size=4))
+    (sweep,) = build_tables(cells, numbers=["1"])
+    assert sweep.columns == ("0", "0.1", "1")
+
+
 def test_a_failed_cell_is_visible() -> None:
     table = part("4", "GQA")
     assert table.entry("SnapKV", "48").failed

@@ -58,6 +58,7 @@ class Table:
         model: The model, as it was named.
         corner: What the rows are; the columns are budgets, or ratios in Table 1.
         notes: How the cells were measured.
+        variant: What tells a part from others of its benchmark and model: the window, where there were several.
     """
 
     number: str
@@ -68,6 +69,7 @@ class Table:
     columns: tuple[str, ...]
     rows: dict[str, dict[str, Entry]]
     notes: tuple[str, ...] = ()
+    variant: str = ""
 
     def entry(self, row: str, column: str) -> Entry:
         return self.rows[row].get(column, Entry())
@@ -121,22 +123,21 @@ class _Builder:
         known = next(each for each in benchmarks().values() if each.name == data["benchmark"])
         places = [(name, known.task, data["budget"]) for name in data["by_ratio"]]
         for place in sorted({(_shown(m.model), m.task, m.budget) for m in cells}):
+            # Two ratios are no sweep where they are the two of Table 2.
             several = {m.ratio for m in cells if (_shown(m.model), m.task, m.budget) == place}
-            if place not in places and len(several) > 1:
+            if place not in places and several - {self.ratio, 1.0}:
                 places.append(place)
         tables = []
         for model, task, budget in places:
-            chosen = [m for m in cells if (_shown(m.model), m.task, m.budget) == (model, task, budget)]
-            benchmark = self._benchmark(task, chosen)
-            printed = data["by_ratio"].get(model, {}) if (benchmark.name, budget) == (known.name, 256) else {}
-            measured = {f"{m.ratio:g}": m for m in chosen}
-            columns = sorted({*printed, *measured}, key=float)
-            entries = {c: self._entry(benchmark, measured.get(c), printed.get(c)) for c in columns}
-            if len(measured) == 1 and "0.1" in measured and not printed:
-                continue
-            title = f"Ratio of the uniform part, {benchmark.name}, budget {budget}, {model}"
-            rows = {"SparseMM": entries}
-            tables.append(self._table(number, title, benchmark, model, "ratio", columns, rows, chosen))
+            here = [m for m in cells if (_shown(m.model), m.task, m.budget) == (model, task, budget)]
+            for window, chosen in _by_window(here):
+                benchmark = self._benchmark(task, chosen)
+                printed = data["by_ratio"].get(model, {}) if (benchmark.name, budget) == (known.name, 256) else {}
+                measured = {f"{m.ratio:g}": m for m in chosen}
+                columns = sorted({*printed, *measured}, key=float)
+                rows = {"SparseMM": {c: self._entry(benchmark, measured.get(c), printed.get(c)) for c in columns}}
+                title = f"Ratio of the uniform part, {benchmark.name}, budget {budget}, {model}"
+                tables.append(self._table(number, title, benchmark, model, "ratio", columns, rows, chosen, window))
         return tables
 
     def parts(self, number: str) -> list[Table]:
@@ -150,18 +151,22 @@ class _Builder:
                 places.append(place)
         tables = []
         for place in places:
-            chosen = {(part, str(m.budget)): m for part, m in cells if (_shown(m.model), m.task) == place}
-            benchmark = self._benchmark(place[1], list(chosen.values()))
             printed = data["by_parts"] if place == (data["model"], known.task) else {}
-            budgets = {column for row in printed.values() for column in row} | {budget for _, budget in chosen}
-            columns = sorted(budgets, key=int, reverse=True)
-            rows = {
-                label: {c: self._entry(benchmark, chosen.get((part, c)), printed.get(part, {}).get(c)) for c in columns}
-                for part, label in PARTS.items()
-            }
-            title = f"Parts of the cache, {benchmark.name}, {place[0]}"
-            used = [m for (part, _), m in chosen.items()]
-            tables.append(self._table(number, title, benchmark, place[0], "cache", columns, rows, used))
+            for window, used in _by_window([m for _, m in cells if (_shown(m.model), m.task) == place]):
+                chosen = {(self._part(m), str(m.budget)): m for m in used}
+                if window and "window+uniform" not in {part for part, _ in chosen}:
+                    continue
+                benchmark = self._benchmark(place[1], used)
+                budgets = {column for row in printed.values() for column in row} | {budget for _, budget in chosen}
+                columns = sorted(budgets, key=int, reverse=True)
+                rows = {
+                    label: {
+                        c: self._entry(benchmark, chosen.get((part, c)), printed.get(part, {}).get(c)) for c in columns
+                    }
+                    for part, label in PARTS.items()
+                }
+                title = f"Parts of the cache, {benchmark.name}, {place[0]}"
+                tables.append(self._table(number, title, benchmark, place[0], "cache", columns, rows, used, window))
         return tables
 
     def main(self, number: str) -> list[Table]:
@@ -176,10 +181,17 @@ class _Builder:
             belongs = place[1] in {tasks[name] for name in names} or (number == "3" and place[1] not in in_paper)
             if place not in places and belongs:
                 places.append(place)
-        return [table for place in places if (table := self._main_part(number, *place))]
+        tables = []
+        for model, task in places:
+            here = [m for m in self.measurements if (_shown(m.model), m.task) == (model, task) and self._is_main(m)]
+            for window, chosen in _by_window(here):
+                if table := self._main_part(number, model, task, window, chosen):
+                    tables.append(table)
+        return tables
 
-    def _main_part(self, number: str, model: str, task: str) -> Table | None:
-        chosen = [m for m in self.measurements if (_shown(m.model), m.task) == (model, task) and self._is_main(m)]
+    def _main_part(
+        self, number: str, model: str, task: str, window: str, chosen: Sequence[Measurement]
+    ) -> Table | None:
         benchmark = self._benchmark(task, chosen)
         measured = {(m.method, FULL if m.budget is None else str(m.budget)): m for m in chosen}
         columns = {column for _, column in measured if column != FULL} | set(_printed_budgets(benchmark.name, model))
@@ -201,7 +213,7 @@ class _Builder:
             if entries:
                 rows[METHOD_NAMES.get(method, method)] = entries
         title = f"{benchmark.name} ({benchmark.unit}), {model}"
-        return self._table(number, title, benchmark, model, "budget", ordered, rows, chosen)
+        return self._table(number, title, benchmark, model, "budget", ordered, rows, chosen, window)
 
     # -- cells --------------------------------------------------------------------------------------------------------
 
@@ -241,20 +253,22 @@ class _Builder:
         columns: Sequence[str],
         rows: dict[str, dict[str, Entry]],
         chosen: Sequence[Measurement],
+        variant: str,
     ) -> Table:
         finished = [m for m in chosen if m.error is None]
         notes = []
         if finished:
             compressing = [m for m in finished if m.budget is not None]
             roundings = sorted({m.rounding for m in compressing})
-            windows = sorted({m.window_size for m in compressing if not _window_only(m)})
+            windows = sorted({m.window_size for m in finished if not _of_any_window(m)})
             documents = sorted({m.documents for m in finished if m.documents is not None})
             notes.append(f"rounding {', '.join(roundings) or 'of no effect'}")
             notes.append(f"window {', '.join(map(str, windows))}" if windows else "")
             notes.append(f"{', '.join(map(str, documents))} documents a cell" if documents else "")
         notes += [f"failed: {m.method} {m.budget or ''}: {m.error}" for m in chosen if m.error is not None]
         shown = tuple(note for note in notes if note)
-        return Table(number, title, benchmark, model, corner, tuple(columns), rows, shown)
+        heading = f"{title}, {variant}" if variant else title
+        return Table(number, heading, benchmark, model, corner, tuple(columns), rows, shown, variant)
 
 
 def _shown(model: str) -> str:
@@ -264,6 +278,21 @@ def _shown(model: str) -> str:
 def _window_only(m: Measurement) -> bool:
     """Table 2's first row: no row but the window's."""
     return m.budget is not None and m.budget == m.window_size
+
+
+def _by_window(cells: Sequence[Measurement]) -> list[tuple[str, list[Measurement]]]:
+    """The cells of one part, or of one part a window size, with what its title then says of it.
+
+    Cells that keep every row, or none but the window's, belong to every part.
+    """
+    windows = sorted({m.window_size for m in cells if not _of_any_window(m)})
+    if len(windows) < 2:
+        return [("", list(cells))]
+    return [(f"window {w}", [m for m in cells if _of_any_window(m) or m.window_size == w]) for w in windows]
+
+
+def _of_any_window(m: Measurement) -> bool:
+    return m.budget is None or (m.method == "sparsemm" and _window_only(m))
 
 
 def _printed_budgets(benchmark: str, model: str) -> list[str]:

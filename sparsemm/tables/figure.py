@@ -85,7 +85,7 @@ def _panel(axes: Any, table: Table, legend: dict[str, Any]) -> None:
     axes.xaxis.set_major_locator(FixedLocator(_budgets(table)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_title(f"{table.benchmark.name}\n{table.model}", fontsize=9)
+    axes.set_title(f"{table.benchmark.name}\n{', '.join(filter(None, (table.model, table.variant)))}", fontsize=9)
     axes.set_xlabel("Budget (prompt rows a kv head)", fontsize=8)
     axes.set_ylabel(table.benchmark.unit, fontsize=8)
     axes.tick_params(labelsize=8)

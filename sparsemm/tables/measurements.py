@@ -87,8 +87,8 @@ def read_measurements(paths: Iterable[str | Path], *, rounding: str | None = Non
         if rounding is not None and each.budget is not None and each.rounding != rounding:
             continue
         before = kept.pop(each.key, None)
-        if before is not None and before.error is None and before != each:
-            logger.warning("%s %s %s was measured more than once; the last run counts", *each.key[1:4])
+        if before is not None and before.error is None and before.metrics != each.metrics:
+            logger.warning("%s %s %s %s was measured more than once; the last run counts", *each.key[:4])
         kept[each.key] = each
     if not kept:
         raise DataError(f"there are no results in {', '.join(map(str, paths))}; run scripts/eval/*.sh first")
