@@ -12,26 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from toy_models import TINY_MINIATURE
 
 import sparsemm.cli.common as common
 from sparsemm.cli import main
 from sparsemm.experiment import heldout_pages
 from sparsemm.head_scores import HeadScores
-from sparsemm.miniatures.architectures import Dimensions, build_model, build_processor
+from sparsemm.miniatures.architectures import build_model, build_processor
 from sparsemm.models import family_of, load_model
 
-DIMENSIONS = Dimensions(
-    num_layers=2,
-    hidden_size=128,
-    intermediate_size=64,
-    num_heads=4,
-    num_kv_heads=2,
-    vision_layers=1,
-    vision_size=32,
-    vision_heads=2,
-    vision_intermediate=64,
-    rope_theta=4.0,
-)
 COMMANDS = [
     [], ["generate"], ["evaluate"], ["report"], ["quickstart"], ["chase"], ["head-scores"], ["head-scores", "show"],
     ["head-scores", "convert"], ["head-scores", "compare"], ["miniatures"], ["miniatures", "train"],
@@ -42,8 +31,8 @@ COMMANDS = [
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("cli")
-    build_model("qwen2-vl", dims=DIMENSIONS).save_pretrained(folder / "toy")
-    build_processor("qwen2-vl", DIMENSIONS).save_pretrained(folder / "toy")
+    build_model("qwen2-vl", dims=TINY_MINIATURE).save_pretrained(folder / "toy")
+    build_processor("qwen2-vl", TINY_MINIATURE).save_pretrained(folder / "toy")
     HeadScores(torch.arange(1.0, 9.0).view(2, 4), model="toy").save(folder / "toy.json")
     heldout_pages(1, tasks=("read",))[0].image.save(folder / "page.png")
     return {"model": folder / "toy", "scores": folder / "toy.json", "image": folder / "page.png"}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from toy_models import TINY_MINIATURE
 
 import sparsemm.evaluate as engine
 from sparsemm.errors import ConfigError, DataError
@@ -16,32 +17,20 @@ from sparsemm.experiment import PageBatches, heldout_pages
 from sparsemm.generation import generate_greedy, remember_image_features
 from sparsemm.head_scores import HeadScores
 from sparsemm.metrics import mean_metrics
-from sparsemm.miniatures.architectures import Dimensions, build_model, build_processor
+from sparsemm.miniatures.architectures import build_model, build_processor
 from sparsemm.models import family_of
 from sparsemm.report import describe, format_table, plot_accuracy
 from sparsemm.results import Cell, Results
 
-TINY = Dimensions(
-    num_layers=2,
-    hidden_size=128,
-    intermediate_size=64,
-    num_heads=4,
-    num_kv_heads=2,
-    vision_layers=1,
-    vision_size=32,
-    vision_heads=2,
-    vision_intermediate=64,
-    rope_theta=4.0,
-)
 SCORES = HeadScores(torch.arange(1.0, 9.0).view(2, 4), source="test")
 NEW_TOKENS = 4
 
 
 @pytest.fixture(scope="module")
 def reader() -> tuple[Any, Any]:
-    model = build_model("qwen2-vl", dims=TINY).eval()
+    model = build_model("qwen2-vl", dims=TINY_MINIATURE).eval()
     model.generation_config.eos_token_id = None  # an untrained model may end at once, and there is nothing to time
-    return model, build_processor("qwen2-vl", TINY)
+    return model, build_processor("qwen2-vl", TINY_MINIATURE)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +71,7 @@ def test_cells_hold_what_was_run(reader: tuple[Any, Any], pages: list[Any], tmp_
         }
     small, full = cells[1], cells[0]
     rows = small.effective_budget + NEW_TOKENS
-    row_bytes = 2 * 32 * 4 * TINY.num_layers * TINY.num_kv_heads
+    row_bytes = 2 * 32 * 4 * TINY_MINIATURE.num_layers * TINY_MINIATURE.num_kv_heads
     assert small.cache_bytes >= rows * row_bytes - row_bytes
     assert small.cache_share < 0.2 < 1.0 <= full.cache_share < 1.2
     assert full.full_cache_bytes == pytest.approx((full.prompt_tokens + NEW_TOKENS - 1) * row_bytes)
@@ -214,7 +203,7 @@ def test_the_model_is_as_before(reader: tuple[Any, Any], pages: list[Any]) -> No
 
 @pytest.mark.parametrize("family", ["qwen2-vl", "llava-mistral"])
 def test_images_are_encoded_once(family: str, pages: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    dims = TINY if family == "qwen2-vl" else dataclasses.replace(TINY, patch_size=16)
+    dims = TINY_MINIATURE if family == "qwen2-vl" else dataclasses.replace(TINY_MINIATURE, patch_size=16)
     model, processor = build_model(family, dims=dims).eval(), build_processor(family, dims)
     tower = model.model.visual if family == "qwen2-vl" else model.model.vision_tower
     calls: list[int] = []

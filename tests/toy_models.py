@@ -23,6 +23,7 @@ from transformers import (
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from sparsemm.miniatures.architectures import Dimensions
 from sparsemm.models.processing_qwen2_vl import Qwen2VLProcessor
 
 FAMILIES = ("llava-vicuna", "llava-mistral", "qwen2-vl")
@@ -36,6 +37,20 @@ FIRST_TEXT_ID, LAST_TEXT_ID = 3, 119
 LLAVA_IMAGE_SIZES = ((40, 40), (20, 52), (57, 18), (9, 7))
 # Patches (t, h, w) before the 2 x 2 merge.
 QWEN_GRIDS = ((1, 8, 8), (1, 4, 12), (1, 10, 6), (1, 2, 4))
+
+TINY_MINIATURE = Dimensions(
+    num_layers=2,
+    hidden_size=128,
+    intermediate_size=64,
+    num_heads=4,
+    num_kv_heads=2,
+    vision_layers=1,
+    vision_size=32,
+    vision_heads=2,
+    vision_intermediate=64,
+    rope_theta=4.0,
+)
+"""An untrained miniature: a model with a processor of its own that reads pages and text."""
 
 
 def toy_model(
