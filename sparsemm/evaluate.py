@@ -8,13 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError
-from sparsemm.experiment import PageBatches, read
-from sparsemm.generation import generate_greedy, remember_image_features
+from sparsemm.experiment import PageBatches, describe_head_scores, read, reading_session
+from sparsemm.generation import generate_greedy
 from sparsemm.methods import get_method
 from sparsemm.metrics import mean_metrics
 from sparsemm.results import Cell, Results, environment
@@ -68,13 +67,11 @@ def evaluate(
         ConfigError: A method or option is unknown, or a budget is too small; before anything runs.
         DataError: There is no page, or `output` holds results of other settings.
     """
-    from tqdm import tqdm
-
     configs = make_grid(methods, budgets, head_scores, options)
     batches = PageBatches.of(model, processor, pages, batch_size)
     settings = {
         **batches.settings(model, model_name, max_new_tokens),
-        "head_scores": _describe(head_scores),
+        "head_scores": describe_head_scores(head_scores),
         # Every cell repeats its whole configuration; these are the fields that no cell may differ in.
         "options": {name: value for name, value in configs[0].to_dict().items() if name not in _PER_CELL},
     }
@@ -82,22 +79,13 @@ def evaluate(
     missing = [config for config in configs if results.find(config.method, _nominal(config)) is None]
     if len(missing) < len(configs):
         logger.info("%d of %d cells are in %s already", len(configs) - len(missing), len(configs), output)
-    was_training = model.training
-    model.eval()
-    try:
-        with (
-            torch.inference_mode(),
-            remember_image_features(model, capacity=len(batches.batches)),
-            tqdm(total=len(missing) * len(batches), unit="page", disable=not progress, smoothing=0.05) as bar,
-        ):
-            if missing:
-                # The first generation pays for lazy set-up that no method should be charged with.
-                generate_greedy(model, batches.batches[0].inputs, min(2, max_new_tokens))
-            for config in missing:
-                bar.set_description(config.method if _nominal(config) is None else f"{config.method} {config.budget}")
-                results.add(_run_cell(model, processor, batches, config, max_new_tokens, bar))
-    finally:
-        model.train(was_training)
+    with reading_session(model, batches, len(missing), progress=progress) as bar:
+        if missing:
+            # The first generation pays for lazy set-up that no method should be charged with.
+            generate_greedy(model, batches.batches[0].inputs, min(2, max_new_tokens))
+        for config in missing:
+            bar.set_description(config.method if _nominal(config) is None else f"{config.method} {config.budget}")
+            results.add(_run_cell(model, processor, batches, config, max_new_tokens, bar))
     return [results.find(config.method, _nominal(config)) for config in configs]
 
 
@@ -130,16 +118,6 @@ def make_grid(
 
 def _nominal(config: CompressionConfig) -> int | None:
     return config.budget if get_method(config.method).compresses else None
-
-
-def _describe(head_scores: HeadScores | str | Path | None) -> dict[str, Any] | None:
-    """Shape, digest and provenance of the scores, the same for a table and for its file."""
-    if head_scores is None:
-        return None
-    from sparsemm.head_scores import HeadScores
-
-    table = head_scores if isinstance(head_scores, HeadScores) else HeadScores.load(head_scores)
-    return table.describe()
 
 
 # -- one cell -------------------------------------------------------------------------------------------------------

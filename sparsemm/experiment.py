@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 import sparsemm
 from sparsemm.chase import weights_digest
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError, DataError
-from sparsemm.generation import Timing, generate_greedy
+from sparsemm.generation import Timing, generate_greedy, remember_image_features
 from sparsemm.metrics import mean_metrics
 from sparsemm.models import family_of
 
 if TYPE_CHECKING:
     from sparsemm.cache import CacheStats
     from sparsemm.documents import Page
+    from sparsemm.head_scores import HeadScores
 
 
 def heldout_pages(
@@ -122,6 +125,34 @@ class PageBatches:
             "device": model.device.type,
             "dtype": str(model.dtype).removeprefix("torch."),
         }
+
+
+def describe_head_scores(head_scores: HeadScores | str | Path | None) -> dict[str, Any] | None:
+    """Shape, digest and provenance of the scores, the same for a table and for its file; wherever that lies."""
+    if head_scores is None:
+        return None
+    from sparsemm.head_scores import HeadScores
+
+    table = head_scores if isinstance(head_scores, HeadScores) else HeadScores.load(head_scores)
+    return table.describe()
+
+
+@contextmanager
+def reading_session(model: nn.Module, batches: PageBatches, num_runs: int, *, progress: bool) -> Iterator[Any]:
+    """For `num_runs` readings of all pages: evaluation mode, no gradients, images encoded once. Yields tqdm's bar."""
+    from tqdm.auto import tqdm
+
+    was_training = model.training
+    model.eval()
+    try:
+        with (
+            torch.inference_mode(),
+            remember_image_features(model, capacity=len(batches.batches)),
+            tqdm(total=num_runs * len(batches), unit="page", disable=not progress, smoothing=0.05) as bar,
+        ):
+            yield bar
+    finally:
+        model.train(was_training)
 
 
 @dataclass(frozen=True)

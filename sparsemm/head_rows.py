@@ -20,8 +20,7 @@ from torch import LongTensor, Tensor, nn
 from sparsemm.budgets import BudgetRequest, model_budgets
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError, DataError
-from sparsemm.experiment import PageBatches, accuracy_by_task, read, read_all
-from sparsemm.generation import remember_image_features
+from sparsemm.experiment import PageBatches, accuracy_by_task, describe_head_scores, read, read_all, reading_session
 from sparsemm.head_scores import HeadScores, rank_correlation
 from sparsemm.markdown import markdown_table
 from sparsemm.methods import METHODS, get_method, register_method
@@ -107,8 +106,6 @@ def head_rows_experiment(
         ConfigError: `rows` is smaller than the window, or a head is none of the model.
         DataError: There is no page, or `output` holds another experiment.
     """
-    from tqdm.auto import tqdm
-
     text_config = family_of(model).text_model(model).config
     shape = (text_config.num_hidden_layers, text_config.num_key_value_heads)
     compresses = get_method(config.method).compresses
@@ -126,16 +123,13 @@ def head_rows_experiment(
         **batches.settings(model, model_name, max_new_tokens),
         "shape": list(shape),
         "rows": rows,
-        "config": config.to_dict(),
+        "config": {name: value for name, value in config.to_dict().items() if name != "head_scores"},
+        "head_scores": describe_head_scores(config.head_scores),
         "environment": environment(model.device),
     }
     results = HeadRowsResults.open(output, settings, fresh=fresh)
     missing = [key for key in ((None, None), *heads) if results.find(*key) is None]
-    with (
-        torch.inference_mode(),
-        remember_image_features(model, capacity=len(batches.batches)),
-        tqdm(total=(len(missing) + 1) * len(batches), unit="page", disable=not progress) as bar,
-    ):
+    with reading_session(model, batches, len(missing) + 1, progress=progress) as bar:
         usual = _usual_rows(model, processor, batches, config, bar)
         for key in missing:
             changed = None if key == (None, None) else key

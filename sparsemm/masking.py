@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError
-from sparsemm.experiment import PageBatches, accuracy_by_task, read_all
-from sparsemm.generation import remember_image_features
+from sparsemm.experiment import PageBatches, accuracy_by_task, read_all, reading_session
 from sparsemm.markdown import markdown_table
 from sparsemm.metrics import METRICS, mean_metrics
 from sparsemm.models import family_of
@@ -104,8 +102,6 @@ def masking_experiment(
         ConfigError: A number of heads cannot be masked, or at random outside of the visual ones.
         DataError: There is no page, or `output` holds another experiment.
     """
-    from tqdm.auto import tqdm
-
     head_scores.check_shape(*_shape(model))
     configs = _configs(head_scores, num_heads, seeds, mask_mode)
     batches = PageBatches.of(model, processor, pages, batch_size)
@@ -117,15 +113,11 @@ def masking_experiment(
     }
     results = MaskingResults.open(output, settings, fresh=fresh)
     missing = [key for key in configs if results.find(*key) is None]
-    with (
-        torch.inference_mode(),
-        remember_image_features(model, capacity=len(batches.batches)),
-        tqdm(total=len(missing) * len(batches), unit="page", disable=not progress) as bar,
-    ):
+    with reading_session(model, batches, len(missing), progress=progress) as bar:
         for key in missing:
             bar.set_description(f"{key[0]} {key[1]}")
-            read_pages = read_all(model, processor, batches, configs[key], max_new_tokens, bar)
-            results.add(_run(key, head_scores.values.numel(), *read_pages))
+            answers = read_all(model, processor, batches, configs[key], max_new_tokens, bar)
+            results.add(_run(key, head_scores.values.numel(), *answers))
     return [results.find(*key) for key in configs]
 
 
