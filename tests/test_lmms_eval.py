@@ -318,10 +318,13 @@ def test_a_second_cell_of_ocrbench_starts_from_zero(
 # -- programs -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("device", ["cpu", ""], ids=["named", "default"])
 def test_two_processes_answer_like_one(
-    finished: tuple[Path, list[grid.Cell]], checkpoints: Path, tmp_path: Path
+    device: str, finished: tuple[Path, list[grid.Cell]], checkpoints: Path, tmp_path: Path
 ) -> None:
     """Through the script; five documents, so that one process is padded with a document of its own."""
+    if not device and 0 < torch.cuda.device_count() < 2:
+        pytest.skip("two processes want two GPUs, or none")
     output, cells = finished
     settings = {
         "MODEL": str(checkpoints / "qwen2-vl"),
@@ -334,7 +337,7 @@ def test_two_processes_answer_like_one(
         "LIMIT": "5",
         "BATCH_SIZE": "4",
         "NUM_PROCESSES": "2",
-        "DEVICE": "cpu",
+        "DEVICE": device,
         "OUTPUT": str(tmp_path / "out"),
     }
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -99,7 +99,8 @@ class SparseMMModel(lmms):
             raise ConfigError(f"decode_backend={decode_backend!r} is unknown; use one of {', '.join(BACKENDS)}")
         self.decode_backend = decode_backend
         wanted = device_map or device
-        self.accelerator = Accelerator(cpu=wanted == "cpu")
+        # Told nothing where there is no GPU, accelerate knows of the other processes and yet gathers nothing from them.
+        self.accelerator = Accelerator(cpu=wanted == "cpu" or not torch.cuda.is_available())
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         if self._world_size > 1:
             if wanted == "auto":
