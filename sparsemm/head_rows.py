@@ -129,6 +129,8 @@ def head_rows_experiment(
     }
     results = HeadRowsResults.open(output, settings, fresh=fresh)
     missing = [key for key in ((None, None), *heads) if results.find(*key) is None]
+    if not missing:
+        return results
     with reading_session(model, batches, len(missing) + 1, progress=progress) as bar:
         usual = _usual_rows(model, processor, batches, config, bar)
         for key in missing:
