@@ -14,7 +14,8 @@ from torch import LongTensor, Tensor
 
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError
-from sparsemm.head_scores import HeadScores, resolve_head_scores
+from sparsemm.head_scores import HeadScores
+from sparsemm.method import get_method
 
 # Real targets carry rounding noise of about 1e-11 rows. Fractions are compared after rounding to this many decimals, so
 # that heads with equal fractions tie (and go to the lower layer and head) and 6.99999999999 counts as 7.
@@ -60,8 +61,6 @@ def head_budgets(
 
 def model_budgets(request: BudgetRequest) -> LongTensor:
     """`head_budgets` for head scores that are already resolved. Raises `ConfigError` for input-dependent methods."""
-    from sparsemm.methods import get_method
-
     method = get_method(request.config.method)
     if method.layer_budgets is not None:
         raise ConfigError(
@@ -71,6 +70,26 @@ def model_budgets(request: BudgetRequest) -> LongTensor:
     if method.model_budgets is None:
         return torch.full((request.num_layers, request.num_kv_heads), request.prompt_length, dtype=torch.long)
     return method.model_budgets(request)
+
+
+def resolve_head_scores(config: CompressionConfig, num_layers: int, num_query_heads: int) -> HeadScores | None:
+    """The head scores that `config` runs with on a model: given, drawn from its seed, or None if its method needs none.
+
+    Call it once per model. The draw, uniform `[num_layers, num_query_heads]`, depends on the seed and the shape only.
+
+    Raises:
+        HeadScoreError: The scores do not fit the model, or their file cannot be used.
+    """
+    source = get_method(config.method).head_scores
+    if source == "none":
+        return None
+    if source == "random":
+        generator = torch.Generator().manual_seed(config.seed)
+        drawn = torch.rand(num_layers, num_query_heads, generator=generator, dtype=torch.float64)
+        return HeadScores(drawn, source="seeded uniform draw", seed=config.seed)
+    scores = config.head_scores if isinstance(config.head_scores, HeadScores) else HeadScores.load(config.head_scores)
+    scores.check_shape(num_layers, num_query_heads)
+    return scores
 
 
 def score_budgets(request: BudgetRequest) -> LongTensor:

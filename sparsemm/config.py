@@ -8,12 +8,11 @@ import numbers
 import operator
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from sparsemm.errors import ConfigError
-
-if TYPE_CHECKING:
-    from sparsemm.head_scores import HeadScores
+from sparsemm.head_scores import HeadScores
+from sparsemm.method import get_method
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "rounding": ("exact", "paper"),
@@ -75,9 +74,6 @@ class CompressionConfig:
         self._check_method()
 
     def _check_method(self) -> None:
-        from sparsemm.head_scores import HeadScores
-        from sparsemm.methods import get_method
-
         method = get_method(self.method)
         if self.head_scores is not None and not isinstance(self.head_scores, (str, os.PathLike, HeadScores)):
             raise ConfigError(
@@ -126,8 +122,6 @@ class CompressionConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as JSON values, for storing beside results; head scores as their path or a description."""
-        from sparsemm.head_scores import HeadScores
-
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if isinstance(self.head_scores, HeadScores):
             values["head_scores"] = self.head_scores.describe()

@@ -23,8 +23,8 @@ from sparsemm.errors import ConfigError, DataError
 from sparsemm.experiment import PageBatches, accuracy_by_task, describe_head_scores, read, read_all, reading_session
 from sparsemm.head_scores import HeadScores, rank_correlation
 from sparsemm.markdown import markdown_table
+from sparsemm.method import ModelBudgetRule
 from sparsemm.methods import METHODS, get_method, register_method
-from sparsemm.methods.base import ModelBudgetRule
 from sparsemm.metrics import mean_metrics
 from sparsemm.models import family_of
 from sparsemm.results import Run, RunFile, environment

@@ -8,16 +8,13 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsemm.errors import HeadScoreError
 from sparsemm.io import write_json_atomic
-
-if TYPE_CHECKING:
-    from sparsemm.config import CompressionConfig
 
 FORMAT = "sparsemm-head-scores"
 FORMAT_VERSION = 1
@@ -157,28 +154,6 @@ def rank_correlation(first: Tensor, second: Tensor) -> float:
     # Ties share their mean rank.
     ranks = [(row < row[:, None]).sum(1) + ((row == row[:, None]).sum(1) - 1) / 2 for row in values]
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])
-
-
-def resolve_head_scores(config: CompressionConfig, num_layers: int, num_query_heads: int) -> HeadScores | None:
-    """The head scores that `config` runs with on a model: given, drawn from its seed, or None if its method needs none.
-
-    Call it once per model. The draw, uniform `[num_layers, num_query_heads]`, depends on the seed and the shape only.
-
-    Raises:
-        HeadScoreError: The scores do not fit the model, or their file cannot be used.
-    """
-    from sparsemm.methods import get_method
-
-    source = get_method(config.method).head_scores
-    if source == "none":
-        return None
-    if source == "random":
-        generator = torch.Generator().manual_seed(config.seed)
-        drawn = torch.rand(num_layers, num_query_heads, generator=generator, dtype=torch.float64)
-        return HeadScores(drawn, source="seeded uniform draw", seed=config.seed)
-    scores = config.head_scores if isinstance(config.head_scores, HeadScores) else HeadScores.load(config.head_scores)
-    scores.check_shape(num_layers, num_query_heads)
-    return scores
 
 
 def _first_head(bad: Tensor) -> str:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from sparsemm.attention import ROTARY, Observer, head_mask_for, sparse_attention
+from sparsemm.budgets import resolve_head_scores
 from sparsemm.cache import GROWTH_ROWS, CachePlan, CacheRecord, CacheStats, SparseCache
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import CacheError, ConfigError, PatchError, UnsupportedModelError
-from sparsemm.head_scores import resolve_head_scores
 from sparsemm.instances import forward_name, set_on_instance
 from sparsemm.methods import masked_query_heads
 from sparsemm.models import family_of

@@ -14,9 +14,9 @@ from torch import LongTensor, Tensor
 from torch.nn.functional import avg_pool1d, pad
 
 import sparsemm.ops  # noqa: F401  (defines torch.ops.sparsemm)
-from sparsemm.budgets import BudgetRequest, model_budgets
+from sparsemm.budgets import BudgetRequest, model_budgets, resolve_head_scores
 from sparsemm.config import CompressionConfig
-from sparsemm.head_scores import HeadScores, resolve_head_scores
+from sparsemm.head_scores import HeadScores
 from sparsemm.methods import Method, get_method
 
 _REMEMBERED_LENGTHS = 1024  # a long evaluation meets many prompt lengths; none is worth keeping for ever
@@ -72,7 +72,7 @@ def pooled_window_scores(
     """SnapKV's score of the `columns` before the window: float32 `[batch, num_kv_heads, columns]`.
 
     Attention of the last queries, averaged over them and over the query heads of each kv head, then average-pooled with
-    zero padding counted in the mean. Arguments as in `sparsemm.methods.base.PositionScorer`.
+    zero padding counted in the mean. Arguments as in `sparsemm.method.PositionScorer`.
     """
     scores = torch.ops.sparsemm.window_scores(query, key, starts, num_queries, query.shape[-1] ** -0.5)
     if columns == 0:

@@ -12,10 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsemm.budgets import fill_in_proportion, head_budgets, largest_fraction, largest_fraction_on_device
+from sparsemm.budgets import (
+    fill_in_proportion,
+    head_budgets,
+    largest_fraction,
+    largest_fraction_on_device,
+    resolve_head_scores,
+)
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError, HeadScoreError
-from sparsemm.head_scores import HeadScores, resolve_head_scores
+from sparsemm.head_scores import HeadScores
 from sparsemm.methods import METHODS
 from sparsemm.methods.adakv import adaptive_budgets
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from sparsemm.budgets import head_budgets
+from sparsemm.budgets import head_budgets, resolve_head_scores
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import HeadScoreError
-from sparsemm.head_scores import HeadScores, resolve_head_scores
+from sparsemm.head_scores import HeadScores
 
 
 def release_document(num_layers: int = 3, num_heads: int = 12) -> dict[str, list[float]]:

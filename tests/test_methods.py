@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsemm.budgets import BudgetRequest, head_budgets
+from sparsemm.budgets import BudgetRequest, head_budgets, resolve_head_scores
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError, HeadScoreError
-from sparsemm.head_scores import HeadScores, resolve_head_scores
+from sparsemm.head_scores import HeadScores
 from sparsemm.methods import METHODS, Method, get_method, masked_query_heads, register_method
 from sparsemm.selection import select_positions
 

@@ -9,8 +9,9 @@ import reference
 import torch
 from torch import Tensor
 
+from sparsemm.budgets import resolve_head_scores
 from sparsemm.config import CompressionConfig
-from sparsemm.head_scores import HeadScores, resolve_head_scores
+from sparsemm.head_scores import HeadScores
 from sparsemm.selection import SelectionPlan, choose_rows, pooled_window_scores, select_positions
 
 NUM_LAYERS = 3

@@ -8,8 +8,8 @@ from torch import BoolTensor
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError
 from sparsemm.head_scores import HeadScores
+from sparsemm.method import METHODS, Method, get_method, register_method
 from sparsemm.methods.adakv import ADAKV
-from sparsemm.methods.base import Method
 from sparsemm.methods.fullkv import FULLKV
 from sparsemm.methods.mask import MASK
 from sparsemm.methods.mask_random import MASK_RANDOM
@@ -18,25 +18,8 @@ from sparsemm.methods.random import RANDOM
 from sparsemm.methods.snapkv import SNAPKV
 from sparsemm.methods.sparsemm import SPARSEMM
 
-METHODS: dict[str, Method] = {
-    method.name: method for method in (FULLKV, SNAPKV, PYRAMIDKV, ADAKV, SPARSEMM, RANDOM, MASK, MASK_RANDOM)
-}
-
-
-def get_method(name: str) -> Method:
-    """The method called `name`. Raises `ConfigError` listing the known names."""
-    method = METHODS.get(name) if isinstance(name, str) else None
-    if method is None:
-        raise ConfigError(f"method={name!r} is unknown; use one of {', '.join(sorted(METHODS))}")
-    return method
-
-
-def register_method(method: Method, *, replace: bool = False) -> Method:
-    """Add a method to the table and return it. Raises `ConfigError` when the name is taken and `replace` is off."""
-    if method.name in METHODS and not replace:
-        raise ConfigError(f"method {method.name!r} is already registered; choose another name or pass replace=True")
-    METHODS[method.name] = method
-    return method
+for _method in (FULLKV, SNAPKV, PYRAMIDKV, ADAKV, SPARSEMM, RANDOM, MASK, MASK_RANDOM):
+    register_method(_method)
 
 
 def masked_query_heads(
@@ -44,7 +27,7 @@ def masked_query_heads(
 ) -> BoolTensor:
     """Bool `[num_layers, num_query_heads]`, True for the query heads that `config.method` masks (spec section 6).
 
-    `head_scores` is what `sparsemm.head_scores.resolve_head_scores` returned. All False for methods that mask nothing.
+    `head_scores` is what `sparsemm.budgets.resolve_head_scores` returned. All False for methods that mask nothing.
     """
     rule = get_method(config.method).masked_heads
     if rule is None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sparsemm.budgets import largest_fraction_on_device
 from sparsemm.config import CompressionConfig
-from sparsemm.methods.base import Method
+from sparsemm.method import Method
 
 
 def adaptive_budgets(config: CompressionConfig, scores: Tensor, valid: Tensor) -> Tensor:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sparsemm.methods.base import Method
+from sparsemm.method import Method
 
 FULLKV = Method(name="fullkv")

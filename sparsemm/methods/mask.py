@@ -9,7 +9,7 @@ from torch import BoolTensor
 
 from sparsemm.config import CompressionConfig
 from sparsemm.head_scores import HeadScores
-from sparsemm.methods.base import Method
+from sparsemm.method import Method
 
 
 def num_masked_heads(config: CompressionConfig, head_scores: HeadScores) -> int:

@@ -8,7 +8,7 @@ from torch import BoolTensor
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError
 from sparsemm.head_scores import HeadScores
-from sparsemm.methods.base import Method
+from sparsemm.method import Method
 from sparsemm.methods.mask import visual_heads
 
 

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from sparsemm.budgets import score_budgets
-from sparsemm.methods.base import Method
+from sparsemm.method import Method
 
 RANDOM = Method(name="random", model_budgets=score_budgets, head_scores="random")

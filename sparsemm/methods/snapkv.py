@@ -6,7 +6,7 @@ import torch
 from torch import LongTensor
 
 from sparsemm.budgets import BudgetRequest
-from sparsemm.methods.base import Method
+from sparsemm.method import Method
 
 
 def uniform_budgets(request: BudgetRequest) -> LongTensor:

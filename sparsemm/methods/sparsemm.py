@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from sparsemm.budgets import score_budgets
-from sparsemm.methods.base import Method
+from sparsemm.method import Method
 
 SPARSEMM = Method(name="sparsemm", model_budgets=score_budgets, head_scores="given")

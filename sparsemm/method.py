@@ -1,22 +1,27 @@
-"""What a method is: a row of a table that answers how many rows a head keeps, and which heads are masked."""
+"""What a method is: a row of a table that answers how many rows a head keeps, and which heads are masked.
+
+The rules themselves, and the rows they make up, are in `sparsemm/methods/`, one small file each.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sparsemm.budgets import BudgetRequest
-    from sparsemm.config import CompressionConfig
-    from sparsemm.head_scores import HeadScores
+from sparsemm.errors import ConfigError
 
-ModelBudgetRule = Callable[["BudgetRequest"], Tensor]
-"""`rule(request) -> LongTensor [num_layers, num_kv_heads]` on the CPU: rows kept, window included."""
+# A rule is given settings that are themselves checked against the table: their types are named in words here.
+ModelBudgetRule = Callable[[Any], Tensor]
+"""`rule(request) -> LongTensor [num_layers, num_kv_heads]` on the CPU: rows kept, window included.
 
-LayerBudgetRule = Callable[["CompressionConfig", Tensor, Tensor], Tensor]
+`request` is a `sparsemm.budgets.BudgetRequest`.
+"""
+
+LayerBudgetRule = Callable[[Any, Tensor, Tensor], Tensor]
 """`rule(config, scores, valid) -> LongTensor [batch, num_kv_heads]`: rows kept beyond the window in one layer.
 
 `scores` float32 and `valid` bool are `[batch, num_kv_heads, columns]`, both on the device: the scores of the columns
@@ -25,7 +30,7 @@ rows of a layer have to sum to `num_kv_heads * (budget - window_size)`, which th
 prompts that the budget covers is replaced by "all rows".
 """
 
-PositionScorer = Callable[["CompressionConfig", Tensor, Tensor, Tensor, Tensor, int], Tensor]
+PositionScorer = Callable[[Any, Tensor, Tensor, Tensor, Tensor, int], Tensor]
 """`scorer(config, query, key, starts, num_queries, columns) -> float32 [batch, num_kv_heads, columns]`.
 
 `query` `[batch, num_query_heads, n, head_dim]` are the last n queries, `key` `[batch, num_kv_heads, seq_len, head_dim]`
@@ -33,8 +38,11 @@ the keys right-aligned, `starts` int32 `[batch, num_kv_heads]` the first valid c
 many of the n queries are valid. Higher is kept first; values of columns before `starts` are not read.
 """
 
-MaskRule = Callable[["CompressionConfig", "HeadScores"], Tensor]
-"""`rule(config, head_scores) -> BoolTensor [num_layers, num_query_heads]`, True where the head is masked."""
+MaskRule = Callable[[Any, Any], Tensor]
+"""`rule(config, head_scores) -> BoolTensor [num_layers, num_query_heads]`, True where the head is masked.
+
+`config` is a `CompressionConfig`, here and above, `head_scores` a `HeadScores`.
+"""
 
 
 @dataclass(frozen=True)
@@ -65,3 +73,24 @@ class Method:
     def compresses(self) -> bool:
         """Whether prompt rows are dropped at all."""
         return self.model_budgets is not None or self.layer_budgets is not None
+
+
+METHODS: dict[str, Method] = {}
+"""The table, by name; `sparsemm.methods` puts this package's rows into it."""
+
+
+def get_method(name: str) -> Method:
+    """The method called `name`. Raises `ConfigError` listing the known names."""
+    importlib.import_module("sparsemm.methods")
+    method = METHODS.get(name) if isinstance(name, str) else None
+    if method is None:
+        raise ConfigError(f"method={name!r} is unknown; use one of {', '.join(sorted(METHODS))}")
+    return method
+
+
+def register_method(method: Method, *, replace: bool = False) -> Method:
+    """Add a method to the table and return it. Raises `ConfigError` when the name is taken and `replace` is off."""
+    if method.name in METHODS and not replace:
+        raise ConfigError(f"method {method.name!r} is already registered; choose another name or pass replace=True")
+    METHODS[method.name] = method
+    return method
