@@ -17,7 +17,7 @@ from sparsemm.cache import CacheStats, SparseCache
 from sparsemm.config import CompressionConfig
 from sparsemm.decoding import DecodeLoop
 from sparsemm.decoding.tiling import PROMPT_TILE
-from sparsemm.errors import ConfigError, PatchError
+from sparsemm.errors import CacheError, ConfigError, PatchError
 from sparsemm.patching import active_patch, patch
 
 if TYPE_CHECKING:
@@ -96,12 +96,18 @@ def generate(
     Raises:
         PatchError: Neither is `config` given nor the model patched, or both.
         ConfigError: A setting of beam search, assisted decoding or collected outputs; a graph that cannot be had.
+        CacheError: A cache of another kind is asked for or handed in.
     """
     for name, value, least in (("reserve", reserve, 1), ("prompt_tile", prompt_tile, 0)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise ConfigError(f"{name}={value!r} must be a whole number, at least {least}")
     if "custom_generate" in options or options.get("assistant_model") is not None:
         raise ConfigError("sparsemm.generate runs its own loop; use model.generate under sparsemm.patch for others")
+    if options.get("cache_implementation") is not None:  # refused before transformers allocates it
+        raise CacheError(
+            f"cache_implementation={options['cache_implementation']!r} cannot hold a different number of rows per head; "
+            "leave it unset"
+        )
     active = active_patch(model)
     if config is None and active is None:
         raise PatchError("the model is not patched: give a config, or call this inside `with sparsemm.patch(…)`")
