@@ -105,8 +105,8 @@ def generate(
         raise ConfigError("sparsemm.generate runs its own loop; use model.generate under sparsemm.patch for others")
     if options.get("cache_implementation") is not None:  # refused before transformers allocates it
         raise CacheError(
-            f"cache_implementation={options['cache_implementation']!r} cannot hold a different number of rows per head; "
-            "leave it unset"
+            f"cache_implementation={options['cache_implementation']!r} cannot hold a different number of rows per "
+            "head; leave it unset"
         )
     active = active_patch(model)
     if config is None and active is None:
