@@ -84,13 +84,12 @@ Tensor empty_like_device(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayR
 
 float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
-void compact(Tensor key, Tensor value, Tensor positions, Tensor cu_kept, Tensor offsets, Tensor key_buffer,
-             Tensor value_buffer) {
-  check_compact(key, value, positions, cu_kept, offsets, key_buffer, value_buffer);
+// What compact and append have in common: rows of key and value [B, Hkv, T, D] that go into the flat buffers.
+template <typename Args>
+void set_rows(Args& a, const Tensor& key, const Tensor& value, const Tensor& key_buffer, const Tensor& value_buffer) {
   const Tensor* sources[2] = {&key, &value};
   const Tensor* targets[2] = {&key_buffer, &value_buffer};
   const int64_t element = static_cast<int64_t>(key.element_size());
-  cuda::CompactArgs a{};
   for (int which = 0; which < 2; ++which) {
     check_vectors("key and value", *sources[which]);
     check_vectors("key_buffer and value_buffer", *targets[which]);
@@ -100,15 +99,22 @@ void compact(Tensor key, Tensor value, Tensor positions, Tensor cu_kept, Tensor 
     a.stride_h[which] = sources[which]->stride(1) * element;
     a.stride_t[which] = sources[which]->stride(2) * element;
   }
+  a.slots = key_buffer.size(0);
+  a.lists = static_cast<int>(key.size(0) * key.size(1));
+  a.num_kv_heads = static_cast<int>(key.size(1));
+  a.row_bytes = static_cast<int>(key.size(3) * element);
+}
+
+void compact(Tensor key, Tensor value, Tensor positions, Tensor cu_kept, Tensor offsets, Tensor key_buffer,
+             Tensor value_buffer) {
+  check_compact(key, value, positions, cu_kept, offsets, key_buffer, value_buffer);
+  cuda::CompactArgs a{};
+  set_rows(a, key, value, key_buffer, value_buffer);
   a.positions = ints(positions);
   a.cu_kept = ints(cu_kept);
   a.offsets = ints(offsets);
   a.total = positions.size(0);
-  a.slots = key_buffer.size(0);
-  a.lists = static_cast<int>(key.size(0) * key.size(1));
-  a.num_kv_heads = static_cast<int>(key.size(1));
   a.num_columns = static_cast<int>(key.size(2));
-  a.row_bytes = static_cast<int>(key.size(3) * element);
   const DeviceScope scope(key);
   check_launch("compact", cuda::launch_compact(a, scope.stream()));
 }
@@ -116,19 +122,8 @@ void compact(Tensor key, Tensor value, Tensor positions, Tensor cu_kept, Tensor 
 void append(Tensor key, Tensor value, Tensor offsets, Tensor lens, Tensor key_buffer, Tensor value_buffer,
             Tensor overflow, std::optional<Tensor> mask) {
   check_append(key, value, offsets, lens, key_buffer, value_buffer, overflow, mask);
-  const Tensor* sources[2] = {&key, &value};
-  const Tensor* targets[2] = {&key_buffer, &value_buffer};
-  const int64_t element = static_cast<int64_t>(key.element_size());
   cuda::AppendArgs a{};
-  for (int which = 0; which < 2; ++which) {
-    check_vectors("key and value", *sources[which]);
-    check_vectors("key_buffer and value_buffer", *targets[which]);
-    a.source[which] = static_cast<const char*>(sources[which]->const_data_ptr());
-    a.target[which] = static_cast<char*>(targets[which]->mutable_data_ptr());
-    a.stride_b[which] = sources[which]->stride(0) * element;
-    a.stride_h[which] = sources[which]->stride(1) * element;
-    a.stride_n[which] = sources[which]->stride(2) * element;
-  }
+  set_rows(a, key, value, key_buffer, value_buffer);
   a.offsets = ints(offsets);
   a.lens = static_cast<int32_t*>(lens.mutable_data_ptr());
   a.overflow = static_cast<int32_t*>(overflow.mutable_data_ptr());
@@ -137,11 +132,7 @@ void append(Tensor key, Tensor value, Tensor offsets, Tensor lens, Tensor key_bu
     a.mask_stride_b = mask->stride(0);
     a.mask_stride_n = mask->stride(1);
   }
-  a.slots = key_buffer.size(0);
-  a.lists = static_cast<int>(key.size(0) * key.size(1));
-  a.num_kv_heads = static_cast<int>(key.size(1));
   a.num_new = static_cast<int>(key.size(2));
-  a.row_bytes = static_cast<int>(key.size(3) * element);
   const DeviceScope scope(key);
   check_launch("append", cuda::launch_append(a, scope.stream()));
 }

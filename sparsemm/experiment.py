@@ -186,16 +186,14 @@ def read(
             yield BatchReading(batch.pages, texts, tokens.numel(), handle.stats, timing)
 
 
-def read_all(*arguments: Any) -> tuple[list[Page], list[str]]:
-    """The pages and answers of all batches of `read`, which takes the same arguments."""
+def read_scores(*arguments: Any) -> dict[str, Any]:
+    """What all batches of `read`, which takes the same arguments, score: the mean of every metric over the pages, and
+    `tasks`, the mean character accuracy of each task's pages."""
     readings = list(read(*arguments))
-    return [page for each in readings for page in each.pages], [text for each in readings for text in each.texts]
-
-
-def accuracy_by_task(pages: Sequence[Page], texts: Sequence[str]) -> dict[str, float]:
-    """Mean character accuracy over the pages of each task."""
+    pages = [page for each in readings for page in each.pages]
+    texts = [text for each in readings for text in each.texts]
     tasks = {}
     for task in sorted({page.task for page in pages}):
         pairs = [(text, page.answer) for text, page in zip(texts, pages, strict=True) if page.task == task]
         tasks[task] = mean_metrics(*zip(*pairs, strict=True))["accuracy"]
-    return tasks
+    return {**mean_metrics(texts, [page.answer for page in pages]), "tasks": tasks}

@@ -20,12 +20,11 @@ from torch import LongTensor, Tensor, nn
 from sparsemm.budgets import BudgetRequest, model_budgets
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError, DataError
-from sparsemm.experiment import PageBatches, accuracy_by_task, describe_head_scores, read, read_all, reading_session
+from sparsemm.experiment import PageBatches, describe_head_scores, read, read_scores, reading_session
 from sparsemm.head_scores import HeadScores, rank_correlation
 from sparsemm.markdown import markdown_table
 from sparsemm.method import ModelBudgetRule
 from sparsemm.methods import METHODS, get_method, register_method
-from sparsemm.metrics import mean_metrics
 from sparsemm.models import family_of
 from sparsemm.results import Run, RunFile, environment
 
@@ -67,6 +66,14 @@ class HeadRowsResults(RunFile[HeadRowsRun]):
     FORMAT = "sparsemm-head-rows"
     SUBJECT = "a head-rows experiment"
     RUN = HeadRowsRun
+
+    @property
+    def base(self) -> HeadRowsRun:
+        """The run that changes nothing. Raises `DataError` when there is none."""
+        found = self.find(None, None)
+        if found is None:
+            raise DataError("the results hold no run of the unchanged method")
+        return found
 
 
 def head_rows_experiment(
@@ -137,9 +144,9 @@ def head_rows_experiment(
             changed = None if key == (None, None) else key
             bar.set_description("as it is" if changed is None else f"kv head {key[0]}-{key[1]}")
             with _changed_method(config, usual, changed, rows) as variant:
-                answers = read_all(model, processor, batches, variant, max_new_tokens, bar)
+                scores = read_scores(model, processor, batches, variant, max_new_tokens, bar)
             given = (None, None) if changed is None else (float(usual[key]), rows)
-            results.add(_run(key, *given, *answers))
+            results.add(HeadRowsRun(*key, *given, **scores))
     return results
 
 
@@ -177,13 +184,6 @@ def _rule(config: CompressionConfig, usual: Tensor) -> ModelBudgetRule:
     return lambda request: fixed.clamp(max=request.prompt_length)
 
 
-def _run(
-    key: tuple[int | None, int | None], usual: float | None, rows: int | None, pages: list[Page], texts: list[str]
-) -> HeadRowsRun:
-    metrics = mean_metrics(texts, [page.answer for page in pages])
-    return HeadRowsRun(*key, usual, rows, **metrics, tasks=accuracy_by_task(pages, texts))
-
-
 def changes(results: HeadRowsResults, task: str | None = None) -> Tensor:
     """Accuracy with a head's rows changed - accuracy as it is: float64 `[num_layers, num_kv_heads]`, NaN if not run.
 
@@ -194,9 +194,9 @@ def changes(results: HeadRowsResults, task: str | None = None) -> Tensor:
     Raises:
         DataError: The run that changes nothing is missing, or the task is.
     """
-    base = results.find(None, None)
-    if base is None or (task is not None and task not in base.tasks):
-        raise DataError(f"the results hold no run of {'the unchanged method' if base is None else f'task {task!r}'}")
+    base = results.base
+    if task is not None and task not in base.tasks:
+        raise DataError(f"the results hold no run of task {task!r}")
 
     def accuracy(run: HeadRowsRun) -> float:
         return run.accuracy if task is None else run.tasks[task]
@@ -210,7 +210,7 @@ def changes(results: HeadRowsResults, task: str | None = None) -> Tensor:
 
 def format_head_rows(results: HeadRowsResults, head_scores: HeadScores | None = None, most: int = 10) -> str:
     """A Markdown table of the heads whose rows change most, and how the changes go with the head scores."""
-    base = results.find(None, None)
+    base = results.base
     overall = changes(results)
     tasks = list(base.tasks)
     shares = None

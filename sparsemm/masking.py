@@ -12,9 +12,9 @@ from torch import nn
 
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError
-from sparsemm.experiment import PageBatches, accuracy_by_task, read_all, reading_session
+from sparsemm.experiment import PageBatches, read_scores, reading_session
 from sparsemm.markdown import markdown_table
-from sparsemm.metrics import METRICS, mean_metrics
+from sparsemm.metrics import METRICS
 from sparsemm.models import family_of
 from sparsemm.results import Run, RunFile, environment
 
@@ -116,8 +116,9 @@ def masking_experiment(
     with reading_session(model, batches, len(missing), progress=progress) as bar:
         for key in missing:
             bar.set_description(f"{key[0]} {key[1]}")
-            answers = read_all(model, processor, batches, configs[key], max_new_tokens, bar)
-            results.add(_run(key, head_scores.values.numel(), *answers))
+            scores = read_scores(model, processor, batches, configs[key], max_new_tokens, bar)
+            kind, count, seed = key
+            results.add(MaskedRun(kind, count, count / head_scores.values.numel(), seed, **scores))
     return [results.find(*key) for key in configs]
 
 
@@ -151,12 +152,6 @@ def _configs(
         if int(masked.sum()) != count:
             raise ConfigError(f"{int(masked.sum())} heads are masked where {count} were asked for")
     return configs
-
-
-def _run(key: tuple[str, int, int | None], total: int, pages: list[Page], texts: list[str]) -> MaskedRun:
-    kind, count, seed = key
-    metrics = mean_metrics(texts, [page.answer for page in pages])
-    return MaskedRun(kind, count, count / total, seed, **metrics, tasks=accuracy_by_task(pages, texts))
 
 
 def summarise(runs: Sequence[MaskedRun], metric: str = "accuracy") -> list[dict[str, Any]]:

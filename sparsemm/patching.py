@@ -53,6 +53,11 @@ def active_patch(model: nn.Module) -> PatchHandle | None:
     return _PATCHED.get(family_of(model).text_model(model))
 
 
+def is_stock_cache(cache: Any) -> bool:
+    """Whether `cache` is of the kind that `generate` makes where nothing else is asked for."""
+    return type(cache) is DynamicCache and not getattr(cache, "offloading", False)
+
+
 class PatchHandle:
     """An active patch. `stats` describes the most recent prompt, `observer` sees every attention forward."""
 
@@ -179,7 +184,7 @@ class PatchHandle:
             if (mine.num_layers, mine.num_kv_heads, mine.head_dim) != (its.num_layers, its.num_kv_heads, its.head_dim):
                 raise CacheError("past_key_values is the cache of a model of another shape; start without it")
             return cache
-        if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        if not is_stock_cache(cache):
             raise CacheError(
                 f"past_key_values is a {type(cache).__name__}, which cannot hold a different number of rows per head; "
                 "leave cache_implementation and past_key_values unset under the patch"

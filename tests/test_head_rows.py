@@ -129,7 +129,7 @@ def test_results_are_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
     expected = experiment(output=whole)
-    original, calls = engine.read_all, []
+    original, calls = engine.read_scores, []
 
     def counting(*arguments):
         if len(calls) == 3:
@@ -137,7 +137,7 @@ def test_results_are_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         calls.append(arguments)
         return original(*arguments)
 
-    monkeypatch.setattr(engine, "read_all", counting)
+    monkeypatch.setattr(engine, "read_scores", counting)
     with pytest.raises(KeyboardInterrupt):
         experiment(output=parts)
     assert len(HeadRowsResults.load(parts).runs) == 3 and "head_rows" not in METHODS

@@ -116,7 +116,7 @@ def test_results_are_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
     expected = experiment(output=whole)
     calls = []
-    original = engine.read_all
+    original = engine.read_scores
 
     def counting(*args):
         if len(calls) == 4:
@@ -124,11 +124,11 @@ def test_results_are_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         calls.append(args[3])
         return original(*args)
 
-    monkeypatch.setattr(engine, "read_all", counting)
+    monkeypatch.setattr(engine, "read_scores", counting)
     with pytest.raises(KeyboardInterrupt):
         experiment(output=parts)
     assert len(MaskingResults.load(parts).runs) == 4
-    monkeypatch.setattr(engine, "read_all", original)
+    monkeypatch.setattr(engine, "read_scores", original)
     assert experiment(output=parts) == expected
     assert json.loads(parts.read_text())["runs"] == json.loads(whole.read_text())["runs"]
     with pytest.raises(DataError, match="mask_mode"):

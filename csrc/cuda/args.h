@@ -26,7 +26,7 @@ struct AppendArgs {
   int32_t* lens;               // [lists]
   int32_t* overflow;           // [1]
   const bool* mask;            // [B, n] or null
-  int64_t stride_b[2], stride_h[2], stride_n[2];  // bytes
+  int64_t stride_b[2], stride_h[2], stride_t[2];  // bytes
   int64_t mask_stride_b, mask_stride_n;
   int64_t slots;
   int lists, num_kv_heads, num_new, row_bytes;

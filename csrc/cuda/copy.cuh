@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kCopyThreads) append_kernel(AppendArgs a) {
       const int rank = column_rank[rest / vectors], byte = rest % vectors * 16;
       if (rank < 0) continue;
       const char* source = a.source[which] + b * a.stride_b[which] + h * a.stride_h[which] +
-                           (tile + rest / vectors) * a.stride_n[which] + byte;
+                           (tile + rest / vectors) * a.stride_t[which] + byte;
       store16(a.target[which] + (begin + length + rank) * a.row_bytes + byte, load16(source));
     }
     sync_block();  // the ranks are read before the next tile writes them

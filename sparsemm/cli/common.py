@@ -17,6 +17,8 @@ from sparsemm.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
+    from sparsemm.documents import Page
+
 DEFAULT_MODEL = "llava-vicuna"
 MINIATURES = ("llava-vicuna", "llava-mistral", "qwen2-vl")
 MINIATURE_WINDOW = 4  # 32 prompt tokens would be a seventh of a miniature's page
@@ -130,6 +132,14 @@ def parse_integers(text: str, name: str) -> list[int]:
         except ValueError:
             raise ConfigError(f"{name} holds {part!r}; give whole numbers separated by commas") from None
     return values
+
+
+def pages_for(documents: int, tasks: str, num_words: str, page_seed: int, **options: Any) -> list[Page]:
+    """The held-out pages that the options of an experiment ask for; `options` go on to `heldout_pages`."""
+    from sparsemm.experiment import heldout_pages
+
+    words = parse_integers(num_words, "--num-words")
+    return heldout_pages(documents, tasks=parse_list(tasks), num_words=words, seed=page_seed, **options)
 
 
 def quiet(verbose: bool) -> None:

@@ -32,6 +32,7 @@ from sparsemm.cli.common import (
     find_head_scores,
     is_miniature,
     load,
+    pages_for,
     parse_integers,
     parse_list,
     short_name,
@@ -122,11 +123,8 @@ def run_evaluation(
 ) -> None:
     """Evaluate into `folder`, then print the table and draw the plot."""
     import sparsemm.evaluate as engine
-    from sparsemm.experiment import heldout_pages
 
-    pages = heldout_pages(
-        documents, tasks=parse_list(tasks), num_words=parse_integers(num_words, "--num-words"), seed=page_seed
-    )
+    pages = pages_for(documents, tasks, num_words, page_seed)
     engine.evaluate(
         network,
         processor,

@@ -28,7 +28,7 @@ from sparsemm.cli.common import (
     WordsOption,
     find_head_scores,
     load,
-    parse_integers,
+    pages_for,
     parse_list,
     short_name,
     window_for,
@@ -68,7 +68,6 @@ def head_rows(
     With the full cache: which heads live on the prompt. Under a method with a budget: which heads it starves.
     """
     from sparsemm import CompressionConfig, HeadScores
-    from sparsemm.experiment import heldout_pages
     from sparsemm.head_rows import format_head_rows, head_rows_experiment
     from sparsemm.methods import get_method
     from sparsemm.viz.heads import draw_head_rows
@@ -85,9 +84,7 @@ def head_rows(
         rounding=rounding.value,
         seed=seed,
     )
-    pages = heldout_pages(
-        documents, tasks=parse_list(tasks), num_words=parse_integers(num_words, "--num-words"), seed=page_seed
-    )
+    pages = pages_for(documents, tasks, num_words, page_seed)
     name = "-".join(map(str, filter(None, (short_name(model), method, config.budget))))
     path = output or Path("results") / "head_rows" / f"{name}.json"
     network, processor = load(model, device=device, dtype=dtype)

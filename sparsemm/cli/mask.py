@@ -26,6 +26,7 @@ from sparsemm.cli.common import (
     find_head_scores,
     is_miniature,
     load,
+    pages_for,
     parse_integers,
     parse_list,
     short_name,
@@ -63,7 +64,6 @@ def mask(
 ) -> None:
     """Read held-out pages with the visual heads masked, and with as many random others. Table, JSON and plot."""
     from sparsemm import HeadScores
-    from sparsemm.experiment import heldout_pages
     from sparsemm.masking import format_masking, heads_of_shares, masking_experiment
     from sparsemm.metrics import METRICS
     from sparsemm.viz.heads import draw_masking
@@ -83,10 +83,7 @@ def mask(
     else:
         counts = heads_of_shares(_percentages(shares or SHARES), scores.values.numel())
     folder = output or Path("results") / "masking" / short_name(model)
-    pages = heldout_pages(
-        documents, tasks=parse_list(tasks), num_words=parse_integers(num_words, "--num-words"), seed=page_seed,
-        size=page_size,
-    )  # fmt: skip
+    pages = pages_for(documents, tasks, num_words, page_seed, size=page_size)
     network, processor = load(model, device=device, dtype=dtype)
     runs = masking_experiment(
         network,

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import LongTensor, Tensor, nn
-from transformers.cache_utils import DynamicCache
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from sparsemm.cache import CachePlan, SparseCache
@@ -21,6 +20,7 @@ from sparsemm.decoding.graph import CudaGraphs, StepRunner, why_no_graph
 from sparsemm.decoding.step import DecodeStep
 from sparsemm.decoding.tiling import PROMPT_TILE, tiled_prompt
 from sparsemm.errors import ConfigError
+from sparsemm.patching import is_stock_cache
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -121,9 +121,7 @@ class DecodeLoop:
 
     def _cache_for(self, given: Any, new_tokens: int) -> SparseCache:
         """The cache of an earlier turn, or an empty one with room for the whole answer."""
-        made_by_generate = (
-            type(given) is DynamicCache and given.get_seq_length() == 0 and not getattr(given, "offloading", False)
-        )
+        made_by_generate = is_stock_cache(given) and given.get_seq_length() == 0
         if given is not None and not made_by_generate:
             return given  # if it is of another kind, the patch says why it is of no use
         return self.make_cache(self.handle.plan.with_reserve(self.reserve or max(1, new_tokens)))

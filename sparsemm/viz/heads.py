@@ -179,16 +179,14 @@ def draw_head_rows(results: HeadRowsResults, path: str | Path, *, title: str | N
     """
     from sparsemm.head_rows import changes
 
-    changes(results)  # raises where there is nothing to compare with
-    tasks = list(results.find(None, None).tasks)
+    tasks = list(results.base.tasks)
     num_layers, num_heads = results.settings["shape"]
     width = max(4.8, 1.6 + 0.45 * num_heads)
     figure = new_figure(width * len(tasks), max(3.0, 1.5 + 0.22 * num_layers))
     for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks))), tasks, strict=True):
         values = 100 * changes(results, task).numpy()
-        _table(
-            figure, axes, values, "Change of accuracy (points)", numbers="{:+.0f}", columns="kv head", signed=True
-        )  # fmt: skip
+        label = "Change of accuracy (points)"
+        _table(figure, axes, values, label, numbers="{:+.0f}", columns="kv head", signed=True)
         axes.set_title(task, fontsize=10)
     if title:
         figure.suptitle(title, fontsize=11)

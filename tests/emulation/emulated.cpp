@@ -103,7 +103,7 @@ extern "C" const char* emulated_append(const void* key, const void* value, const
     for (int which = 0; which < 2; ++which) {
       a.stride_b[which] = strides[which][0] * element;
       a.stride_h[which] = strides[which][1] * element;
-      a.stride_n[which] = strides[which][2] * element;
+      a.stride_t[which] = strides[which][2] * element;
     }
     a.mask_stride_b = num_new;
     a.mask_stride_n = 1;
