@@ -13,14 +13,14 @@ __version__ = "0.1.0"
 _HOME = {
     "CompressionConfig": "sparsemm.config",
     "HeadScores": "sparsemm.head_scores",
-    "head_budgets": "sparsemm.budgets",
-    "select_positions": "sparsemm.selection",
+    "head_budgets": "sparsemm.plan",
+    "select_positions": "sparsemm.cache.selection",
     "patch": "sparsemm.patching",
     "PatchHandle": "sparsemm.patching",
     "SparseCache": "sparsemm.cache",
     "CacheStats": "sparsemm.cache",
-    "generate": "sparsemm.generation",
-    "GenerationOutput": "sparsemm.generation",
+    "generate": "sparsemm.decoding.generation",
+    "GenerationOutput": "sparsemm.decoding.generation",
     "load_model": "sparsemm.models",
     "SparseMMError": "sparsemm.errors",
 }
@@ -42,15 +42,15 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from sparsemm.budgets import head_budgets
     from sparsemm.cache import CacheStats, SparseCache
+    from sparsemm.cache.selection import select_positions
     from sparsemm.config import CompressionConfig
+    from sparsemm.decoding.generation import GenerationOutput, generate
     from sparsemm.errors import SparseMMError
-    from sparsemm.generation import GenerationOutput, generate
     from sparsemm.head_scores import HeadScores
     from sparsemm.models import load_model
     from sparsemm.patching import PatchHandle, patch
-    from sparsemm.selection import select_positions
+    from sparsemm.plan import head_budgets
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from sparsemm.errors import ConfigError
 from sparsemm.head_scores import HeadScores
-from sparsemm.method import get_method
+from sparsemm.methods import get_method
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "rounding": ("exact", "paper"),

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from sparsemm.attention import ROTARY, Observer, head_mask_for, sparse_attention
-from sparsemm.budgets import resolve_head_scores
-from sparsemm.cache import GROWTH_ROWS, CachePlan, CacheRecord, CacheStats, SparseCache
+from sparsemm.cache import CacheRecord, CacheStats, SparseCache
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import CacheError, ConfigError, PatchError, UnsupportedModelError
-from sparsemm.instances import forward_name, set_on_instance
-from sparsemm.methods import masked_query_heads
 from sparsemm.models import family_of
+from sparsemm.models.instances import forward_name, set_on_instance
 from sparsemm.ops.backends import resolve_backend
+from sparsemm.plan import GROWTH_ROWS, Plan
 
 _PATCHED: weakref.WeakKeyDictionary[nn.Module, PatchHandle] = weakref.WeakKeyDictionary()
 
@@ -111,8 +110,7 @@ class PatchHandle:
     def _install(self) -> None:
         _PATCHED[self.text_model] = self
         self._undo.append(lambda: _PATCHED.pop(self.text_model, None))
-        masked = masked_query_heads(self.config, self.plan.head_scores, self.plan.num_layers, self.plan.num_query_heads)
-        for decoder_layer, masked_heads in zip(self.text_model.layers, masked, strict=True):
+        for decoder_layer, masked_heads in zip(self.text_model.layers, self.plan.masked_heads, strict=True):
             self._replace_forward(decoder_layer.self_attn, masked_heads)
         hook = self.text_model.register_forward_pre_hook(self._before_text_model, with_kwargs=True)
         self._undo.append(hook.remove)
@@ -230,7 +228,7 @@ class PatchHandle:
 
 def _plan(
     model: nn.Module, text_model: nn.Module, config: CompressionConfig, reserve: int, decode_backend: str
-) -> CachePlan:
+) -> Plan:
     text_config = text_model.config
     attentions = [layer.self_attn for layer in text_model.layers]
     for attention in attentions:
@@ -250,14 +248,12 @@ def _plan(
     device = attentions[0].q_proj.weight.device
     if decode_backend != "auto" and device.type != "meta":  # better refused here than in the middle of a prompt
         resolve_backend(decode_backend, device, model.dtype, attentions[0].head_dim)
-    num_layers, num_query_heads = text_config.num_hidden_layers, text_config.num_attention_heads
-    return CachePlan(
+    return Plan(
         config=config,
-        num_layers=num_layers,
-        num_query_heads=num_query_heads,
+        num_layers=text_config.num_hidden_layers,
+        num_query_heads=text_config.num_attention_heads,
         num_kv_heads=text_config.num_key_value_heads,
         head_dim=attentions[0].head_dim,
-        head_scores=resolve_head_scores(config, num_layers, num_query_heads),
         reserve=reserve,
         decode_backend=decode_backend,
     )

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from sparsemm.budgets import head_budgets, resolve_head_scores
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import HeadScoreError
 from sparsemm.head_scores import HeadScores
+from sparsemm.plan import Plan, head_budgets
 
 
 def release_document(num_layers: int = 3, num_heads: int = 12) -> dict[str, list[float]]:
@@ -175,21 +175,21 @@ def test_resolving_checks_the_models_shape(tmp_path: Path) -> None:
     scores.save(tmp_path / "scores.json")
     for source in (scores, tmp_path / "scores.json", str(tmp_path / "scores.json")):
         config = CompressionConfig("sparsemm", 64, source)
-        assert resolve_head_scores(config, 2, 4).values.tolist() == scores.values.tolist()
+        assert Plan(config, 2, 4, 4).head_scores.values.tolist() == scores.values.tolist()
         for shape in [(4, 2), (2, 8), (3, 4)]:
             with pytest.raises(HeadScoreError, match=f"the model has {shape[0]} x {shape[1]}"):
-                resolve_head_scores(config, *shape)
-    assert resolve_head_scores(CompressionConfig("snapkv", 64, scores), 7, 7) is None
+                Plan(config, *shape, shape[1])
+    assert Plan(CompressionConfig("snapkv", 64, scores), 7, 7, 7).head_scores is None
 
 
 def test_random_scores_are_one_seeded_draw_per_model() -> None:
-    first = resolve_head_scores(CompressionConfig("random", 64, seed=1), 4, 8).values
+    first = Plan(CompressionConfig("random", 64, seed=1), 4, 8, 8).head_scores.values
     torch.manual_seed(123)  # the global generator has no say
-    assert torch.equal(first, resolve_head_scores(CompressionConfig("random", 128, seed=1), 4, 8).values)
-    assert not torch.equal(first, resolve_head_scores(CompressionConfig("random", 64, seed=2), 4, 8).values)
+    assert torch.equal(first, Plan(CompressionConfig("random", 128, seed=1), 4, 8, 8).head_scores.values)
+    assert not torch.equal(first, Plan(CompressionConfig("random", 64, seed=2), 4, 8, 8).head_scores.values)
     assert first.unique().numel() == 32  # no layer repeats another
     before = torch.random.get_rng_state()
-    resolve_head_scores(CompressionConfig("random", 64), 4, 8)
+    Plan(CompressionConfig("random", 64), 4, 8, 8)
     assert torch.equal(before, torch.random.get_rng_state())
 
 

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from test_cache import assert_close, config, greedy, scores, text_inputs
+from greedy_runs import assert_close, config, greedy, scores, text_inputs
 from toy_models import FAMILIES, toy_inputs, toy_model
 from transformers import LlamaConfig, LlamaForCausalLM, QuantizedCache, StaticCache
 

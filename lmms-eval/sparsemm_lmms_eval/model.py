@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import sparsemm
 from sparsemm.errors import ConfigError, UnsupportedModelError
-from sparsemm.journal import Journal
+from sparsemm.runs.journal import Journal
 
 DEFAULT_NEW_TOKENS = 1024
 """Longest answer where a task sets none (TextVQA): its answers end by themselves long before."""
@@ -195,7 +195,7 @@ class SparseMMModel(lmms):
 
     def _answer(self, batch: list[Instance], handle: sparsemm.PatchHandle) -> list[dict[str, Any]]:
         """Text and figures of each request of a batch, as JSON values."""
-        from sparsemm.generation import generate_greedy
+        from sparsemm.decoding.generation import generate_greedy
 
         network, processor = self.loaded.network, self.loaded.processor
         conversations = []

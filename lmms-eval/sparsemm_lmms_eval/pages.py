@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsemm.documents import make_page
-from sparsemm.metrics import mean_metrics
+from sparsemm.runs.metrics import mean_metrics
 
 if TYPE_CHECKING:
     import PIL.Image

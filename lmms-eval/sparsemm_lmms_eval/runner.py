@@ -15,7 +15,7 @@ from typing import Any
 
 from sparsemm.errors import DataError
 from sparsemm.io import read_json, write_bytes_atomic, write_json_atomic
-from sparsemm.results import environment
+from sparsemm.runs.results import environment
 from sparsemm_lmms_eval import TASKS_FOLDER
 from sparsemm_lmms_eval.grid import OFFLINE_TASKS, Cell
 from sparsemm_lmms_eval.registry import MODEL_CLASSES

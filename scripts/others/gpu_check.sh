@@ -19,7 +19,7 @@ python=.venv/bin/python
 mkdir -p "$output"
 
 # step NAME command...: runs it unless it has passed for these sources, keeping what it prints.
-sources="$(cat csrc/*.h csrc/*.cpp csrc/*/* sparsemm/ops/*.py tests/test_ops_gpu.py | sha256sum | cut -c1-16)"
+sources="$(cat csrc/*.h csrc/*.cpp csrc/*/* sparsemm/ops/*.py tests/ops/test_ops_gpu.py | sha256sum | cut -c1-16)"
 step() {
     local name="$1" mark
     shift
@@ -54,7 +54,7 @@ step tests "$python" -m pytest -m gpu tests -p no:cacheprovider
 if sanitizer="$(command -v compute-sanitizer)"; then
     for tool in memcheck racecheck synccheck; do
         step "$tool" "$sanitizer" --tool "$tool" --error-exitcode 1 \
-            "$python" -m pytest -m gpu tests/test_ops_gpu.py -k small_run -p no:cacheprovider
+            "$python" -m pytest -m gpu tests/ops/test_ops_gpu.py -k small_run -p no:cacheprovider
     done
 else
     echo "compute-sanitizer is not installed: memcheck, racecheck and synccheck left out"

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from sparsemm.cache import CachePlan, SparseCache, SparseLayer
+from sparsemm.cache import SparseCache, SparseLayer
 from sparsemm.cache.chunk import Chunk
 from sparsemm.decoding import DecodeLoop
 from sparsemm.errors import ConfigError
+from sparsemm.plan import Plan
 
 
 class CopyingLayer(SparseLayer):
@@ -28,7 +29,7 @@ class CopyingLayer(SparseLayer):
 class CopyingLoop(DecodeLoop):
     """Decodes with `CopyingLayer`s. Buffers move at every token, so there is no graph to replay."""
 
-    def make_cache(self, plan: CachePlan) -> SparseCache:
+    def make_cache(self, plan: Plan) -> SparseCache:
         cache = SparseCache(plan.with_reserve(1))
         cache.layers = [CopyingLayer(cache.plan, layer_idx, cache.record) for layer_idx in range(plan.num_layers)]
         return cache

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsemm.chase import READ_PROMPT, chase_page
+from sparsemm.chase.matching import match_rule, token_texts
+from sparsemm.decoding.generation import generate_greedy
 from sparsemm.errors import ConfigError, DataError
-from sparsemm.generation import generate_greedy
-from sparsemm.matching import match_rule, token_texts
 from sparsemm.models import family_of
-from sparsemm.results import environment
+from sparsemm.runs.results import environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin

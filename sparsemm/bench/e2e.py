@@ -28,7 +28,7 @@ from sparsemm.bench.throughput import largest_batch
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.io import read_json, write_json_atomic
 from sparsemm.methods import METHODS, get_method
-from sparsemm.results import environment
+from sparsemm.runs.results import environment
 
 logger = logging.getLogger(__name__)
 

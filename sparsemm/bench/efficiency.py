@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsemm.errors import DataError
+from sparsemm.experiments.report import LABELS, STYLES
 from sparsemm.io import write_bytes_atomic
-from sparsemm.markdown import markdown_table
-from sparsemm.report import LABELS, STYLES
+from sparsemm.runs.markdown import markdown_table
 
 PAPER_SPEEDUP = {8192: 1.16, 16384: 1.5, 32768: 1.87}
 """Decoding speed-up of SparseMM over the full cache by prompt length: LLaVA-NeXT-Vicuna-7B, budget 256."""

@@ -13,9 +13,10 @@ from torch.nn.functional import avg_pool1d
 
 import sparsemm
 from sparsemm.bench.shapes import prompt_inputs
-from sparsemm.cache import CachePlan, CacheRecord, SparseLayer
+from sparsemm.cache import CacheRecord, SparseLayer
 from sparsemm.cache.chunk import Chunk
-from sparsemm.generation import stock_greedy
+from sparsemm.decoding.generation import stock_greedy
+from sparsemm.plan import Plan
 
 VICUNA = {"num_heads": 32, "num_kv_heads": 32, "head_dim": 128, "prompt_tokens": 4096, "budget": 256}
 
@@ -42,12 +43,11 @@ def layer_costs(
     )
     scores = sparsemm.HeadScores(torch.rand(1, num_heads, generator=generator, dtype=torch.float64) ** 20)
     config = sparsemm.CompressionConfig("sparsemm", budget, scores)
-    plan = CachePlan(
+    plan = Plan(
         config=config,
         num_layers=1,
         num_query_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        head_scores=scores,
         head_dim=head_dim,
     )
     budgets = plan.budgets(prompt_tokens)[0].tolist()

@@ -25,8 +25,8 @@ from sparsemm.bench.measure import copy_bandwidth
 from sparsemm.errors import ConfigError
 from sparsemm.head_scores import HeadScores
 from sparsemm.io import write_json_atomic
-from sparsemm.journal import Journal
 from sparsemm.ops import library
+from sparsemm.runs.journal import Journal
 
 logger = logging.getLogger(__name__)
 

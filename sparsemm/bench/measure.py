@@ -18,7 +18,7 @@ from sparsemm.bench.baselines import CopyingLoop, kvpress_snapkv
 from sparsemm.bench.memory import peak_new_bytes
 from sparsemm.bench.operators import count_kernels, count_operators
 from sparsemm.decoding import DecodeLoop
-from sparsemm.generation import stock_greedy
+from sparsemm.decoding.generation import stock_greedy
 from sparsemm.models import family_of
 
 BASELINES = ("hf", "kvpress", "original")

@@ -8,8 +8,9 @@ from transformers.cache_utils import Cache
 
 from sparsemm.cache.chunk import Chunk
 from sparsemm.cache.layer import SparseLayer
-from sparsemm.cache.plan import CachePlan, CacheRecord
+from sparsemm.cache.stats import CacheRecord
 from sparsemm.errors import CacheError
+from sparsemm.plan import Plan
 
 
 class SparseCache(Cache):
@@ -19,7 +20,7 @@ class SparseCache(Cache):
     independent cache, so a compressed prompt can be continued several times.
     """
 
-    def __init__(self, plan: CachePlan) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.record = CacheRecord(plan)
         super().__init__(layers=[SparseLayer(plan, layer_idx, self.record) for layer_idx in range(plan.num_layers)])

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparsemm.selection import take_columns
+from sparsemm.cache.selection import take_columns
 
 
 @dataclass(frozen=True)

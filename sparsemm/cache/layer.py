@@ -11,11 +11,12 @@ from transformers.cache_utils import CacheLayerMixin
 
 import sparsemm.ops  # noqa: F401  (defines torch.ops.sparsemm)
 from sparsemm.cache.chunk import Chunk
-from sparsemm.cache.plan import GROWTH_ROWS, CachePlan, CacheRecord
+from sparsemm.cache.selection import KeptRows, choose_rows
+from sparsemm.cache.stats import CacheRecord
 from sparsemm.errors import CacheError
 from sparsemm.ops.backends import VarlenDecode, resolve_backend
 from sparsemm.ops.chunk import MAX_DECODE_QUERIES, causal_attention, merge_attention
-from sparsemm.selection import KeptRows, choose_rows
+from sparsemm.plan import GROWTH_ROWS, Plan
 
 GROWTH_SHARE = 8  # a full cache grows by at least 1/8, so that growing costs a constant share of appending
 
@@ -35,7 +36,7 @@ class SparseLayer(CacheLayerMixin):
     supports_early_init = False
     is_sliding = False
 
-    def __init__(self, plan: CachePlan, layer_idx: int, record: CacheRecord) -> None:
+    def __init__(self, plan: Plan, layer_idx: int, record: CacheRecord) -> None:
         super().__init__()
         self.plan, self.layer_idx, self.record = plan, layer_idx, record
         self.reset()

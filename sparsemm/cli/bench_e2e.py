@@ -137,7 +137,7 @@ def host(
     from sparsemm.bench.host import VICUNA, layer_costs, token_overhead
     from sparsemm.bench.shapes import SHAPES, random_model
     from sparsemm.io import write_json_atomic
-    from sparsemm.results import environment
+    from sparsemm.runs.results import environment
 
     if model in SHAPES:
         network = random_model(model, device=torch.device("cpu"), dtype=torch.float32)

@@ -79,7 +79,7 @@ def chase(
 
     An interrupted chase goes on where it stopped. Several GPUs: accelerate launch -m sparsemm chase ...
     """
-    from sparsemm.parallel import workers
+    from sparsemm.runs.processes import workers
 
     source = dataset or ("miniature" if is_miniature(model) else "documents")
     limit = num_images or (200 if is_miniature(model) else 1000)
@@ -144,7 +144,7 @@ def run_chase(
     from sparsemm.chase import READ_PROMPT
     from sparsemm.chase import chase as chase_heads
     from sparsemm.datasets import open_pages
-    from sparsemm.parallel import workers
+    from sparsemm.runs.processes import workers
 
     scores = chase_heads(
         network,

@@ -136,7 +136,7 @@ def parse_integers(text: str, name: str) -> list[int]:
 
 def pages_for(documents: int, tasks: str, num_words: str, page_seed: int, **options: Any) -> list[Page]:
     """The held-out pages that the options of an experiment ask for; `options` go on to `heldout_pages`."""
-    from sparsemm.experiment import heldout_pages
+    from sparsemm.experiments.session import heldout_pages
 
     words = parse_integers(num_words, "--num-words")
     return heldout_pages(documents, tasks=parse_list(tasks), num_words=words, seed=page_seed, **options)

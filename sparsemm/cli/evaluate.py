@@ -122,7 +122,7 @@ def run_evaluation(
     **settings: Any,
 ) -> None:
     """Evaluate into `folder`, then print the table and draw the plot."""
-    import sparsemm.evaluate as engine
+    import sparsemm.experiments.evaluate as engine
 
     pages = pages_for(documents, tasks, num_words, page_seed)
     engine.evaluate(
@@ -144,8 +144,8 @@ def report(
     task: Annotated[str | None, typer.Option(help="Plot one task only: read, field, 'read/3 words', …")] = None,
 ) -> None:
     """Print the table of an evaluation and draw its plot."""
-    from sparsemm.report import describe, format_table, plot_accuracy
-    from sparsemm.results import Results
+    from sparsemm.experiments.report import describe, format_table, plot_accuracy
+    from sparsemm.runs.results import Results
 
     found = Results.load(results)
     typer.echo(format_table(found.cells))
@@ -179,7 +179,7 @@ def quickstart(
     dtype: DtypeOption = None,
 ) -> None:
     """The whole method on a miniature: visual heads, every method at every budget, a table and a plot."""
-    from sparsemm.experiment import heldout_pages
+    from sparsemm.experiments.session import heldout_pages
 
     network, processor = load(model, device=device, dtype=dtype)
     scores = find_head_scores(model, head_scores)

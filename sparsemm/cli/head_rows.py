@@ -68,7 +68,7 @@ def head_rows(
     With the full cache: which heads live on the prompt. Under a method with a budget: which heads it starves.
     """
     from sparsemm import CompressionConfig, HeadScores
-    from sparsemm.head_rows import format_head_rows, head_rows_experiment
+    from sparsemm.experiments.head_rows import format_head_rows, head_rows_experiment
     from sparsemm.methods import get_method
     from sparsemm.viz.heads import draw_head_rows
     from sparsemm.viz.reading import choose_heads

@@ -64,8 +64,8 @@ def mask(
 ) -> None:
     """Read held-out pages with the visual heads masked, and with as many random others. Table, JSON and plot."""
     from sparsemm import HeadScores
-    from sparsemm.masking import format_masking, heads_of_shares, masking_experiment
-    from sparsemm.metrics import METRICS
+    from sparsemm.experiments.masking import format_masking, heads_of_shares, masking_experiment
+    from sparsemm.runs.metrics import METRICS
     from sparsemm.viz.heads import draw_masking
 
     if heads is not None and shares is not None:

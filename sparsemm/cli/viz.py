@@ -312,7 +312,7 @@ def _picture(image: Path | None) -> Any:
         if not image.is_file():
             raise DataError(f"image {image} does not exist; check the path")
         return image
-    from sparsemm.experiment import heldout_pages
+    from sparsemm.experiments.session import heldout_pages
 
     return heldout_pages(1, tasks=("read",), num_words=(4,), seed=11)[0].image
 

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from sparsemm.cache import GROWTH_ROWS, SparseCache
+from sparsemm.cache import SparseCache
 from sparsemm.ops import library
+from sparsemm.plan import GROWTH_ROWS
 
 logger = logging.getLogger(__name__)
 

@@ -15,12 +15,13 @@ import torch
 from torch import LongTensor, Tensor, nn
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from sparsemm.cache import CachePlan, SparseCache
+from sparsemm.cache import SparseCache
 from sparsemm.decoding.graph import CudaGraphs, StepRunner, why_no_graph
 from sparsemm.decoding.step import DecodeStep
 from sparsemm.decoding.tiling import PROMPT_TILE, tiled_prompt
 from sparsemm.errors import ConfigError
 from sparsemm.patching import is_stock_cache
+from sparsemm.plan import Plan
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -126,7 +127,7 @@ class DecodeLoop:
             return given  # if it is of another kind, the patch says why it is of no use
         return self.make_cache(self.handle.plan.with_reserve(self.reserve or max(1, new_tokens)))
 
-    def make_cache(self, plan: CachePlan) -> SparseCache:
+    def make_cache(self, plan: Plan) -> SparseCache:
         """The empty cache of a first turn."""
         return SparseCache(plan)
 

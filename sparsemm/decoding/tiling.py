@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from sparsemm.instances import forward_name, set_on_instance
+from sparsemm.models.instances import forward_name, set_on_instance
 
 PROMPT_TILE = 2048
 """Tokens at a time: enough for full matrix throughput, and 1/16 of the MLP's activations of a 32K prompt."""

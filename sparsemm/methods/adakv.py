@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsemm.budgets import largest_fraction_on_device
-from sparsemm.config import CompressionConfig
-from sparsemm.method import Method
+from sparsemm.methods.budgets import largest_fraction_on_device
+from sparsemm.methods.method import Method, Settings
 
 
-def adaptive_budgets(config: CompressionConfig, scores: Tensor, valid: Tensor) -> Tensor:
+def adaptive_budgets(settings: Settings, scores: Tensor, valid: Tensor) -> Tensor:
     """Spec section 3, row `adakv`: int64 `[batch, num_kv_heads]` rows kept beyond the window.
 
     Args:
-        config: Its budget, window_size, adakv_floor and rounding are read.
+        settings: Its budget, window_size, adakv_floor and rounding are read.
         scores: float32 `[batch, num_kv_heads, columns]`, pooled scores of the columns before the window.
         valid: bool, same shape; False for columns that hold no row.
 
@@ -22,13 +21,13 @@ def adaptive_budgets(config: CompressionConfig, scores: Tensor, valid: Tensor) -
     wherever that many columns are valid.
     """
     num_kv_heads, columns = scores.shape[1:]
-    base = config.budget - config.window_size
+    base = settings.budget - settings.window_size
     scores = scores.nan_to_num(0.0)  # a broken model must still yield the number of rows that the host counts on
     counts = _counts_in_layer_top(_weighted(scores, valid, base), valid, num_kv_heads * min(base, columns))
-    if config.rounding == "paper":
-        rows = torch.round((1.0 - config.adakv_floor) * counts.double() + int(config.adakv_floor * base)).long()
+    if settings.rounding == "paper":
+        rows = torch.round((1.0 - settings.adakv_floor) * counts.double() + int(settings.adakv_floor * base)).long()
     else:
-        rows = largest_fraction_on_device((1.0 - config.adakv_floor) * counts.double() + config.adakv_floor * base)
+        rows = largest_fraction_on_device((1.0 - settings.adakv_floor) * counts.double() + settings.adakv_floor * base)
     return torch.minimum(rows, valid.sum(-1))
 
 

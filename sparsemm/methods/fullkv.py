@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sparsemm.method import Method
+from sparsemm.methods.method import Method
 
 FULLKV = Method(name="fullkv")

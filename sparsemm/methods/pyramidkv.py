@@ -5,19 +5,18 @@ from __future__ import annotations
 import torch
 from torch import LongTensor
 
-from sparsemm.budgets import BudgetRequest
-from sparsemm.method import Method
+from sparsemm.methods.method import BudgetRequest, Method
 
 
 def pyramid_budgets(request: BudgetRequest) -> LongTensor:
     """Spec section 3, row `pyramidkv`, from this prompt's own length. Returns int64 `[num_layers, num_kv_heads]`."""
-    config, length, num_layers = request.config, request.prompt_length, request.num_layers
-    exact = config.rounding == "exact"
-    window, base = config.window_size, config.budget - config.window_size
-    if num_layers == 1 or (exact and config.budget >= length):
-        layers = [min(config.budget, length)] * num_layers
+    settings, length, num_layers = request.settings, request.prompt_length, request.num_layers
+    exact = settings.rounding == "exact"
+    window, base = settings.window_size, settings.budget - settings.window_size
+    if num_layers == 1 or (exact and settings.budget >= length):
+        layers = [min(settings.budget, length)] * num_layers
     else:
-        smallest = base // config.pyramid_beta
+        smallest = base // settings.pyramid_beta
         largest = 2 * base - smallest
         if largest >= length - window:
             largest = length - window

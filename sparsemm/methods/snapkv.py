@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 from torch import LongTensor
 
-from sparsemm.budgets import BudgetRequest
-from sparsemm.method import Method
+from sparsemm.methods.method import BudgetRequest, Method
 
 
 def uniform_budgets(request: BudgetRequest) -> LongTensor:
     """`min(budget, T)` for every head, under both roundings. Returns int64 `[num_layers, num_kv_heads]`."""
-    rows = min(request.config.budget, request.prompt_length)
+    rows = min(request.settings.budget, request.prompt_length)
     return torch.full((request.num_layers, request.num_kv_heads), rows, dtype=torch.long)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsemm.budgets import score_budgets
-from sparsemm.method import Method
+from sparsemm.methods.budgets import score_budgets
+from sparsemm.methods.method import Method
 
 SPARSEMM = Method(name="sparsemm", model_budgets=score_budgets, head_scores="given")

@@ -11,7 +11,7 @@ import torch
 
 from sparsemm.documents import Page, make_page
 from sparsemm.io import write_json_atomic
-from sparsemm.metrics import mean_metrics
+from sparsemm.runs.metrics import mean_metrics
 
 logger = logging.getLogger(__name__)
 

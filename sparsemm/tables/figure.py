@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsemm.errors import DataError
+from sparsemm.experiments.report import LABELS, STYLES
 from sparsemm.io import write_bytes_atomic
-from sparsemm.report import LABELS, STYLES
 from sparsemm.tables.build import FULL, METHOD_NAMES, Table
 
 _BY_NAME = {name: method for method, name in METHOD_NAMES.items()}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sparsemm.errors import ConfigError
-from sparsemm.markdown import markdown_table
+from sparsemm.runs.markdown import markdown_table
 from sparsemm.tables.build import Entry, Table
 
 MINUS = "\N{MINUS SIGN}"

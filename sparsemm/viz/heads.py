@@ -13,9 +13,9 @@ from sparsemm.errors import DataError, HeadScoreError
 from sparsemm.viz.figure import COLOURS, LINES, SIGNED_COLOURS, contrast, new_figure, save_figure, spaced
 
 if TYPE_CHECKING:
-    from sparsemm.head_rows import HeadRowsResults
+    from sparsemm.experiments.head_rows import HeadRowsResults
+    from sparsemm.experiments.masking import MaskedRun
     from sparsemm.head_scores import HeadScores
-    from sparsemm.masking import MaskedRun
 
 _MOST_NUMBERED = 160
 """Tables of up to so many cells carry their numbers."""
@@ -138,7 +138,7 @@ def draw_masking(
         DataError: There is no run, or the file's ending is no image format.
         ConfigError: The metric is unknown.
     """
-    from sparsemm.masking import summarise
+    from sparsemm.experiments.masking import summarise
 
     rows = summarise(runs, metric)
     if not rows:
@@ -177,7 +177,7 @@ def draw_head_rows(results: HeadRowsResults, path: str | Path, *, title: str | N
     Raises:
         DataError: The run that changes nothing is missing, or the file's ending is no image format.
     """
-    from sparsemm.head_rows import changes
+    from sparsemm.experiments.head_rows import changes
 
     tasks = list(results.base.tasks)
     num_layers, num_heads = results.settings["shape"]

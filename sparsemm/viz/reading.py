@@ -11,10 +11,10 @@ from torch import Tensor
 
 import sparsemm
 from sparsemm.chase import READ_PROMPT
+from sparsemm.chase.matching import token_texts
 from sparsemm.config import CompressionConfig
+from sparsemm.decoding.generation import generate_greedy
 from sparsemm.errors import ConfigError, DataError
-from sparsemm.generation import generate_greedy
-from sparsemm.matching import token_texts
 from sparsemm.models import family_of
 from sparsemm.models.family import open_image
 from sparsemm.models.geometry import ImageLayout

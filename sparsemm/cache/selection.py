@@ -1,0 +1,226 @@
+"""Which prompt rows each kv head keeps: SnapKV's scoring of positions, and the choice of rows (spec section 2).
+
+Rows reach `choose_rows` right-aligned: row list (b, h) occupies the columns `starts[b, h] ..` to the last one. The host
+knows the number of rows kept for every method whose budgets depend on the prompt length only, and their sum under AdaKV
+with `exact` rounding, so no device is waited for in a first prompt (AdaKV with `paper` rounding waits once a layer).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import LongTensor, Tensor
+from torch.nn.functional import avg_pool1d, pad
+
+import sparsemm.ops  # noqa: F401  (defines torch.ops.sparsemm)
+from sparsemm.config import CompressionConfig
+from sparsemm.methods import Settings
+from sparsemm.plan import Plan
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """The rows that one layer keeps, as ragged lists: all of (batch row 0, kv head 0), then of (0, 1), ...
+
+    Attributes:
+        positions: int32 `[total]`, columns of the keys, ascending in each list.
+        kept: int32 `[batch, num_kv_heads]`, rows of each list.
+        cu_kept: int32 `[batch * num_kv_heads + 1]`, where each list begins in `positions`.
+        total: All rows, known to the host.
+    """
+
+    positions: Tensor
+    kept: Tensor
+    cu_kept: Tensor
+    total: int
+
+
+def pooled_window_scores(
+    settings: Settings, query: Tensor, key: Tensor, starts: Tensor, num_queries: Tensor, columns: int
+) -> Tensor:
+    """SnapKV's score of the `columns` before the window: float32 `[batch, num_kv_heads, columns]`.
+
+    Attention of the last queries, averaged over them and over the query heads of each kv head, then average-pooled with
+    zero padding counted in the mean. Arguments as in `sparsemm.methods.method.PositionScorer`.
+    """
+    scores = torch.ops.sparsemm.window_scores(query, key, starts, num_queries, query.shape[-1] ** -0.5)
+    if columns == 0:
+        return scores[..., :0]
+    # Window columns are cut off first: pooling must not let them leak into the scores of their neighbours. Padding
+    # columns hold 0, as pooling's own padding does, so a padded prompt scores as it does alone.
+    return avg_pool1d(scores[..., :columns], settings.kernel_size, stride=1, padding=settings.kernel_size // 2)
+
+
+def choose_rows(
+    plan: Plan,
+    layer_idx: int,
+    query: Tensor,
+    key: Tensor,
+    *,
+    starts: Tensor,
+    num_queries: Tensor,
+    prompt_lengths: list[int],
+) -> KeptRows:
+    """Choose the rows that one layer keeps.
+
+    Args:
+        plan: Method and model shape.
+        layer_idx: Which layer.
+        query: `[batch, num_query_heads, n, head_dim]`, the last n <= seq_len queries after RoPE.
+        key: `[batch, num_kv_heads, seq_len, head_dim]` after RoPE, valid rows at the right end of each list.
+        starts: int32 `[batch, num_kv_heads]` on the CPU, the first valid column of each list.
+        num_queries: int32 `[batch]` on the CPU, how many of the n queries are valid (the last ones).
+        prompt_lengths: Valid tokens seen of each sequence, which the budgets are computed for. More than a list holds
+            when earlier turns dropped rows: a head keeps what its budget allows of the rows it has.
+    """
+    config, method = plan.config, plan.method
+    seq_len, device = key.shape[2], key.device
+    window = min(config.window_size, seq_len)
+    available = seq_len - starts.long()
+    if method.layer_budgets is not None and not all(_covered(config, length) for length in prompt_lengths):
+        return _choose_by_scores(plan, query, key, starts, num_queries, prompt_lengths)
+
+    if method.layer_budgets is not None:
+        kept = available
+    else:
+        budgets = torch.stack([plan.budgets(length)[layer_idx] for length in prompt_lengths])
+        kept = torch.minimum(torch.maximum(budgets, available.clamp(max=window)), available)
+    beyond_window = kept - available.clamp(max=window)
+    cu_kept = pad(kept.flatten().cumsum(0), (1, 0))
+    total = int(cu_kept[-1])
+    on_device = _upload(device, kept, cu_kept, starts, beyond_window, num_queries)
+    kept_device, cu_kept_device, starts_device, counts_device, num_queries_device = on_device
+    if bool(((beyond_window == 0) | (kept == available)).all()):  # every list keeps its last rows: nothing to rank
+        first = seq_len - kept_device.flatten() - cu_kept_device[:-1]
+        positions = torch.arange(total, dtype=torch.int32, device=device)
+        positions += first.repeat_interleave(kept_device.flatten(), output_size=total)
+        return KeptRows(positions, kept_device, cu_kept_device, total)
+    scorer = method.score_positions or pooled_window_scores
+    scores = scorer(config, query, key, starts_device, num_queries_device, seq_len - window)
+    positions = _select(scores, starts_device, counts_device, window, cu_kept_device, total)
+    return KeptRows(positions, kept_device, cu_kept_device, total)
+
+
+def take_columns(states: Tensor, order: Tensor) -> Tensor:
+    """`states` `[batch, heads, columns, head_dim]` with each batch row's columns in `order`, int64 `[batch, n]`."""
+    return states.gather(2, order[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+
+
+def select_positions(
+    query: Tensor,
+    key: Tensor,
+    config: CompressionConfig,
+    *,
+    layer_idx: int,
+    num_layers: int,
+    attention_mask: Tensor | None = None,
+) -> list[list[LongTensor]]:
+    """The prompt positions that each kv head of one layer keeps.
+
+    Args:
+        query: `[batch, num_query_heads, seq_len, head_dim]` after RoPE, any floating dtype.
+        key: `[batch, num_kv_heads, seq_len, head_dim]` after RoPE.
+        config: Method, budget and their settings.
+        layer_idx: Which of the `num_layers` layers the tensors belong to.
+        num_layers: Layers of the language model.
+        attention_mask: `[batch, seq_len]`, 1 = valid; padding may lie anywhere. None: every column is valid.
+
+    Returns:
+        Per batch row, per kv head: sorted int64 columns of the given tensors. Padding columns are never among them.
+
+    Raises:
+        ValueError: The tensors do not belong together.
+        HeadScoreError: The head scores do not fit `num_layers` and the query heads.
+    """
+    _check_states(query, key, layer_idx, num_layers, attention_mask)
+    batch, num_query_heads, seq_len, _ = query.shape
+    num_kv_heads = key.shape[1]
+    order = None
+    lengths = torch.full((batch,), seq_len)
+    if attention_mask is not None:
+        valid = attention_mask.to(key.device) != 0
+        lengths = valid.sum(1).cpu()
+        order = valid.int().argsort(dim=1, stable=True)  # padding to the left, valid columns in their order
+        query, key = (take_columns(states, order) for states in (query, key))
+    plan = Plan(config, num_layers, num_query_heads, num_kv_heads)
+    window = min(config.window_size, seq_len)
+    rows = choose_rows(
+        plan,
+        layer_idx,
+        query[:, :, seq_len - window :],
+        key,
+        starts=(seq_len - lengths).int()[:, None].expand(-1, num_kv_heads),
+        num_queries=lengths.clamp(max=window).int(),
+        prompt_lengths=lengths.tolist(),
+    )
+    lists = list(rows.positions.long().split(rows.kept.flatten().tolist()))
+    if order is not None:
+        lists = [order[index // num_kv_heads, positions] for index, positions in enumerate(lists)]
+    return [lists[row * num_kv_heads : (row + 1) * num_kv_heads] for row in range(batch)]
+
+
+def _choose_by_scores(
+    plan: Plan, query: Tensor, key: Tensor, starts: Tensor, num_queries: Tensor, prompt_lengths: list[int]
+) -> KeptRows:
+    """`choose_rows` for methods whose budgets depend on the scores of the layer (AdaKV)."""
+    config, method = plan.config, plan.method
+    num_kv_heads, seq_len, device = key.shape[1], key.shape[2], key.device
+    window = min(config.window_size, seq_len)
+    available = seq_len - starts
+    covered = torch.tensor([_covered(config, length) for length in prompt_lengths])[:, None].expand_as(starts)
+    starts_device, available_device, covered_device, num_queries_device = _upload(
+        device, starts, available, covered, num_queries
+    )
+    scorer = method.score_positions or pooled_window_scores
+    columns = seq_len - window
+    scores = scorer(config, query, key, starts_device, num_queries_device, columns)
+    valid = torch.arange(columns, device=device) >= starts_device[..., None]
+    in_window = available_device.clamp(max=window)
+    beyond_window = torch.minimum(method.layer_budgets(config, scores, valid).int(), available_device - in_window)
+    beyond_window = torch.where(covered_device.bool(), available_device - in_window, beyond_window)
+    kept = beyond_window + in_window
+    cu_kept = pad(kept.flatten().cumsum(0, dtype=torch.int32), (1, 0))
+    everything_there = torch.equal(available, torch.tensor(prompt_lengths)[:, None].expand_as(available).int())
+    if config.rounding == "exact" and everything_there:
+        total = num_kv_heads * sum(min(config.budget, length) for length in prompt_lengths)
+    else:
+        total = int(cu_kept[-1])
+    positions = _select(scores, starts_device, beyond_window, window, cu_kept, total)
+    return KeptRows(positions, kept, cu_kept, total)
+
+
+def _covered(config: CompressionConfig, prompt_length: int) -> bool:
+    """Whether a layer-wise method leaves such a prompt uncompressed (spec section 3; `paper` jumps at the budget)."""
+    if config.rounding == "paper":
+        return config.budget > prompt_length
+    return config.budget >= prompt_length
+
+
+def _select(scores: Tensor, starts: Tensor, counts: Tensor, window: int, cu_kept: Tensor, total: int) -> Tensor:
+    flat = scores.reshape(-1, scores.shape[-1])
+    return torch.ops.sparsemm.select_rows(flat, starts.flatten(), counts.flatten(), window, cu_kept, total)
+
+
+def _upload(device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    """The tensors as int32 on `device`, moved in one piece and without waiting for it."""
+    packed = torch.cat([tensor.flatten().int() for tensor in tensors]).to(device, non_blocking=True)
+    pieces = packed.split([tensor.numel() for tensor in tensors])
+    return [piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+
+
+def _check_states(query: Tensor, key: Tensor, layer_idx: int, num_layers: int, attention_mask: Tensor | None) -> None:
+    if query.dim() != 4 or key.dim() != 4:
+        raise ValueError(
+            f"query must be [B, Hq, T, D] and key [B, Hkv, T, D], got {list(query.shape)} and {list(key.shape)}"
+        )
+    (batch, num_query_heads, seq_len, head_dim), num_kv_heads = query.shape, key.shape[1]
+    if key.shape != (batch, num_kv_heads, seq_len, head_dim) or num_kv_heads == 0 or num_query_heads % num_kv_heads:
+        raise ValueError(
+            f"query {list(query.shape)} and key {list(key.shape)} differ in batch, length or head_dim, or query heads "
+            "do not divide among kv heads"
+        )
+    if not 0 <= layer_idx < num_layers:
+        raise ValueError(f"layer_idx={layer_idx} is not one of num_layers={num_layers} layers")
+    if attention_mask is not None and tuple(attention_mask.shape) != (batch, seq_len):
+        raise ValueError(f"attention_mask must be [{batch}, {seq_len}], got {list(attention_mask.shape)}")

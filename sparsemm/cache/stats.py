@@ -1,0 +1,71 @@
+"""The figures that a cache leaves behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import LongTensor, Tensor
+
+from sparsemm.errors import CacheError
+from sparsemm.plan import Plan
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a cache kept of its prompts, read by `PatchHandle.stats`.
+
+    Attributes:
+        prompt_tokens: Valid prompt tokens of each sequence.
+        kept_rows: LongTensor `[batch, num_layers, num_kv_heads]`, prompt rows kept, without generated rows or slack.
+        nominal_budget: The budget asked for; None for methods that keep every row.
+        effective_budgets: Kept prompt rows / (L * Hkv), per sequence.
+        cache_bytes: Bytes held now: rows, slack and index tensors.
+        full_cache_bytes: Bytes of the keys and values of all tokens seen so far, padding excluded.
+    """
+
+    method: str
+    rounding: str
+    prompt_tokens: list[int]
+    kept_rows: LongTensor
+    nominal_budget: int | None
+    effective_budgets: list[float]
+    cache_bytes: int
+    full_cache_bytes: int
+
+    @property
+    def effective_budget(self) -> float:
+        """Mean of `effective_budgets` over the sequences."""
+        return sum(self.effective_budgets) / len(self.effective_budgets)
+
+
+@dataclass
+class CacheRecord:
+    """The figures behind `CacheStats`. Outlives its cache, holds none of the buffers."""
+
+    plan: Plan
+    prompt_tokens: list[int] = field(default_factory=list)
+    kept: dict[int, Tensor] = field(default_factory=dict)  # layer -> int32 [batch, num_kv_heads], on its device
+    layer_bytes: dict[int, int] = field(default_factory=dict)
+    appended_rows: int = 0  # valid tokens behind the prompts, summed over the batch
+    row_bytes: int = 0  # one key row and one value row
+
+    def stats(self) -> CacheStats:
+        """Raises `CacheError` before a prompt has gone through all layers."""
+        plan = self.plan
+        if len(self.kept) < plan.num_layers:
+            raise CacheError("no prompt has been through the model yet; call generate, then read the statistics")
+        kept = torch.stack([self.kept[layer].long().cpu() for layer in range(plan.num_layers)], dim=1)
+        return CacheStats(
+            method=plan.config.method,
+            rounding=plan.config.rounding,
+            prompt_tokens=list(self.prompt_tokens),
+            kept_rows=kept,
+            nominal_budget=plan.config.budget if plan.method.compresses else None,
+            effective_budgets=kept.double().mean(dim=(1, 2)).tolist(),
+            cache_bytes=sum(self.layer_bytes.values()),
+            full_cache_bytes=(sum(self.prompt_tokens) + self.appended_rows)
+            * self.row_bytes
+            * plan.num_kv_heads
+            * plan.num_layers,
+        )

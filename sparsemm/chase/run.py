@@ -1,0 +1,182 @@
+"""The chase over many pages: shared among processes, resumable, one table of head scores (spec section 5)."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterable, Iterator, Sequence
+from operator import length_hint
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsemm.chase.matching import match_rule
+from sparsemm.chase.page import READ_PROMPT, Page, chase_page
+from sparsemm.errors import ConfigError, DataError
+from sparsemm.head_scores import HeadScores
+from sparsemm.models import family_of
+from sparsemm.models.identity import model_name_of, weights_digest
+from sparsemm.runs.journal import Journal, remove_journal
+from sparsemm.runs.processes import Workers, workers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+
+def chase(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    pages: Iterable[Page],
+    *,
+    match: str = "unique",
+    max_new_tokens: int = 1024,
+    prompt: str = READ_PROMPT,
+    part: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+    resume: bool = True,
+    model_name: str | None = None,
+    dataset: str | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+) -> HeadScores:
+    """Score every query head by how often it looks at the text being read (spec section 5).
+
+    For each page the model reads greedily. A generated token that belongs to one chunk gives 1/|I| to every head whose
+    largest attention weight, in the row that predicts the token, falls among the |I| image tokens of the chunk's box.
+    Sums are averaged over the images and normalised to 1.
+
+    Under `accelerate launch` (or torchrun) the processes share the pages; the result is that of one process.
+
+    Args:
+        model, processor: From `load_model`; the model is patched meanwhile (full cache) and restored afterwards.
+        pages: Pages in a fixed order. An image that cannot be read is logged, skipped and counted.
+        match: "unique" (the paper's) or "aligned"; see `sparsemm.chase.matching`.
+        max_new_tokens: At most so many tokens are read from a page.
+        prompt: What the model is asked.
+        part: Part of the image's tokens that counts; "high_res" (LLaVA-NeXT) and "grid" (Qwen2-VL) by default.
+        output: File of the result. Beside it, `<name>.images.jsonl` holds what each image gave, as soon as it is known.
+        resume: Continue from that file where there is one; False starts again.
+        model_name, dataset, seed: Provenance. The model's own name by default.
+        progress: Show a progress bar.
+
+    Returns:
+        Scores `[num_layers, num_query_heads]`, with their provenance; saved as `output` if given.
+
+    Raises:
+        ConfigError: Unknown match rule, `max_new_tokens` below 1, or several processes and no `output`.
+        DataError: The file to resume from is of another chase, or no page could be read.
+        HeadScoreError: No head scored at all.
+    """
+    find_chunks = match_rule(match)
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    family = family_of(model)
+    text_config = family.text_model(model).config
+    shape = (text_config.num_hidden_layers, text_config.num_attention_heads)
+    settings: dict[str, Any] = {
+        "model": model_name or model_name_of(model),
+        "weights": weights_digest(model),
+        "dataset": dataset,
+        "prompt": prompt,
+        "match_rule": match,
+        "image_part": part,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "num_kv_heads": text_config.num_key_value_heads,
+        "shape": list(shape),
+    }
+    us = workers()
+    if us.count > 1 and output is None:
+        raise ConfigError("several processes bring their pages together in files; give an output")
+    path = None if output is None else journal_path(output)
+    if path is not None and not resume:
+        if us.first:
+            remove_journal(path)
+        us.wait()
+    journal = Journal(path, settings, part=None if us.count == 1 else us.rank)
+    us.wait()  # nobody merges what another has yet to read
+    count = hits = 0
+    with journal, _progress(pages, us, progress) as bar:
+        for index, page in _remaining(pages, journal.records, us):
+            count = index + 1
+            if page is not None:
+                record = chase_page(
+                    model, processor, page, find_chunks, prompt=prompt, part=part, max_new_tokens=max_new_tokens
+                )
+                journal.append(index, record)
+            if us.owns(index):
+                hits += journal.records[index].get("hits", 0)
+                bar.set_postfix(hits=hits, refresh=False)
+                bar.update()
+    us.wait()
+    if us.first:
+        journal.merge()
+    us.wait()
+    journal.reread()
+    scores = _collect([journal.records[index] for index in range(count)], shape, settings)
+    if output is not None and us.first:
+        scores.save(output)
+    us.wait()
+    return scores
+
+
+def journal_path(output: str | os.PathLike[str]) -> Path:
+    """Where `chase` keeps what each image gave, beside its `output`."""
+    return Path(output).with_suffix(".images.jsonl")
+
+
+def _remaining(pages: Iterable[Page], done: dict[int, Any], us: Workers) -> Iterator[tuple[int, Page | None]]:
+    """Every page by number, None in place of the done ones and of those of other processes.
+
+    Pages that can be indexed are made only where they are to be read.
+    """
+    if isinstance(pages, Sequence):
+        for index in range(len(pages)):
+            yield index, None if index in done or not us.owns(index) else pages[index]
+    else:
+        for index, page in enumerate(pages):
+            yield index, None if index in done or not us.owns(index) else page
+
+
+def _collect(records: list[dict[str, Any]], shape: tuple[int, int], settings: dict[str, Any]) -> HeadScores:
+    read = [record for record in records if "skipped" not in record]
+    if not read:
+        raise DataError(f"none of {len(records)} pages could be read; see the log for the reasons")
+    total = torch.zeros(shape, dtype=torch.float64)
+    for record in read:
+        for layer, head, score in record["scores"]:
+            total[layer, head] += score
+    provenance = {
+        **{key: value for key, value in settings.items() if key != "shape"},
+        "num_images": len(read),
+        "num_skipped": len(records) - len(read),
+        "num_tokens": sum(record["tokens"] for record in read),
+        "num_matched": sum(record["matched"] for record in read),
+        "num_hits": sum(record["hits"] for record in read),
+        "versions": _versions(),
+    }
+    # HeadScores refuses a table of zeros: "chase again with more images".
+    mean = HeadScores(total / len(read))
+    return HeadScores(mean.normalised(), **provenance)
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    import sparsemm
+
+    return {
+        "sparsemm": sparsemm.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _progress(pages: Iterable[Page], us: Workers, show: bool) -> Any:
+    """A bar of this process's pages; of several processes the first one shows its own."""
+    from tqdm.auto import tqdm
+
+    total = -(-length_hint(pages) // us.count) or None
+    return tqdm(total=total, unit="image", desc="chase", disable=not (show and us.first))

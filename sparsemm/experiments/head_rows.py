@@ -1,0 +1,236 @@
+"""What the rows of single kv heads are worth: one head after the other keeps more or fewer, and the pages are read.
+
+The causal check of a budget rule, beside the masking experiment: masking takes a head away, this only takes (or gives)
+prompt rows. With the full cache and `rows` at the window it tells which heads live on the prompt; under a compressing
+method and `rows` at the mean budget, which heads the method starves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import LongTensor, Tensor, nn
+
+from sparsemm.config import CompressionConfig
+from sparsemm.errors import ConfigError, DataError
+from sparsemm.experiments.session import PageBatches, describe_head_scores, read, read_scores, reading_session
+from sparsemm.head_scores import HeadScores, rank_correlation
+from sparsemm.methods import METHODS, BudgetRequest, get_method, register_method
+from sparsemm.methods.method import ModelBudgetRule
+from sparsemm.models import family_of
+from sparsemm.runs.markdown import markdown_table
+from sparsemm.runs.results import Run, RunFile, environment
+
+if TYPE_CHECKING:
+    from sparsemm.documents import Page
+
+Head = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class HeadRowsRun(Run):
+    """What a model read with the rows of one kv head changed.
+
+    Attributes:
+        layer, head: The kv head; None in the run that changes nothing.
+        usual_rows: Prompt rows that the method keeps for it, mean over the pages.
+        rows: Prompt rows it got instead; a shorter prompt has no more than its length.
+        accuracy, exact_match, anls: Means over the pages, 0..1.
+        tasks: Accuracy on the pages of each task.
+    """
+
+    layer: int | None
+    head: int | None
+    usual_rows: float | None
+    rows: int | None
+    accuracy: float
+    exact_match: float
+    anls: float
+    tasks: dict[str, float]
+
+    @property
+    def key(self) -> tuple[int | None, int | None]:
+        return self.layer, self.head
+
+
+class HeadRowsResults(RunFile[HeadRowsRun]):
+    """The experiment: the run that changes nothing, then one per kv head."""
+
+    FORMAT = "sparsemm-head-rows"
+    SUBJECT = "a head-rows experiment"
+    RUN = HeadRowsRun
+
+    @property
+    def base(self) -> HeadRowsRun:
+        """The run that changes nothing. Raises `DataError` when there is none."""
+        found = self.find(None, None)
+        if found is None:
+            raise DataError("the results hold no run of the unchanged method")
+        return found
+
+
+def head_rows_experiment(
+    model: nn.Module,
+    processor: Any,
+    pages: Sequence[Page],
+    config: CompressionConfig,
+    *,
+    rows: int | None = None,
+    heads: Sequence[Head] | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 48,
+    output: str | Path | None = None,
+    fresh: bool = False,
+    model_name: str | None = None,
+    progress: bool = True,
+) -> HeadRowsResults:
+    """Read `pages` under `config`, then once for each kv head with the rows of that head changed.
+
+    AdaKV's budgets depend on the attention to each prompt: there every run, the first one too, has fixed budgets, the
+    mean of what AdaKV gave each head over the pages.
+
+    Args:
+        model, processor: From `sparsemm.load_model`; not patched.
+        pages: With `image`, `prompt`, `answer`, `task`, `num_words`.
+        config: Any method.
+        rows: Rows of the changed head; by default the window where all rows are kept, else the budget.
+        heads: (layer, kv head) pairs; by default all.
+        batch_size: Pages generated together.
+        max_new_tokens: Longest answer.
+        output: Result file (JSON), complete after every run; a later call does only what is missing.
+        fresh: Forget what `output` holds.
+        model_name: Written in the results.
+        progress: Show a progress bar.
+
+    Raises:
+        ConfigError: `rows` is smaller than the window, or a head is none of the model.
+        DataError: There is no page, or `output` holds another experiment.
+    """
+    text_config = family_of(model).text_model(model).config
+    shape = (text_config.num_hidden_layers, text_config.num_key_value_heads)
+    compresses = get_method(config.method).compresses
+    if rows is None:
+        rows = config.budget if compresses else config.window_size
+    if rows < config.window_size:
+        raise ConfigError(f"rows={rows} is smaller than window_size={config.window_size}, whose rows are always kept")
+    if heads is None:
+        heads = [(layer, head) for layer in range(shape[0]) for head in range(shape[1])]
+    for layer, head in heads:
+        if not (0 <= layer < shape[0] and 0 <= head < shape[1]):
+            raise ConfigError(f"kv head {layer}-{head} is none of the model's {shape[0]} layers of {shape[1]}")
+    batches = PageBatches.of(model, processor, pages, batch_size)
+    settings = {
+        **batches.settings(model, model_name, max_new_tokens),
+        "shape": list(shape),
+        "rows": rows,
+        "config": {name: value for name, value in config.to_dict().items() if name != "head_scores"},
+        "head_scores": describe_head_scores(config.head_scores),
+        "environment": environment(model.device),
+    }
+    results = HeadRowsResults.open(output, settings, fresh=fresh)
+    missing = [key for key in ((None, None), *heads) if results.find(*key) is None]
+    if not missing:
+        return results
+    with reading_session(model, batches, len(missing) + 1, progress=progress) as bar:
+        usual = _usual_rows(model, processor, batches, config, bar)
+        for key in missing:
+            changed = None if key == (None, None) else key
+            bar.set_description("as it is" if changed is None else f"kv head {key[0]}-{key[1]}")
+            with _changed_method(config, usual, changed, rows) as variant:
+                scores = read_scores(model, processor, batches, variant, max_new_tokens, bar)
+            given = (None, None) if changed is None else (float(usual[key]), rows)
+            results.add(HeadRowsRun(*key, *given, **scores))
+    return results
+
+
+def _usual_rows(model: nn.Module, processor: Any, batches: PageBatches, config: CompressionConfig, bar: Any) -> Tensor:
+    """Prompt rows that each kv head keeps, mean over the pages: float64 `[num_layers, num_kv_heads]`."""
+    kept = [reading.stats.kept_rows for reading in read(model, processor, batches, config, 1, bar)]
+    return torch.cat(kept).double().mean(0)
+
+
+@contextmanager
+def _changed_method(
+    config: CompressionConfig, usual: Tensor, changed: Head | None, rows: int
+) -> Iterator[CompressionConfig]:
+    """A configuration whose method keeps `rows` rows of one head and, of the others, what `config` keeps."""
+    usual_rule = _rule(config, usual)
+
+    def rule(request: BudgetRequest) -> LongTensor:
+        budgets = usual_rule(request).clone()
+        if changed is not None:
+            budgets[changed] = min(rows, request.prompt_length)
+        return budgets
+
+    method = dataclasses.replace(get_method(config.method), name="head_rows", model_budgets=rule, layer_budgets=None)
+    register_method(method)
+    try:
+        yield dataclasses.replace(config, method=method.name, budget=config.budget or config.window_size)
+    finally:
+        del METHODS[method.name]
+
+
+def _rule(config: CompressionConfig, usual: Tensor) -> ModelBudgetRule:
+    method = get_method(config.method)
+    if method.layer_budgets is None:
+        return lambda request: method.budgets(dataclasses.replace(request, settings=config))
+    fixed = usual.round().long()
+    return lambda request: fixed.clamp(max=request.prompt_length)
+
+
+def changes(results: HeadRowsResults, task: str | None = None) -> Tensor:
+    """Accuracy with a head's rows changed - accuracy as it is: float64 `[num_layers, num_kv_heads]`, NaN if not run.
+
+    Args:
+        results: From `head_rows_experiment`.
+        task: Only on the pages of this task.
+
+    Raises:
+        DataError: The run that changes nothing is missing, or the task is.
+    """
+    base = results.base
+    if task is not None and task not in base.tasks:
+        raise DataError(f"the results hold no run of task {task!r}")
+
+    def accuracy(run: HeadRowsRun) -> float:
+        return run.accuracy if task is None else run.tasks[task]
+
+    table = torch.full(results.settings["shape"], float("nan"), dtype=torch.float64)
+    for run in results.runs:
+        if run.layer is not None:
+            table[run.layer, run.head] = accuracy(run) - accuracy(base)
+    return table
+
+
+def format_head_rows(results: HeadRowsResults, head_scores: HeadScores | None = None, most: int = 10) -> str:
+    """A Markdown table of the heads whose rows change most, and how the changes go with the head scores."""
+    base = results.base
+    overall = changes(results)
+    tasks = list(base.tasks)
+    shares = None
+    if head_scores is not None:
+        shares = head_scores.to_kv_heads(overall.shape[1])
+        shares = shares / shares.sum()
+    header = ["kv head", "score", "rows", "accuracy", *(f"accuracy: {task}" for task in tasks)]
+    lines = [["as it is", "", "", f"{base.accuracy:.3f}", *(f"{base.tasks[task]:.3f}" for task in tasks)]]
+    runs = [run for run in results.runs if run.layer is not None]
+    runs.sort(key=lambda run: -max(abs(run.tasks[task] - base.tasks[task]) for task in tasks))
+    for run in runs[:most]:
+        score = "" if shares is None else f"{100 * shares[run.layer, run.head]:.1f} %"
+        cells = [run.accuracy - base.accuracy, *(run.tasks[task] - base.tasks[task] for task in tasks)]
+        rows = f"{run.usual_rows:.1f} to {run.rows}"
+        lines.append([f"{run.layer}-{run.head}", score, rows, *(f"{value:+.3f}" for value in cells)])
+    text = markdown_table(header, lines)
+    measured = ~overall.isnan()
+    for task in tasks if shares is not None and int(measured.sum()) > 2 else []:
+        sizes = changes(results, task)[measured].abs()
+        if sizes.std() > 0 and shares[measured].std() > 0:
+            found = rank_correlation(sizes, shares[measured])
+            text += f"\nrank correlation of the change with the head scores, {task}: {found:.2f}"
+    return text

@@ -1,0 +1,202 @@
+"""The masking experiment: how much a model still reads without its visual heads, and without random others (spec 6)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from sparsemm.config import CompressionConfig
+from sparsemm.errors import ConfigError
+from sparsemm.experiments.session import PageBatches, read_scores, reading_session
+from sparsemm.models import family_of
+from sparsemm.plan import Plan
+from sparsemm.runs.markdown import markdown_table
+from sparsemm.runs.metrics import METRICS
+from sparsemm.runs.results import Run, RunFile, environment
+
+if TYPE_CHECKING:
+    from sparsemm.documents import Page
+    from sparsemm.head_scores import HeadScores
+
+
+@dataclass(frozen=True)
+class MaskedRun(Run):
+    """What a model read with some heads masked.
+
+    Attributes:
+        kind: "none", "visual" (the highest scores) or "random" (seeded, outside of the visual ones).
+        num_heads: How many query heads were masked.
+        share: `num_heads` / all query heads.
+        seed: Of a random choice, else None.
+        accuracy, exact_match, anls: Means over the pages, 0..1.
+        tasks: Accuracy on the pages of each task.
+    """
+
+    kind: str
+    num_heads: int
+    share: float
+    seed: int | None
+    accuracy: float
+    exact_match: float
+    anls: float
+    tasks: dict[str, float]
+
+    @property
+    def key(self) -> tuple[str, int, int | None]:
+        return self.kind, self.num_heads, self.seed
+
+
+class MaskingResults(RunFile[MaskedRun]):
+    """A masking experiment: its runs, one per choice of heads."""
+
+    FORMAT = "sparsemm-masking"
+    SUBJECT = "a masking experiment"
+    RUN = MaskedRun
+
+
+def heads_of_shares(shares: Sequence[float], num_heads: int) -> list[int]:
+    """Whole numbers of heads for shares between 0 and 1, rounded down as `mask_ratio` is; doubles once."""
+    for share in shares:
+        if not 0.0 <= share <= 1.0:
+            raise ConfigError(f"share {share} of heads must lie between 0 and 1")
+    return list(dict.fromkeys(int(share * num_heads + 1e-9) for share in shares))
+
+
+def masking_experiment(
+    model: nn.Module,
+    processor: Any,
+    pages: Sequence[Page],
+    head_scores: HeadScores,
+    *,
+    num_heads: Sequence[int] = (0, 1, 2, 3, 4, 6, 8),
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    mask_mode: str = "zero_query",
+    batch_size: int = 16,
+    max_new_tokens: int = 48,
+    output: str | Path | None = None,
+    fresh: bool = False,
+    model_name: str | None = None,
+    progress: bool = True,
+) -> list[MaskedRun]:
+    """Read `pages` with the highest-scoring heads masked, and with as many random other ones for each seed.
+
+    Args:
+        model, processor: From `sparsemm.load_model`; not patched.
+        pages: With `image`, `prompt`, `answer`, `task`; not those that the scores were chased on.
+        head_scores: Of this model.
+        num_heads: How many heads to mask, in turn.
+        seeds: Of the random choices.
+        mask_mode: "zero_query" or "zero_output".
+        batch_size: Pages generated together.
+        max_new_tokens: Longest answer.
+        output: Result file (JSON), complete after every run; a later call does only what is missing.
+        fresh: Forget what `output` holds.
+        model_name: Written in the results.
+        progress: Show a progress bar.
+
+    Raises:
+        ConfigError: A number of heads cannot be masked, or at random outside of the visual ones.
+        DataError: There is no page, or `output` holds another experiment.
+    """
+    head_scores.check_shape(*_shape(model))
+    configs = _configs(head_scores, num_heads, seeds, mask_mode)
+    batches = PageBatches.of(model, processor, pages, batch_size)
+    settings = {
+        **batches.settings(model, model_name, max_new_tokens),
+        "head_scores": head_scores.describe(),
+        "mask_mode": mask_mode,
+        "environment": environment(model.device),
+    }
+    results = MaskingResults.open(output, settings, fresh=fresh)
+    missing = [key for key in configs if results.find(*key) is None]
+    with reading_session(model, batches, len(missing), progress=progress) as bar:
+        for key in missing:
+            bar.set_description(f"{key[0]} {key[1]}")
+            scores = read_scores(model, processor, batches, configs[key], max_new_tokens, bar)
+            kind, count, seed = key
+            results.add(MaskedRun(kind, count, count / head_scores.values.numel(), seed, **scores))
+    return [results.find(*key) for key in configs]
+
+
+def _shape(model: nn.Module) -> tuple[int, int]:
+    config = family_of(model).text_model(model).config
+    return config.num_hidden_layers, config.num_attention_heads
+
+
+def _configs(
+    head_scores: HeadScores, num_heads: Sequence[int], seeds: Sequence[int], mask_mode: str
+) -> dict[tuple[str, int, int | None], CompressionConfig]:
+    """The configuration of every run; impossible ones are errors before anything is read."""
+    total = head_scores.values.numel()
+    configs: dict[tuple[str, int, int | None], CompressionConfig] = {}
+    for count in dict.fromkeys(num_heads):
+        if not 0 <= count <= total:
+            raise ConfigError(f"{count} heads cannot be masked, the model has {total}")
+        common: dict[str, Any] = dict(
+            budget=None, head_scores=head_scores, mask_ratio=count / total, mask_mode=mask_mode
+        )
+        if count == 0:
+            configs["none", 0, None] = CompressionConfig(method="mask", **common)
+            continue
+        configs["visual", count, None] = CompressionConfig(method="mask", **common)
+        for seed in seeds:
+            configs["random", count, seed] = CompressionConfig(method="mask_random", seed=seed, **common)
+    for (_, count, _), config in configs.items():
+        masked = Plan(config, *head_scores.values.shape, num_kv_heads=1).masked_heads
+        if int(masked.sum()) != count:
+            raise ConfigError(f"{int(masked.sum())} heads are masked where {count} were asked for")
+    return configs
+
+
+def summarise(runs: Sequence[MaskedRun], metric: str = "accuracy") -> list[dict[str, Any]]:
+    """One row per number of heads: `num_heads`, `share`, `visual`, and of random heads `mean`, `std`, `low`, `high`.
+
+    With no head masked, both sides are the whole model. `std` is the sample's (0 of a single seed).
+
+    Raises:
+        ConfigError: The metric is unknown.
+    """
+    if metric not in METRICS:
+        raise ConfigError(f"metric={metric!r} is unknown; use one of {', '.join(METRICS)}")
+    rows = []
+    for count in sorted({run.num_heads for run in runs}):
+        mine = [run for run in runs if run.num_heads == count]
+        visual = [getattr(run, metric) for run in mine if run.kind in ("none", "visual")]
+        drawn = [getattr(run, metric) for run in mine if run.kind in ("none", "random")]
+        rows.append(
+            {
+                "num_heads": count,
+                "share": mine[0].share,
+                "visual": visual[0] if visual else None,
+                "mean": statistics.fmean(drawn) if drawn else None,
+                "std": statistics.stdev(drawn) if len(drawn) > 1 else 0.0,
+                "low": min(drawn, default=None),
+                "high": max(drawn, default=None),
+                "seeds": sum(run.kind == "random" for run in mine),
+            }
+        )
+    return rows
+
+
+def format_masking(runs: Sequence[MaskedRun]) -> str:
+    """A Markdown table, one row per number of masked heads: accuracy and exact match, visual against random heads."""
+    accuracy, exact = summarise(runs), summarise(runs, "exact_match")
+    names = ("heads masked", "share", "visual: accuracy", "random: accuracy", "random: range", "visual: exact")
+    header = [*names, "random: exact"]
+    rows = []
+    for row, other in zip(accuracy, exact, strict=True):
+        drawn, span = "", ""
+        if row["mean"] is not None:
+            drawn, span = f"{row['mean']:.3f} ± {row['std']:.3f}", f"{row['low']:.3f}–{row['high']:.3f}"
+        figures = [str(row["num_heads"]), f"{100 * row['share']:.1f} %", _number(row["visual"]), drawn, span]
+        rows.append([*figures, _number(other["visual"]), _number(other["mean"])])
+    return markdown_table(header, rows, left=0)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -1,0 +1,171 @@
+"""The table and the plot of an evaluation."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from sparsemm.errors import DataError
+from sparsemm.io import write_bytes_atomic
+from sparsemm.runs.markdown import markdown_table
+from sparsemm.runs.results import Cell, Results
+
+# Okabe and Ito's palette, distinguishable with every kind of colour vision; a marker each for print without colour.
+STYLES = {
+    "sparsemm": ("#D55E00", "o"),
+    "snapkv": ("#0072B2", "s"),
+    "pyramidkv": ("#009E73", "^"),
+    "adakv": ("#CC79A7", "D"),
+    "random": ("#7A7A7A", "v"),
+}
+_OTHER_STYLES = (("#E69F00", "P"), ("#56B4E9", "X"), ("#000000", "*"))
+LABELS = {
+    "sparsemm": "SparseMM",
+    "snapkv": "SnapKV",
+    "pyramidkv": "PyramidKV",
+    "adakv": "AdaKV",
+    "random": "Random heads",
+    "fullkv": "Full cache",
+    "mask": "Visual heads masked",
+    "mask_random": "Random heads masked",
+}
+_METRIC_LABELS = {"accuracy": "Character accuracy", "exact_match": "Exact match", "anls": "ANLS"}
+
+
+def _tasks(cells: list[Cell]) -> list[str]:
+    """Names of the whole tasks, without their parts by number of words."""
+    return sorted({name for cell in cells for name in cell.groups if "/" not in name}, reverse=True)
+
+
+def _rows(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
+    tasks = _tasks(cells)
+    header = ["method", "budget", "effective", "accuracy", "exact match", "ANLS"]
+    header += [f"accuracy: {task}" for task in tasks] if len(tasks) > 1 else []
+    header += ["cache bytes", "% of full", "ms/token"]
+    rows = []
+    for cell in cells:
+        row = [cell.method, "-" if cell.nominal_budget is None else str(cell.nominal_budget)]
+        row += [f"{cell.effective_budget:.2f}", f"{cell.accuracy:.3f}", f"{cell.exact_match:.3f}", f"{cell.anls:.3f}"]
+        if len(tasks) > 1:
+            row += [f"{cell.groups[task]['accuracy']:.3f}" if task in cell.groups else "" for task in tasks]
+        row += [f"{cell.cache_bytes:,.0f}", f"{100 * cell.cache_share:.1f}"]
+        row += ["" if cell.ms_per_token is None else f"{cell.ms_per_token:.2f}"]
+        rows.append(row)
+    return header, rows
+
+
+def format_table(cells: list[Cell]) -> str:
+    """A Markdown table: one row per cell.
+
+    Budgets are prompt rows per kv head; bytes are those of one document's cache at its end (prompt rows, generated rows
+    and slack), beside the share of what all its tokens' keys and values take; ms/token is one decoding step of a batch.
+
+    Raises:
+        DataError: There is no cell.
+    """
+    if not cells:
+        raise DataError("there is no result to show; run the evaluation first")
+    header, rows = _rows(cells)
+    return markdown_table(header, rows)
+
+
+def describe(results: Results) -> str:
+    """One paragraph on what the table was measured with."""
+    settings, options = results.settings, results.settings.get("options", {})
+    place = results.cells[-1].environment if results.cells else {}
+    return (
+        f"{settings['model']}, {settings['documents']} held-out documents, batches of {settings['batch_size']}, "
+        f"{settings['dtype']} on {place.get('hardware', settings['device'])} ({place.get('threads', '?')} threads); "
+        f"window {options.get('window_size')}, ratio {options.get('ratio')}, {options.get('rounding')} rounding, "
+        f"seed {options.get('seed')}; cache bytes with room for {settings['max_new_tokens']} generated tokens; "
+        f"torch {place.get('torch')}, transformers {place.get('transformers')}."
+    )
+
+
+def plot_accuracy(
+    cells: list[Cell], path: str | Path, *, metric: str = "accuracy", task: str | None = None, title: str | None = None
+) -> None:
+    """Draw a metric against the budget: one line a method, methods that keep every row as horizontal lines.
+
+    Args:
+        cells: Cells of one evaluation.
+        path: Image file; its ending chooses the format (png, svg, pdf).
+        metric: `accuracy`, `exact_match` or `anls`.
+        task: Only the documents of that group; by default all.
+        title: Above the axes.
+
+    Raises:
+        DataError: No cell has a budget, or the metric, group or file ending is unknown.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    if metric not in _METRIC_LABELS:
+        raise DataError(f"metric={metric!r} is unknown; use one of {', '.join(_METRIC_LABELS)}")
+    lines: dict[str, list[tuple[int, float]]] = {}
+    levels: dict[str, float] = {}
+    for cell in cells:
+        if task is not None and task not in cell.groups:
+            raise DataError(f"task={task!r} is not in the results; use one of {', '.join(cell.groups)}")
+        value = cell.groups[task][metric] if task else getattr(cell, metric)
+        if cell.nominal_budget is None:
+            levels[cell.method] = value
+        else:
+            lines.setdefault(cell.method, []).append((cell.nominal_budget, value))
+    if not lines:
+        raise DataError("no result has a budget, so there is nothing to draw a line through")
+
+    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if "fullkv" in levels:
+        axes.axhline(levels["fullkv"], color="black", linestyle="--", linewidth=1.4, label=LABELS["fullkv"])
+    others = iter(_OTHER_STYLES * len(lines))
+    for method in sorted(lines, key=lambda name: list(STYLES).index(name) if name in STYLES else len(STYLES)):
+        points = sorted(lines[method])
+        colour, marker = STYLES[method] if method in STYLES else next(others)
+        own = method == "sparsemm"
+        axes.plot(
+            [budget for budget, _ in points],
+            [value for _, value in points],
+            color=colour,
+            marker=marker,
+            markersize=6 if own else 5,
+            linewidth=2.4 if own else 1.5,
+            zorder=3 if own else 2,
+            label=LABELS.get(method, method),
+        )
+    for method, dashes in (("mask_random", (1, 1.5)), ("mask", (4, 1.5, 1, 1.5))):
+        if method in levels:
+            axes.axhline(levels[method], color="#56B4E9", dashes=dashes, linewidth=1.4, label=LABELS[method])
+    budgets = sorted({budget for points in lines.values() for budget, _ in points})
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(_apart(budgets)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("Budget (prompt rows kept per kv head)")
+    axes.set_ylabel(_METRIC_LABELS[metric] + (f" ({task})" if task else ""))
+    axes.grid(color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if title:
+        axes.set_title(title, fontsize=11)
+    # Beside the axes, so that it covers no line whatever the data.
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
+
+    ending = Path(path).suffix.lstrip(".").lower()
+    if ending not in canvas.get_supported_filetypes():
+        raise DataError(f"{path} does not end in an image format; use .png, .svg or .pdf")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=ending)
+    write_bytes_atomic(path, buffer.getvalue())
+
+
+def _apart(budgets: list[int]) -> list[int]:
+    """Those budgets whose labels do not run into one another on a logarithmic axis: a factor of 1.25 apart."""
+    chosen: list[int] = []
+    for budget in budgets:
+        if not chosen or budget >= 1.25 * chosen[-1]:
+            chosen.append(budget)
+    return chosen

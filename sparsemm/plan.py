@@ -1,0 +1,130 @@
+"""One plan from a configuration and a model's shape: head scores, masked heads, budgets by prompt length.
+
+Everything that the method table and the score files have to say is asked here, once; attention and cache are handed
+the answers.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import BoolTensor, LongTensor
+
+from sparsemm.config import CompressionConfig
+from sparsemm.errors import ConfigError
+from sparsemm.head_scores import HeadScores
+from sparsemm.methods import BudgetRequest, Method, get_method
+
+GROWTH_ROWS = 64
+"""Slots behind every head's prompt rows, and the least number that a full cache grows by."""
+
+_REMEMBERED_LENGTHS = 1024  # a long evaluation meets many prompt lengths; none is worth keeping for ever
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every cache of one patched model has in common.
+
+    Args:
+        config: Method and settings; its score file is read, and random scores drawn, when the plan is made.
+        num_layers, num_query_heads, num_kv_heads: Shape of the language model.
+        head_dim: Size of a key or value row; None where no cache is made from the plan.
+        reserve: Slots allocated behind the prompt rows of every head.
+        decode_backend: Who attends to the ragged rows, a name of `sparsemm.ops.backends.BACKENDS`.
+
+    Attributes:
+        method: The row of the method table.
+        head_scores: Given, drawn from the seed, or None where the method needs none. The draw, uniform
+            `[num_layers, num_query_heads]`, depends on the seed and the shape only.
+        masked_heads: bool `[num_layers, num_query_heads]`, True for the query heads that the method masks (spec
+            section 6).
+
+    Raises:
+        ConfigError: A size is out of range, or more heads are to be masked than there are.
+        HeadScoreError: The scores do not fit the model, or their file cannot be used.
+    """
+
+    config: CompressionConfig
+    num_layers: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int | None = None
+    reserve: int = GROWTH_ROWS
+    decode_backend: str = "auto"
+    method: Method = field(init=False)
+    head_scores: HeadScores | None = field(init=False)
+    masked_heads: BoolTensor = field(init=False, repr=False, compare=False)
+    _budgets: dict[int, LongTensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_kv_heads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_query_heads < 1 or self.num_query_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_query_heads={self.num_query_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
+            )
+        shape = (self.num_layers, self.num_query_heads)
+        method = get_method(self.config.method)
+        head_scores = _head_scores(self.config, method, shape)
+        masked = torch.zeros(shape, dtype=torch.bool)
+        if method.masked_heads is not None:
+            masked = method.masked_heads(self.config, head_scores)
+        for name, value in {"method": method, "head_scores": head_scores, "masked_heads": masked}.items():
+            object.__setattr__(self, name, value)
+
+    def budgets(self, prompt_length: int) -> LongTensor:
+        """Rows per head `[num_layers, num_kv_heads]`, window included, for so many valid tokens.
+
+        Raises `ConfigError` for a negative length, and for methods whose budgets depend on the attention scores.
+        """
+        if prompt_length < 0:
+            raise ConfigError(f"prompt_length={prompt_length} is negative; give the number of valid prompt tokens")
+        if prompt_length not in self._budgets:
+            if len(self._budgets) >= _REMEMBERED_LENGTHS:
+                self._budgets.clear()
+            shape = (self.num_layers, self.num_query_heads, self.num_kv_heads)
+            request = BudgetRequest(self.config, *shape, prompt_length, self.head_scores)
+            self._budgets[prompt_length] = self.method.budgets(request)
+        return self._budgets[prompt_length]
+
+    def with_reserve(self, reserve: int) -> Plan:
+        """The same plan with other slack; nothing is resolved again, and the budgets computed so far are shared."""
+        plan = copy.copy(self)
+        object.__setattr__(plan, "reserve", reserve)
+        return plan
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        return self  # immutable, shared by copies of a cache
+
+
+def head_budgets(
+    config: CompressionConfig, *, num_layers: int, num_query_heads: int, num_kv_heads: int, prompt_length: int
+) -> LongTensor:
+    """Rows that each kv head keeps of a prompt, window included: int64 `[num_layers, num_kv_heads]`.
+
+    Args:
+        config: Method, budget, rounding and their settings; names the head scores, or the seed that draws them.
+        num_layers, num_query_heads, num_kv_heads: Shape of the language model.
+        prompt_length: Valid tokens of the prompt, padding excluded.
+
+    Raises:
+        ConfigError: The method's budgets depend on attention scores (`adakv`), or a size is out of range.
+        HeadScoreError: The head scores do not fit the model.
+    """
+    return Plan(config, num_layers, num_query_heads, num_kv_heads).budgets(prompt_length).clone()
+
+
+def _head_scores(config: CompressionConfig, method: Method, shape: tuple[int, int]) -> HeadScores | None:
+    if method.head_scores == "none":
+        return None
+    if method.head_scores == "random":
+        generator = torch.Generator().manual_seed(config.seed)
+        drawn = torch.rand(shape, generator=generator, dtype=torch.float64)
+        return HeadScores(drawn, source="seeded uniform draw", seed=config.seed)
+    scores = config.head_scores if isinstance(config.head_scores, HeadScores) else HeadScores.load(config.head_scores)
+    scores.check_shape(*shape)
+    return scores

@@ -1,0 +1,213 @@
+"""Result files of experiments, complete after every run; those of an evaluation, one cell per method and budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from sparsemm.errors import DataError
+from sparsemm.io import read_json, write_json_atomic
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True)
+class Run:
+    """One finished run of an experiment; its fields are JSON values."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells a run from the others of its file."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`. Raises `DataError` when a field is missing."""
+        names = [each.name for each in dataclasses.fields(cls)]
+        try:
+            return cls(**{name: values[name] for name in names})
+        except KeyError as error:
+            raise DataError(f"a result lacks {error}; delete the file or run again with --fresh") from None
+
+
+AnyRun = TypeVar("AnyRun", bound=Run)
+
+
+@dataclass
+class RunFile(Generic[AnyRun]):
+    """The settings that all runs of an experiment share, and the runs finished so far.
+
+    Attributes:
+        settings: JSON values. Runs are only ever added to a file of the same settings; "environment" may differ.
+        runs: In the order they were finished.
+        path: Where `add` writes; None keeps the results in memory.
+    """
+
+    FORMAT: ClassVar[str]
+    VERSION: ClassVar[int] = 1
+    SUBJECT: ClassVar[str]
+    RUN: ClassVar[type[Run]]
+    LISTED: ClassVar[str] = "runs"
+
+    settings: dict[str, Any]
+    runs: list[AnyRun] = field(default_factory=list)
+    path: Path | None = None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a result file. Raises `DataError` when it is missing or is no such file."""
+        document = read_json(path)
+        if not isinstance(document, dict) or document.get("format") != cls.FORMAT:
+            raise DataError(f"{path} is no result file of {cls.SUBJECT}; choose another path")
+        if document.get("version") != cls.VERSION:
+            raise DataError(
+                f"{path} has format version {document.get('version')!r}, not {cls.VERSION}; run again with --fresh"
+            )
+        runs = [cls.RUN.from_dict(values) for values in document[cls.LISTED]]
+        return cls(document["settings"], runs, Path(path))
+
+    @classmethod
+    def open(cls, path: str | Path | None, settings: dict[str, Any], *, fresh: bool = False) -> Self:
+        """Continue the file at `path`, or start one.
+
+        Raises:
+            DataError: The file holds results of other settings, and `fresh` is off.
+        """
+        if path is None:
+            return cls(settings)
+        target = Path(path)
+        if fresh or not target.exists():
+            return cls(settings, path=target)
+        found = cls.load(target)
+        differences = [
+            f"{name}: {found.settings.get(name)!r} there, {settings.get(name)!r} here"
+            for name in sorted({*settings, *found.settings} - {"environment"})
+            if found.settings.get(name) != settings.get(name)
+        ]
+        if differences:
+            raise DataError(
+                f"{target} holds results of other settings ({'; '.join(differences)}); "
+                "choose another output, or start over with --fresh"
+            )
+        return found
+
+    def find(self, *key: Any) -> AnyRun | None:
+        """The finished run of that key, if there is one."""
+        return next((run for run in self.runs if run.key == key), None)
+
+    def add(self, run: AnyRun) -> None:
+        """Append a finished run and write the whole file at once."""
+        self.runs.append(run)
+        if self.path is not None:
+            write_json_atomic(self.path, self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        runs = [run.to_dict() for run in self.runs]
+        return {"format": self.FORMAT, "version": self.VERSION, "settings": self.settings, self.LISTED: runs}
+
+
+@dataclass(frozen=True)
+class Cell(Run):
+    """What one method reached at one budget.
+
+    Attributes:
+        method: Name of the method.
+        nominal_budget: The budget asked for, in rows per kv head; None for methods that keep every row.
+        effective_budget: Prompt rows really kept / (layers * kv heads), mean over the documents.
+        prompt_tokens: Prompt length in tokens, mean over the documents.
+        documents: Number of documents.
+        accuracy, exact_match, anls: Means over the documents, between 0 and 1 (`sparsemm.runs.metrics`).
+        groups: The same three and the number of documents of each part: `{"read": {...}, "read/3 words": {...}}`.
+        cache_bytes: Bytes the cache held at the end, a document: prompt and generated rows, slack, index tensors.
+        full_cache_bytes: Bytes of the keys and values of every token, a document.
+        ms_per_token: Wall time of one decoding step of a whole batch, in ms, the median of the batches; None when
+            nothing was decoded.
+        prefill_ms: Wall time of the prompt's forward a document, in ms; image features already at hand.
+        tokens: Tokens generated, summed over the documents (to the end of the longest answer of each batch).
+        config: The settings of the run (`CompressionConfig.to_dict`).
+        environment: Versions and hardware (`environment`).
+    """
+
+    method: str
+    nominal_budget: int | None
+    effective_budget: float
+    prompt_tokens: float
+    documents: int
+    accuracy: float
+    exact_match: float
+    anls: float
+    groups: dict[str, dict[str, float]]
+    cache_bytes: float
+    full_cache_bytes: float
+    ms_per_token: float | None
+    prefill_ms: float
+    tokens: int
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cache_share(self) -> float:
+        """`cache_bytes / full_cache_bytes`; above 1 for a full cache with slack."""
+        return self.cache_bytes / self.full_cache_bytes
+
+    @property
+    def key(self) -> tuple[str, int | None]:
+        """What tells a cell from the others of its file."""
+        return self.method, self.nominal_budget
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, `cache_share` included for readers of the file."""
+        return {**super().to_dict(), "cache_share": self.cache_share}
+
+
+class Results(RunFile[Cell]):
+    """An evaluation: its cells, one per method and budget."""
+
+    FORMAT = "sparsemm-evaluation"
+    SUBJECT = "an evaluation"
+    RUN = Cell
+    LISTED = "cells"
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The runs, in the order they were finished."""
+        return self.runs
+
+
+def environment(device: Any = "cpu") -> dict[str, Any]:
+    """Versions and hardware a measurement belongs to, as JSON values."""
+    import torch
+    import transformers
+
+    import sparsemm
+
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        "sparsemm": sparsemm.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": device.type,
+        "hardware": name,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

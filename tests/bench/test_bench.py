@@ -1,0 +1,340 @@
+"""The end-to-end benchmark on a small model: counts are exact, results resume, tables and figure are there."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from greedy_runs import assert_close, text_inputs
+from toy_models import toy_model
+from typer.testing import CliRunner
+
+import sparsemm
+from sparsemm.bench import e2e
+from sparsemm.bench.baselines import CopyingLoop, kvpress_snapkv
+from sparsemm.bench.efficiency import PAPER_SPEEDUP, format_tables, plot_efficiency
+from sparsemm.bench.host import VICUNA, layer_costs, token_overhead
+from sparsemm.bench.measure import copy_bandwidth, full_cache_bytes, measure, row_bytes, step_weight_bytes, weight_bytes
+from sparsemm.bench.memory import peak_new_bytes
+from sparsemm.bench.shapes import SHAPES, prompt_inputs, random_model
+from sparsemm.bench.throughput import largest_batch
+from sparsemm.cli import app
+from sparsemm.decoding import DecodeLoop
+from sparsemm.errors import ConfigError, DataError
+from sparsemm.models import family_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return random_model("tiny", device=CPU, dtype=torch.float32)
+
+
+def snapkv(budget=48):
+    return sparsemm.CompressionConfig("snapkv", budget)
+
+
+# -- models and prompts --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "billions"),
+    [
+        ("vicuna-7b", (32, 32, 32, 128), 7.06),
+        ("mistral-7b", (32, 32, 8, 128), 7.57),
+        ("qwen2-vl-7b", (28, 28, 4, 128), 8.29),
+    ],
+)
+def test_shapes_are_those_of_the_checkpoints(name, shape, billions):
+    import transformers
+
+    config = SHAPES[name]()
+    with torch.device("meta"):
+        model = getattr(transformers, family_of(config).model_class)._from_config(config, dtype=torch.bfloat16)
+    text = config.get_text_config()
+    head_dim = model.model.language_model.layers[0].self_attn.head_dim
+    assert (text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads, head_dim) == shape
+    assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
+    layers, _, kv_heads, head_dim = shape
+    assert row_bytes(model) == 2 * layers * kv_heads * head_dim * 2
+
+
+@pytest.mark.parametrize("model_name", ["tiny", "qwen2-vl", "llava-mistral"])
+def test_prompts_have_exactly_the_tokens_asked_for(model_name, tiny):
+    model = tiny if model_name == "tiny" else toy_model(model_name)
+    for tokens in (2, 40, 150):
+        inputs = prompt_inputs(model, tokens, 2)
+        assert inputs["input_ids"].shape == (2, tokens)
+        shown = (inputs["input_ids"] == model.config.image_token_id).sum(1)
+        assert ("pixel_values" in inputs) == bool(shown.any())
+        if tokens == 150:
+            assert int(shown[0]) > 20
+        assert sparsemm.generate(model, inputs, snapkv(), max_new_tokens=2).new_tokens.shape == (2, 2)
+    with pytest.raises(ConfigError, match="too short"):
+        prompt_inputs(model, 1)
+    with pytest.raises(ConfigError, match="neither a folder"):
+        random_model("vicuna-8b", device=CPU, dtype=torch.float32)
+
+
+# -- one measurement -----------------------------------------------------------------------------------------------
+
+
+def test_bytes_and_operators_of_a_measurement_are_exact(tiny):
+    inputs, steps, warmup = prompt_inputs(tiny, 120), 6, 2
+    found = measure(tiny, inputs, "snapkv", snapkv(), steps=steps, warmup=warmup)
+    lists, row, layers = 8, 2 * 32 * 4, 4
+    slots = layers * lists * (48 + steps + warmup + 1 + 8)
+    assert found.cache_bytes == slots * row + layers * 4 * (2 * lists + 2)
+    assert found.full_cache_bytes == (120 + steps + warmup) * layers * lists * row
+    assert found.effective_budget == 48
+    assert len(found.steps) == steps
+    assert len(found.prefill) == 1
+    assert min(found.steps) > 0
+    longer = measure(tiny, prompt_inputs(tiny, 300), "snapkv", snapkv(), steps=2, warmup=0, repeats=2)
+    assert (longer.operators, longer.launches) == (found.operators, found.launches)
+    assert len(longer.prefill) == 2
+    stock = measure(tiny, inputs, "hf", sparsemm.CompressionConfig("fullkv"), steps=3, warmup=1)
+    assert stock.launches > found.launches
+    assert stock.cache_bytes is None
+    assert weight_bytes(tiny) + found.cache_bytes < found.peak_bytes < stock.peak_bytes
+    assert not hasattr(tiny.model.language_model.layers[0].self_attn, "_old_forward")
+
+
+def test_bytes_that_a_step_reads(tiny):
+    parameters = dict(tiny.named_parameters())
+    language = sum(p.nbytes for name, p in parameters.items() if name.startswith("model.language_model.layers"))
+    head = parameters["lm_head.weight"].nbytes + parameters["model.language_model.norm.weight"].nbytes
+    assert step_weight_bytes(tiny) == language + head
+    buffers = sum(buffer.nbytes for buffer in tiny.buffers())
+    assert weight_bytes(tiny) == sum(p.nbytes for p in parameters.values()) + buffers
+    assert full_cache_bytes(tiny, 3, 10) == 3 * 10 * 2 * 32 * 8 * 4 * 4
+    assert copy_bandwidth(CPU, 1 << 20) > 1e8
+
+
+def test_copying_every_row_at_every_token_gives_the_same_text():
+    model = toy_model("llava-mistral")
+    inputs = text_inputs(60, batch=2)
+    with sparsemm.patch(model, sparsemm.CompressionConfig("adakv", 12, window_size=8)) as handle:
+        expected = model.generate(**inputs, max_new_tokens=20)
+        loop = CopyingLoop(handle)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=20, custom_generate=loop), expected)
+        layer = loop.cache.layers[0]
+        lists, kept = 4, 2 * 2 * 12
+        assert layer.key_buffer.shape[0] == kept + lists * (1 + 19)  # one spare slot a list, one for every token
+
+
+def test_time_steps_are_noted_only_when_asked(tiny):
+    with sparsemm.patch(tiny, snapkv()) as handle:
+        for asked in (False, True):
+            loop = DecodeLoop(handle, time_steps=asked)
+            tiny.generate(**prompt_inputs(tiny, 60), max_new_tokens=5, custom_generate=loop)
+            assert len(loop.step_seconds) == (4 if asked else 0)
+            assert loop.decode_seconds >= sum(loop.step_seconds) > -1
+
+
+def test_peak_of_tensors_alive_at_once():
+    def run():
+        first = torch.zeros(1000)  # 4,000 bytes
+        second = first.view(10, 100) + 1  # 8,000 together, and a view is none
+        del first
+        third = second.double()  # 4,000 and 8,000
+        del second
+        return third.sum()
+
+    assert peak_new_bytes(run) == 12000
+    assert peak_new_bytes(lambda: [torch.zeros(1000) for _ in range(3)]) == 12000
+    assert peak_new_bytes(lambda: [torch.zeros(1000).sum() for _ in range(3)]) == 4000 + 4 * 3
+
+
+# -- the largest batch ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["hf", "fullkv", "snapkv"])
+def test_the_largest_batch_is_what_the_limit_holds(tiny, method):
+    inputs = prompt_inputs(tiny, 200)
+    config = snapkv() if method == "snapkv" else sparsemm.CompressionConfig("fullkv")
+    weights = weight_bytes(tiny)
+    found = largest_batch(tiny, inputs, method, config, steps=2, limit_bytes=weights + 8_000_000)
+    assert found.largest_batch == int(0.9 * 8_000_000 / found.bytes_per_sequence)
+    assert found.tokens_per_second == pytest.approx(1000 * found.largest_batch / found.ms_per_step)
+    if method == "snapkv":  # rows kept, slots for the steps, and the index tensors
+        assert found.bytes_per_sequence == 4 * 8 * (48 + 6) * 2 * 32 * 4 + 4 * 4 * 18
+    assert largest_batch(tiny, inputs, method, config, steps=2, limit_bytes=weights + 1000) is None
+
+
+def test_a_repeated_cache_decodes_each_copy_as_the_one(tiny):
+    from sparsemm.bench.throughput import _prepare_ours
+
+    inputs = prompt_inputs(tiny, 80)
+    with sparsemm.patch(tiny, snapkv()) as handle:
+        logits = []
+        for batch in (1, 3):
+            _, runner = _prepare_ours(tiny, handle, inputs, batch, 4)
+            for _ in range(3):
+                runner()
+            logits.append(runner.body.__closure__[0].cell_contents.logits)
+    for row in range(3):
+        assert_close(logits[1][row], logits[0][0])
+
+
+# -- the grid ------------------------------------------------------------------------------------------------------
+
+
+def small_run(model, path, methods=("hf", "fullkv", "sparsemm", "original"), **options):
+    workloads = e2e.make_workloads(methods, [40], [64, 128], [1, 2], [128])
+    return e2e.run(
+        model, workloads, model_name="tiny", steps=3, warmup=1, output=path, progress=False,
+        limit_bytes=weight_bytes(model) + 4_000_000, **options
+    )  # fmt: skip
+
+
+def test_the_grid():
+    pairs = e2e.make_workloads(["hf", "mask", "snapkv", "kvpress"], [32, 64], [128], [1], [128])
+    latency = [(each.method, each.budget) for each in pairs if each.kind == "latency"]
+    assert latency == [("hf", None), ("mask", None), ("snapkv", 32), ("snapkv", 64), ("kvpress", 32), ("kvpress", 64)]
+    throughput = [(each.method, each.budget) for each in pairs if each.kind == "throughput"]
+    assert throughput == [("hf", None), ("mask", None), ("snapkv", 32), ("snapkv", 64)]
+    with pytest.raises(ConfigError, match="'snap' is unknown"):
+        e2e.make_workloads(["snap"], [32], [128], [1], [])
+    with pytest.raises(ConfigError, match="prompts holds 0"):
+        e2e.make_workloads(["hf"], [32], [0], [1], [])
+
+
+def test_finished_cells_are_kept(tiny, tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    document = small_run(tiny, path)
+    assert json.loads(path.read_text()) == document
+    assert len(document["cells"]) == 4 * 2 * 2 + 3
+    assert {cell["status"] for cell in document["cells"]} == {"ok"}
+    keys = [
+        tuple(cell[name] for name in ("kind", "method", "budget", "prompt_tokens", "batch"))
+        for cell in document["cells"]
+    ]
+    assert len(set(keys)) == len(keys)
+    for cell in document["cells"]:
+        if cell["kind"] == "latency":
+            assert cell["floor_share"] == pytest.approx(cell["floor_ms"] / cell["ms_per_token"])
+            assert cell["ms_p10"] <= cell["ms_per_token"] <= cell["ms_p90"]
+            if cell["method"] == "sparsemm":
+                assert cell["effective_budget"] == 40
+                assert cell["launches"] > 0
+    # an interrupted run: the last cells are missing
+    shorter = copy.deepcopy(document)
+    del shorter["cells"][-3:]
+    path.write_text(json.dumps(shorter))
+    measured = []
+    original = e2e.largest_batch
+    monkeypatch.setattr(e2e, "largest_batch", lambda *args, **kw: measured.append(args[2]) or original(*args, **kw))
+    again = small_run(tiny, path)
+    assert measured == ["hf", "fullkv", "sparsemm"]
+    assert again["cells"][:-3] == document["cells"][:-3]
+    assert len(again["cells"]) == len(document["cells"])
+    with pytest.raises(DataError, match="other settings"):
+        e2e.run(tiny, [], model_name="another", output=path)
+    path.write_text("{}")
+    with pytest.raises(DataError, match="no result file"):
+        small_run(tiny, path)
+
+
+def test_a_baseline_that_is_missing_does_not_end_the_run(tiny):
+    with pytest.raises(ConfigError, match="not installed"), kvpress_snapkv(tiny, 40, 32, 64):
+        pass
+    workloads = e2e.make_workloads(["kvpress", "snapkv"], [40], [64], [1], [])
+    cells = e2e.run(tiny, workloads, model_name="tiny", steps=2, warmup=0, progress=False)["cells"]
+    assert "not installed" in cells[0]["status"]
+    assert cells[1]["status"] == "ok"
+
+
+def test_tables_and_figure(tiny, tmp_path):
+    document = small_run(tiny, None)
+    text = format_tables(document)
+    assert text.count("\n") + 1 == 2 + 16 + 1 + 2 + 3
+    assert "paper" not in text
+    plot_efficiency(document, tmp_path / "efficiency.svg")
+    assert "<svg" in (tmp_path / "efficiency.svg").read_text()
+    with pytest.raises(DataError, match="image format"):
+        plot_efficiency(document, tmp_path / "efficiency.txt")
+    with pytest.raises(DataError, match="nothing to draw"):
+        plot_efficiency({**document, "cells": []}, tmp_path / "efficiency.svg")
+    with pytest.raises(DataError, match="no result"):
+        format_tables({**document, "cells": []})
+
+
+def test_measured_figures_stand_beside_the_papers():
+    def cell(method, prompt, ms, peak, budget=None):
+        numbers = dict(ttft_ms=1.0, tokens_per_second=1.0, graph=True, floor_share=0.5, cache_bytes=1, rest_bytes=1)
+        place = dict(kind="latency", method=method, budget=budget, prompt_tokens=prompt, batch=1, status="ok")
+        return {**place, **numbers, "ms_per_token": ms, "peak_bytes": peak, "kernels": 9, "launches": 9}
+
+    cells = [
+        cell("hf", 32768, 40.0, 33_000_000_000),
+        cell("fullkv", 32768, 20.0, 32_000_000_000),
+        cell("sparsemm", 32768, 8.0, 16_000_000_000, 256),
+        cell("snapkv", 16384, 9.0, 15_000_000_000, 256),
+    ]
+    text = format_tables({"cells": cells, "settings": {"model": "vicuna-7b"}})
+    rows = {
+        line.split("|")[1].strip(): [part.strip() for part in line.split("|")[2:4]]
+        for line in text.splitlines()
+        if line
+    }
+    assert rows["speed-up over the full cache by model.generate, 32K"] == ["1.87", "5.00"]
+    assert rows["speed-up over the full cache by the same loop, 32K"] == ["1.87", "2.50"]
+    assert rows["speed-up over the full cache by model.generate, 8K"] == [str(PAPER_SPEEDUP[8192]), ""]
+    assert rows["peak GB at 32K, sparsemm"] == ["17.38", "16.00"]
+    assert rows["ms/token at 16K, snapkv"] == ["35.3", "9.00"]
+    assert rows["ms/token at 16K, fullkv"] == ["52.9", ""]
+
+
+# -- what the method costs on the host -----------------------------------------------------------------------------
+
+
+def test_layer_costs_keep_the_rows_of_the_plain_way():
+    figures = layer_costs(
+        **{**VICUNA, "num_heads": 4, "num_kv_heads": 2, "prompt_tokens": 300, "budget": 64}, repeats=1
+    )
+    assert figures["rows_kept"] == figures["rows_by_formula"] == 128
+    assert figures["bytes_held"] == figures["bytes_by_formula"]
+    assert all(figures[name] > 0 for name in ("compress_ratio", "append_ratio", "append_flat_ratio"))
+
+
+def test_the_plain_way_chooses_the_rows_of_the_package():
+    from sparsemm.bench.host import _per_head
+
+    generator = torch.Generator().manual_seed(4)
+    query, key, value = (torch.randn(1, heads, 90, 16, generator=generator) for heads in (4, 2, 2))
+    config = snapkv(40)
+    positions = sparsemm.select_positions(query, key, config, layer_idx=0, num_layers=1)[0]
+    for head, (keys, values) in enumerate(_per_head(query, key, value, [40, 40], config)):
+        assert torch.equal(keys, key[0, head, positions[head]])
+        assert torch.equal(values, value[0, head, positions[head]])
+
+
+def test_token_overhead_reports_every_way(tiny):
+    figures = token_overhead(tiny, prompt_tokens=40, tokens=4, rounds=1, budget=16)
+    for name in ("patched", "patched_full_cache", "own_loop"):
+        assert figures[f"{name}_ratio"] == pytest.approx(figures[f"{name}_ms"] / figures["unpatched_ms"])
+
+
+# -- the program ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_tables_and_figure(tmp_path):
+    arguments = ["bench", "e2e", "--model", "tiny", "--methods", "hf,snapkv", "--budgets", "40", "--prompts", "64"]
+    options = ["--steps", "2", "--warmup", "0", "--output", str(tmp_path)]
+    result = CliRunner().invoke(app, [*arguments, *options], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    assert "| snapkv" in result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "table.md", "efficiency.png"}
+
+
+def test_the_host_command(tmp_path):
+    arguments = ["bench", "host", "--model", "tiny", "--rounds", "1", "--prompt-tokens", "128", "--budget", "48"]
+    result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "host.json")], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "host.json").read_text())
+    assert figures["layer"]["rows_kept"] == 48 * 32
+    assert figures["token"]["model"] == "tiny"

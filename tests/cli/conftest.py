@@ -1,0 +1,51 @@
+"""An untrained miniature on disk, and the program run in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toy_models import TINY_MINIATURE
+
+from sparsemm.cli import main
+from sparsemm.experiments.session import heldout_pages
+from sparsemm.head_scores import HeadScores
+from sparsemm.miniatures.architectures import build_model, build_processor
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("cli")
+    build_model("qwen2-vl", dims=TINY_MINIATURE).save_pretrained(folder / "toy")
+    build_processor("qwen2-vl", TINY_MINIATURE).save_pretrained(folder / "toy")
+    HeadScores(torch.arange(1.0, 9.0).view(2, 4), model="toy").save(folder / "toy.json")
+    heldout_pages(1, tasks=("read",))[0].image.save(folder / "page.png")
+    return {"model": folder / "toy", "scores": folder / "toy.json", "image": folder / "page.png"}
+
+
+@dataclasses.dataclass
+class Outcome:
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: Any) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["sparsemm", *map(str, arguments)])
+        status = 0
+        try:
+            main()
+        except SystemExit as ending:
+            status = ending.code or 0
+        captured = capsys.readouterr()
+        return Outcome(status, captured.out, captured.err)
+
+    return call

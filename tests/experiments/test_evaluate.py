@@ -1,0 +1,333 @@
+"""Evaluation on untrained miniatures: which cells are run, what they hold, resuming, and the table and plot."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from toy_models import TINY_MINIATURE
+
+import sparsemm.experiments.evaluate as engine
+from sparsemm.decoding.generation import generate_greedy, remember_image_features
+from sparsemm.errors import ConfigError, DataError
+from sparsemm.experiments.report import describe, format_table, plot_accuracy
+from sparsemm.experiments.session import PageBatches, heldout_pages
+from sparsemm.head_scores import HeadScores
+from sparsemm.miniatures.architectures import build_model, build_processor
+from sparsemm.models import family_of
+from sparsemm.runs.metrics import mean_metrics
+from sparsemm.runs.results import Cell, Results
+
+SCORES = HeadScores(torch.arange(1.0, 9.0).view(2, 4), source="test")
+NEW_TOKENS = 4
+
+
+@pytest.fixture(scope="module")
+def reader() -> tuple[Any, Any]:
+    model = build_model("qwen2-vl", dims=TINY_MINIATURE).eval()
+    model.generation_config.eos_token_id = None  # an untrained model may end at once, and there is nothing to time
+    return model, build_processor("qwen2-vl", TINY_MINIATURE)
+
+
+@pytest.fixture(scope="module")
+def pages() -> list[Any]:
+    return heldout_pages(5, num_words=(1, 3))
+
+
+def run(reader: tuple[Any, Any], pages: list[Any], **settings: Any) -> list[Cell]:
+    defaults = dict(
+        methods=["fullkv", "snapkv", "sparsemm", "mask"],
+        budgets=[16, 1000],
+        head_scores=SCORES,
+        window_size=4,
+        batch_size=2,
+        max_new_tokens=NEW_TOKENS,
+        mask_ratio=0.25,
+        progress=False,
+    )
+    return engine.evaluate(*reader, pages, **{**defaults, **settings})
+
+
+def test_cells_hold_what_was_run(reader: tuple[Any, Any], pages: list[Any], tmp_path: Path) -> None:
+    cells = run(reader, pages, output=tmp_path / "results.json", model_name="toy")
+    wanted = [("fullkv", None), ("snapkv", 16), ("snapkv", 1000), ("sparsemm", 16), ("sparsemm", 1000), ("mask", None)]
+    assert [cell.key for cell in cells] == wanted, "methods without a budget run once"
+    for cell in cells:
+        expected = min(cell.nominal_budget or 10**9, cell.prompt_tokens)
+        assert cell.effective_budget == pytest.approx(expected, abs=1e-9)
+        assert cell.documents == 5
+        # Three batches of 2, 2 and 1 pages, decoded to their end.
+        assert cell.tokens == 5 * NEW_TOKENS
+        assert cell.ms_per_token > 0 and cell.prefill_ms > 0
+        assert cell.environment["torch"] == torch.__version__
+        assert cell.config["window_size"] == 4
+        assert {name: part["documents"] for name, part in cell.groups.items() if "/" not in name} == {
+            "read": 3,
+            "field": 2,
+        }
+    small, full = cells[1], cells[0]
+    rows = small.effective_budget + NEW_TOKENS
+    row_bytes = 2 * 32 * 4 * TINY_MINIATURE.num_layers * TINY_MINIATURE.num_kv_heads
+    assert small.cache_bytes >= rows * row_bytes - row_bytes
+    assert small.cache_share < 0.2 < 1.0 <= full.cache_share < 1.2
+    assert full.full_cache_bytes == pytest.approx((full.prompt_tokens + NEW_TOKENS - 1) * row_bytes)
+    stored = Results.load(tmp_path / "results.json")
+    assert stored.cells == cells
+    assert stored.settings["model"] == "toy" and stored.settings["options"]["mask_ratio"] == 0.25
+
+
+def test_scores_are_those_of_the_text_the_unpatched_model_gives(reader: tuple[Any, Any], pages: list[Any]) -> None:
+    model, processor = reader
+    (cell,) = run(reader, pages, methods=["fullkv"])
+    texts = []
+    for page in pages:
+        inputs = family_of(model).build_inputs(processor, [page.image], [page.prompt])
+        output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        texts.append(processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    whole = mean_metrics(texts, [page.answer for page in pages])
+    assert {name: getattr(cell, name) for name in whole} == pytest.approx(whole)
+    read = [index for index, page in enumerate(pages) if page.task == "read"]
+    part = mean_metrics([texts[index] for index in read], [pages[index].answer for index in read])
+    assert {name: cell.groups["read"][name] for name in part} == pytest.approx(part)
+
+
+def test_a_perfect_reader_scores_one_in_every_group(
+    reader: tuple[Any, Any], pages: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, processor = reader
+    answers = {page.image.tobytes(): page.answer for page in pages}
+    real_batches = PageBatches.of
+
+    def remember(*args: Any) -> Any:
+        batches = real_batches(*args)
+        for batch in batches.batches:
+            batch.inputs["answers"] = [answers[page.image.tobytes()] for page in batch.pages]
+        return batches
+
+    def generate(model: Any, inputs: Any, max_new_tokens: int) -> Any:
+        texts = inputs["answers"]
+        _, clock = generate_greedy(model, {k: v for k, v in inputs.items() if k != "answers"}, 2)
+        return processor.tokenizer(texts, padding=True, return_tensors="pt")["input_ids"], clock
+
+    monkeypatch.setattr(PageBatches, "of", remember)
+    monkeypatch.setattr(engine, "generate_greedy", generate)
+    monkeypatch.setattr("sparsemm.experiments.session.generate_greedy", generate)
+    (cell,) = run(reader, pages, methods=["fullkv"])
+    assert cell.accuracy == cell.exact_match == cell.anls == 1.0
+    assert all(part["exact_match"] == 1.0 for part in cell.groups.values())
+
+
+def test_interrupted_runs_resume(
+    reader: tuple[Any, Any], pages: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results.json"
+    real, started = engine._run_cell, []
+
+    def interrupted(model: Any, processor: Any, batches: Any, config: Any, *rest: Any) -> Cell:
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        started.append((config.method, config.budget))
+        return real(model, processor, batches, config, *rest)
+
+    monkeypatch.setattr(engine, "_run_cell", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(reader, pages, output=path)
+    assert [cell.key for cell in Results.load(path).cells] == started == [("fullkv", None), ("snapkv", 16)]
+
+    def counted(model: Any, processor: Any, batches: Any, config: Any, *rest: Any) -> Cell:
+        started.append((config.method, config.budget))
+        return real(model, processor, batches, config, *rest)
+
+    monkeypatch.setattr(engine, "_run_cell", counted)
+    started.clear()
+    cells = run(reader, pages, output=path)
+    assert started == [("snapkv", 1000), ("sparsemm", 16), ("sparsemm", 1000), ("mask", None)]
+    assert len(cells) == 6
+    started.clear()
+    assert run(reader, pages, output=path) == cells, "nothing is left to do"
+    assert run(reader, pages, output=path, budgets=[16, 24, 1000])[2].nominal_budget == 24
+    assert started == [("snapkv", 24), ("sparsemm", 24)], "a new budget joins the finished ones"
+    started.clear()
+    run(reader, pages, output=path, fresh=True, methods=["fullkv"])
+    assert started == [("fullkv", None)]
+    assert len(Results.load(path).cells) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [({"window_size": 5}, "window_size"), ({"batch_size": 5}, "batch_size"), ({}, "pages_digest")]
+)
+def test_results_of_other_settings_are_not_mixed(
+    reader: tuple[Any, Any], pages: list[Any], tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    path = tmp_path / "results.json"
+    run(reader, pages, output=path, methods=["fullkv"])
+    before = path.read_bytes()
+    with pytest.raises(DataError, match=named):
+        run(reader, pages if change else pages[::-1], output=path, methods=["fullkv"], **change)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": ["fullkv", "snapkw"]}, "snapkw"),
+        ({"methods": []}, "methods is empty"),
+        ({"budgets": []}, "needs at least one budget"),
+        ({"budgets": [16, 2]}, "window_size=4"),
+        ({"head_scores": None}, "head_scores"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"ratoi": 0.1}, "ratoi"),
+    ],
+)
+def test_bad_settings_fail_before_anything_runs(
+    reader: tuple[Any, Any], pages: list[Any], tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(reader, pages, output=tmp_path / "results.json", **settings)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_the_model_is_as_before(reader: tuple[Any, Any], pages: list[Any]) -> None:
+    model, processor = reader
+    inputs = family_of(model).build_inputs(processor, [pages[0].image], [pages[0].prompt])
+    with torch.no_grad():
+        before = model(**inputs).logits
+        run(reader, pages, methods=["sparsemm"], budgets=[16])
+        assert torch.equal(model(**inputs).logits, before)
+    assert "get_image_features" not in vars(model.model) and not model.training
+
+
+@pytest.mark.parametrize("family", ["qwen2-vl", "llava-mistral"])
+def test_images_are_encoded_once(family: str, pages: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    dims = TINY_MINIATURE if family == "qwen2-vl" else dataclasses.replace(TINY_MINIATURE, patch_size=16)
+    model, processor = build_model(family, dims=dims).eval(), build_processor(family, dims)
+    tower = model.model.visual if family == "qwen2-vl" else model.model.vision_tower
+    calls: list[int] = []
+    tower.register_forward_hook(lambda *_: calls.append(1))
+    build = family_of(model).build_inputs
+    batches = [build(processor, [page.image], [page.prompt]) for page in pages[:2]]
+    plain = [generate_greedy(model, inputs, 3)[0] for inputs in batches]
+    assert len(calls) == 2
+    with remember_image_features(model, capacity=2):
+        for _ in range(3):
+            again = [generate_greedy(model, inputs, 3)[0] for inputs in batches]
+            assert all(torch.equal(first, second) for first, second in zip(plain, again, strict=True))
+    assert len(calls) == 4, "each of the two images once, however often it is asked for"
+
+
+def test_heldout_pages_spread_tasks_and_words() -> None:
+    pages = heldout_pages(16)
+    read = [page.num_words for page in pages if page.task == "read"]
+    assert sorted(read) == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert {page.task for page in pages} == {"read", "field"} and len(pages) == 16
+    again = heldout_pages(16)
+    assert [page.image.tobytes() for page in pages] == [page.image.tobytes() for page in again]
+    assert pages[0].answer != heldout_pages(16, seed=1)[0].answer
+    with pytest.raises(DataError, match="count=0"):
+        heldout_pages(0)
+
+
+# -- table and plot -------------------------------------------------------------------------------------------------
+
+
+def cell(method: str, budget: int | None, accuracy: float) -> Cell:
+    part = {"accuracy": accuracy, "exact_match": 0.25, "anls": 0.5, "documents": 4}
+    return Cell(
+        method=method,
+        nominal_budget=budget,
+        effective_budget=budget or 217.0,
+        prompt_tokens=217.0,
+        documents=8,
+        accuracy=accuracy,
+        exact_match=0.25,
+        anls=0.5,
+        groups={"read": part, "field": part, "read/1 words": part},
+        cache_bytes=2048.0 * (budget or 220),
+        full_cache_bytes=2048.0 * 220,
+        ms_per_token=None if method == "mask" else 1.5,
+        prefill_ms=3.0,
+        tokens=64,
+    )
+
+
+CELLS = [
+    cell("fullkv", None, 0.9),
+    *(cell(method, budget, 0.01 * budget) for method in ("snapkv", "sparsemm", "new_method") for budget in (8, 64)),
+    cell("mask", None, 0.4),
+]
+
+
+def test_table_shows_every_cell() -> None:
+    lines = format_table(CELLS).splitlines()
+    assert len(lines) == 2 + len(CELLS) and len({len(line) for line in lines}) == 1
+    columns = [[part.strip() for part in line.strip("|").split("|")] for line in lines]
+    assert columns[0][:4] == ["method", "budget", "effective", "accuracy"]
+    row = dict(zip(columns[0], columns[3], strict=True))
+    assert row["method"] == "snapkv" and row["budget"] == "8" and row["effective"] == "8.00"
+    assert row["cache bytes"] == "16,384" and row["% of full"] == "3.6" and row["ms/token"] == "1.50"
+    assert row["accuracy: read"] == row["accuracy: field"] == "0.080"
+    assert columns[2][1] == "-" and columns[-1][-1] == ""
+    with pytest.raises(DataError, match="no result"):
+        format_table([])
+
+
+def test_description_names_the_settings() -> None:
+    settings = {
+        "model": "toy", "documents": 8, "batch_size": 4, "dtype": "float32", "device": "cpu", "max_new_tokens": 48,
+        "options": {"window_size": 4, "ratio": 0.1, "rounding": "exact", "seed": 0},
+    }  # fmt: skip
+    text = describe(Results(settings, CELLS))
+    for part in ("toy", "8 held-out", "batches of 4", "window 4", "ratio 0.1", "exact", "48 generated"):
+        assert part in text
+
+
+def test_plot_is_an_image_with_a_line_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    drawn: dict[str, list[float]] = {}
+    plot, level = Axes.plot, Axes.axhline
+    monkeypatch.setattr(Axes, "plot", lambda s, x, y, **k: (drawn.update({k["label"]: y}), plot(s, x, y, **k))[1])
+    monkeypatch.setattr(Axes, "axhline", lambda s, y, **k: (drawn.update({k["label"]: [y]}), level(s, y, **k))[1])
+    plot_accuracy(CELLS, tmp_path / "new" / "accuracy.png", title="toy")
+    with Image.open(tmp_path / "new" / "accuracy.png") as image:
+        assert image.width > 600 and image.height > 300
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 20
+    assert drawn.pop("SnapKV") == pytest.approx([0.08, 0.64])
+    assert drawn == {
+        "Full cache": [0.9], "SparseMM": [0.08, 0.64], "new_method": [0.08, 0.64], "Visual heads masked": [0.4],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("a.png", {"metric": "bleu"}, "bleu"),
+        ("a.png", {"task": "sums"}, "sums"),
+        ("a.text", {}, "image format"),
+    ],
+)
+def test_plot_refuses(tmp_path: Path, name: str, options: dict[str, str], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        plot_accuracy(CELLS, tmp_path / name, **options)
+    with pytest.raises(DataError, match="no result has a budget"):
+        plot_accuracy(CELLS[:1], tmp_path / "b.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_result_files_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    with pytest.raises(DataError, match="does not exist"):
+        Results.load(path)
+    path.write_text('{"format": "something else"}')
+    with pytest.raises(DataError, match="no result file"):
+        Results.load(path)
+    path.write_text('{"format": "sparsemm-evaluation", "version": 99}')
+    with pytest.raises(DataError, match="99"):
+        Results.load(path)
+    incomplete = {name: value for name, value in CELLS[0].to_dict().items() if name != "anls"}
+    with pytest.raises(DataError, match="anls"):
+        Cell.from_dict(incomplete)

@@ -1,0 +1,136 @@
+"""The CUDA kernels of csrc/cuda, compiled for the CPU (platform_emulated.h), with the operators' signatures.
+
+`Emulated(library)` has `compact`, `append`, `varlen_decode`, `window_scores` and `select_rows`; `seed` draws the order
+of blocks and threads (0: natural order), `resident` is how many blocks the imagined device runs at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parents[2]
+KERNELS = ROOT / "csrc" / "cuda"
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+_POINTER, _INT, _LONG, _DOUBLE, _SEED = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_uint64
+_PROTOTYPES = {
+    "emulated_compact": [_POINTER] * 9 + [_LONG] * 7 + [_SEED],
+    "emulated_append": [_POINTER] * 10 + [_LONG] * 6 + [_SEED],
+    "emulated_decode": [_INT] + [_POINTER] * 9 + [_LONG] * 6 + [_DOUBLE, _LONG, _SEED],
+    "emulated_window_scores": [_INT] + [_POINTER] * 7 + [_LONG] * 6 + [_DOUBLE, _SEED],
+    "emulated_select": [_POINTER] * 5 + [_LONG] * 4 + [_SEED],
+}
+
+
+def compiler() -> str | None:
+    return next((path for name in ("g++", "clang++") if (path := shutil.which(name))), None)
+
+
+def compile_emulation(
+    target_dir: Path,
+    faults: dict[str, list[tuple[str, str]]] | None = None,
+    sanitize: bool = False,
+    small: bool = False,
+) -> Path:
+    """Compiles the kernels, with `faults` planted: {file: [(text in it, replacement)]}; each text must occur.
+    `small`: only head dims up to 64, no float16. Kept by a hash of command and sources in `target_dir`."""
+    faults = faults or {}
+    sources = {p.name: p.read_text(encoding="utf-8") for p in sorted(KERNELS.iterdir()) if p.suffix in {".cuh", ".h"}}
+    for name, changes in faults.items():
+        for old, new in changes:
+            if old not in sources[name]:
+                raise ValueError(f"{name} has no {old!r} to plant a fault in")
+            sources[name] = sources[name].replace(old, new)
+    own = {p.name: p.read_text(encoding="utf-8") for p in sorted(FOLDER.iterdir()) if p.suffix in {".h", ".cpp"}}
+    flags = ["-std=c++20", "-O0" if small else "-O1", "-fno-strict-aliasing", "-fPIC", "-shared", "-w",
+             "-DSPARSEMM_EMULATION"]  # fmt: skip
+    if small:
+        flags.append("-DSPARSEMM_EMULATION_SMALL")
+    if sanitize:
+        flags += ["-fsanitize=address", "-g1"]
+    key = hashlib.sha256(repr((compiler(), flags, sources, own)).encode()).hexdigest()[:16]
+    library = target_dir / f"emulated-{key}.so"
+    if library.exists():
+        return library
+    folder = target_dir / f"{key}.{os.getpid()}"  # several test processes may compile at once
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in {**sources, **own}.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    partial = library.with_suffix(f".{os.getpid()}.so")
+    subprocess.run([compiler(), *flags, str(folder / "emulated.cpp"), "-o", str(partial)], check=True)
+    os.replace(partial, library)
+    shutil.rmtree(folder, ignore_errors=True)
+    return library
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _strides(tensor: Tensor) -> ctypes.Array:
+    assert tensor.stride(3) == 1
+    return (ctypes.c_int64 * 3)(*tensor.stride()[:3])
+
+
+class EmulationError(RuntimeError):
+    """What the emulated device found wrong."""
+
+
+class Emulated:
+    def __init__(self, library: Path, seed: int = 0, resident: int = 7) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self.seed, self.resident = seed, resident
+        for name, arguments in _PROTOTYPES.items():
+            getattr(self._library, name).argtypes = arguments
+            getattr(self._library, name).restype = ctypes.c_char_p
+
+    def _call(self, name: str, *arguments: object) -> None:
+        message = getattr(self._library, name)(*arguments, self.seed)
+        if message is not None:
+            raise EmulationError(message.decode())
+
+    def compact(self, key, value, positions, cu_kept, offsets, key_buffer, value_buffer) -> None:
+        batch, heads, columns, head_dim = key.shape
+        tensors = (key, value, positions, cu_kept, offsets, key_buffer, value_buffer)
+        self._call("emulated_compact", *map(_pointer, tensors), _strides(key), _strides(value), batch * heads, heads,
+                   columns, head_dim, key.element_size(), positions.shape[0], key_buffer.shape[0])  # fmt: skip
+
+    def append(self, key, value, offsets, lens, key_buffer, value_buffer, overflow, mask=None) -> None:
+        batch, heads, n, head_dim = key.shape
+        tensors = (key, value, offsets, lens, key_buffer, value_buffer, overflow, mask)
+        self._call("emulated_append", *map(_pointer, tensors), _strides(key), _strides(value), batch * heads, heads, n,
+                   head_dim, key.element_size(), key_buffer.shape[0])  # fmt: skip
+
+    def varlen_decode(self, query, key_buffer, value_buffer, offsets, lens, scale, num_later=None):
+        batch, query_heads, n, head_dim = query.shape
+        heads = lens.shape[0] // batch
+        out = torch.full(query.shape, float("nan"), dtype=query.dtype)
+        lse = torch.full(query.shape[:3], float("nan"))
+        tensors = (query, key_buffer, value_buffer, offsets, lens, num_later, out, lse)
+        self._call("emulated_decode", DTYPES[query.dtype], *map(_pointer, tensors), _strides(query), lens.shape[0],
+                   heads, query_heads // heads, n, head_dim, key_buffer.shape[0], scale, self.resident)  # fmt: skip
+        return out, lse
+
+    def window_scores(self, query, key, starts, num_queries, scale):
+        batch, query_heads, window, head_dim = query.shape
+        heads, columns = key.shape[1:3]
+        scores = torch.full((batch, heads, columns), float("nan"))
+        tensors = (query, key, starts, num_queries, scores)
+        self._call("emulated_window_scores", DTYPES[query.dtype], *map(_pointer, tensors), _strides(query),
+                   _strides(key), batch, heads, query_heads // heads, window, columns, head_dim, scale)  # fmt: skip
+        return scores
+
+    def select_rows(self, scores, starts, counts, window, cu_kept, total):
+        positions = torch.full((total,), -1, dtype=torch.int32)
+        tensors = (scores, starts, counts, cu_kept, positions)
+        self._call("emulated_select", *map(_pointer, tensors), *scores.shape, window, total)
+        return positions

@@ -1,0 +1,54 @@
+"""What tests of the cache share: configurations, greedy runs with their logits, how close is close."""
+
+from __future__ import annotations
+
+import torch
+
+import sparsemm
+
+TOLERANCE = 1e-5
+NEW = 6
+
+
+def config(method="snapkv", budget=16, **settings):
+    settings.setdefault("window_size", 8)
+    return sparsemm.CompressionConfig(method=method, budget=budget, **settings)
+
+
+def scores(model, seed=0):
+    text = model.config.text_config
+    generator = torch.Generator().manual_seed(seed)
+    shape = (text.num_hidden_layers, text.num_attention_heads)
+    return sparsemm.HeadScores(torch.rand(shape, generator=generator, dtype=torch.float64) ** 4)
+
+
+def all_configs(model, budget, **settings):
+    table = scores(model)
+    yield config("fullkv", None, **settings)
+    for method in ("snapkv", "pyramidkv", "adakv", "sparsemm", "random"):
+        yield config(method, budget, head_scores=table if method == "sparsemm" else None, **settings)
+
+
+def greedy(model, inputs, tokens=NEW, **kwargs):
+    """Generated ids `[B, tokens]` and logits `[tokens, B, vocab]`; no early stop."""
+    with torch.no_grad():
+        out = model.generate(
+            **inputs,
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+            **kwargs,
+        )
+    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits), out.past_key_values
+
+
+def assert_close(actual, expected):
+    limit = TOLERANCE * max(1.0, expected.abs().max().item())
+    assert (actual - expected).abs().max().item() <= limit
+
+
+def text_inputs(length, batch=1, seed=0):
+    ids = torch.randint(10, 60, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
