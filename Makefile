@@ -30,9 +30,10 @@ quickstart: $(STAMP)  ## The whole method on a miniature: table, JSON and plot i
 test: lint  ## Style check and all tests
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
 
-lint: $(STAMP)  ## Style check
+lint: $(STAMP)  ## Style check, and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: $(STAMP)  ## Apply the style
 	$(BIN)/ruff check --fix .

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 from sparsemm.errors import DataError
-from sparsemm.experiments.report import LABELS, STYLES
-from sparsemm.io import write_bytes_atomic
 from sparsemm.runs.markdown import markdown_table
+from sparsemm.runs.plots import LABELS, log2_axis, method_lines, new_figure, plain_axes, save_figure
 
 PAPER_SPEEDUP = {8192: 1.16, 16384: 1.5, 32768: 1.87}
 """Decoding speed-up of SparseMM over the full cache by prompt length: LLaVA-NeXT-Vicuna-7B, budget 256."""
@@ -26,13 +24,6 @@ _NAMES = {
     "fullkv": "Full cache, this loop",
     "kvpress": "kvpress SnapKV",
     "original": "SparseMM, copied per token",
-}
-_STYLES = {
-    **STYLES,
-    "hf": ("#000000", "P"),
-    "fullkv": ("#E69F00", "X"),
-    "kvpress": ("#56B4E9", "*"),
-    "original": ("#F0A58A", "p"),
 }
 
 
@@ -134,10 +125,6 @@ def plot_efficiency(document: dict[str, Any], path: str | Path, *, budget: int |
     Raises:
         DataError: No finished cell of batch 1, or an unknown file ending.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
     cells = [cell for cell in _of_kind(document, "latency") if cell["status"] == "ok" and cell["batch"] == 1]
     budgets = [cell["budget"] for cell in cells if cell["budget"] is not None]
     budget = min(budgets, default=None) if budget is None else budget
@@ -146,46 +133,27 @@ def plot_efficiency(document: dict[str, Any], path: str | Path, *, budget: int |
         raise DataError("no latency of batch 1 was measured, so there is nothing to draw")
     large = max(cell["peak_bytes"] for cell in cells) > 1e9
     label, unit = ("Peak memory (GB)", 1e9) if large else ("Peak memory (MB)", 1e6)
-    figure = Figure(figsize=(9.5, 3.9), dpi=150, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    lengths = sorted({cell["prompt_tokens"] for cell in cells})
+    figure = new_figure(9.5, 3.9)
     panels = (("ms_per_token", "ms per token", 1.0), ("peak_bytes", label, unit))
     for axes, (field, name, scale) in zip(figure.subplots(1, 2), panels, strict=True):
-        for method in dict.fromkeys(cell["method"] for cell in cells):
-            points = sorted((cell["prompt_tokens"], cell[field] / scale) for cell in cells if cell["method"] == method)
-            colour, marker = _STYLES.get(method, ("#7A7A7A", "v"))
-            axes.plot(
-                *zip(*points, strict=True),
-                color=colour,
-                marker=marker,
-                linewidth=2.4 if method == "sparsemm" else 1.5,
-                zorder=3 if method == "sparsemm" else 2,
-                label=_NAMES.get(method, method) if field == "ms_per_token" else None,
-            )
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_locator(FixedLocator(lengths))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(_tokens))
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for cell in cells:
+            lines.setdefault(cell["method"], []).append((cell["prompt_tokens"], cell[field] / scale))
+        method_lines(axes, lines, {}, _NAMES)
+        log2_axis(axes, [cell["prompt_tokens"] for cell in cells], "Prompt (tokens)", _tokens)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("Prompt (tokens)")
         axes.set_ylabel(name)
-        axes.grid(color="#DDDDDD", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain_axes(axes)
     settings = document["settings"]
     hardware = document.get("environment", {}).get("hardware", settings["device"])
     title = f"{settings['model']}, {settings['dtype']}, {hardware}"
     figure.suptitle(title if budget is None else f"{title}, budget {budget}", fontsize=10)
-    figure.legend(loc="outside right center", frameon=False, fontsize=9)
-    ending = Path(path).suffix.lstrip(".").lower()
-    if ending not in canvas.get_supported_filetypes():
-        raise DataError(f"{path} does not end in an image format; use .png, .svg or .pdf")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=ending)
-    write_bytes_atomic(path, buffer.getvalue())
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=9)
+    save_figure(figure, path)
 
 
-def _tokens(value: float, _: Any) -> str:
+def _tokens(value: float) -> str:
     return f"{value / 1024:g}K" if value >= 1024 else f"{value:g}"
 
 

@@ -68,7 +68,7 @@ def head_rows(
     With the full cache: which heads live on the prompt. Under a method with a budget: which heads it starves.
     """
     from sparsemm import CompressionConfig, HeadScores
-    from sparsemm.experiments.head_rows import format_head_rows, head_rows_experiment
+    from sparsemm.experiments.head_rows import changes, format_head_rows, head_rows_experiment
     from sparsemm.methods import get_method
     from sparsemm.viz.heads import draw_head_rows
     from sparsemm.viz.reading import choose_heads
@@ -106,5 +106,5 @@ def head_rows(
     )
     typer.echo(format_head_rows(results, None if found is None else HeadScores.load(found), top))
     title = f"{name}: one kv head at {results.settings['rows']} rows"
-    draw_head_rows(results, path.with_suffix(".png"), title=title)
+    draw_head_rows({task: changes(results, task) for task in results.base.tasks}, path.with_suffix(".png"), title=title)
     typer.echo(f"\nresults: {path}\nplot:    {path.with_suffix('.png')}")

@@ -64,14 +64,14 @@ def mask(
 ) -> None:
     """Read held-out pages with the visual heads masked, and with as many random others. Table, JSON and plot."""
     from sparsemm import HeadScores
-    from sparsemm.experiments.masking import format_masking, heads_of_shares, masking_experiment
-    from sparsemm.runs.metrics import METRICS
+    from sparsemm.experiments.masking import format_masking, heads_of_shares, masking_experiment, summarise
+    from sparsemm.runs.metrics import METRIC_LABELS
     from sparsemm.viz.heads import draw_masking
 
     if heads is not None and shares is not None:
         raise ConfigError("give --heads or --shares, not both")
-    if metric not in METRICS:
-        raise ConfigError(f"--metric {metric!r} is unknown; use one of {', '.join(METRICS)}")
+    if metric not in METRIC_LABELS:
+        raise ConfigError(f"--metric {metric!r} is unknown; use one of {', '.join(METRIC_LABELS)}")
     file = find_head_scores(model, head_scores)
     if file is None:
         raise DataError(f"there are no head scores of {short_name(model)}; chase them, or give --head-scores")
@@ -102,7 +102,7 @@ def mask(
     )
     typer.echo(format_masking(runs))
     title = f"Masked heads, {short_name(model)}: {documents} held-out pages, {mask_mode.value}"
-    draw_masking(runs, folder / "masking.png", metric=metric, title=title)
+    draw_masking(summarise(runs, metric), folder / "masking.png", label=METRIC_LABELS[metric], title=title)
     typer.echo(f"\nresults: {folder / 'masking.json'}\nplot:    {folder / 'masking.png'}")
 
 

@@ -2,34 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 from sparsemm.errors import DataError
-from sparsemm.io import write_bytes_atomic
 from sparsemm.runs.markdown import markdown_table
+from sparsemm.runs.metrics import METRIC_LABELS
+from sparsemm.runs.plots import log2_axis, method_lines, new_figure, plain_axes, save_figure
 from sparsemm.runs.results import Cell, Results
-
-# Okabe and Ito's palette, distinguishable with every kind of colour vision; a marker each for print without colour.
-STYLES = {
-    "sparsemm": ("#D55E00", "o"),
-    "snapkv": ("#0072B2", "s"),
-    "pyramidkv": ("#009E73", "^"),
-    "adakv": ("#CC79A7", "D"),
-    "random": ("#7A7A7A", "v"),
-}
-_OTHER_STYLES = (("#E69F00", "P"), ("#56B4E9", "X"), ("#000000", "*"))
-LABELS = {
-    "sparsemm": "SparseMM",
-    "snapkv": "SnapKV",
-    "pyramidkv": "PyramidKV",
-    "adakv": "AdaKV",
-    "random": "Random heads",
-    "fullkv": "Full cache",
-    "mask": "Visual heads masked",
-    "mask_random": "Random heads masked",
-}
-_METRIC_LABELS = {"accuracy": "Character accuracy", "exact_match": "Exact match", "anls": "ANLS"}
 
 
 def _tasks(cells: list[Cell]) -> list[str]:
@@ -97,12 +76,8 @@ def plot_accuracy(
     Raises:
         DataError: No cell has a budget, or the metric, group or file ending is unknown.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    if metric not in _METRIC_LABELS:
-        raise DataError(f"metric={metric!r} is unknown; use one of {', '.join(_METRIC_LABELS)}")
+    if metric not in METRIC_LABELS:
+        raise DataError(f"metric={metric!r} is unknown; use one of {', '.join(METRIC_LABELS)}")
     lines: dict[str, list[tuple[int, float]]] = {}
     levels: dict[str, float] = {}
     for cell in cells:
@@ -116,56 +91,13 @@ def plot_accuracy(
     if not lines:
         raise DataError("no result has a budget, so there is nothing to draw a line through")
 
-    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(7.2, 4.2)
     axes = figure.add_subplot()
-    if "fullkv" in levels:
-        axes.axhline(levels["fullkv"], color="black", linestyle="--", linewidth=1.4, label=LABELS["fullkv"])
-    others = iter(_OTHER_STYLES * len(lines))
-    for method in sorted(lines, key=lambda name: list(STYLES).index(name) if name in STYLES else len(STYLES)):
-        points = sorted(lines[method])
-        colour, marker = STYLES[method] if method in STYLES else next(others)
-        own = method == "sparsemm"
-        axes.plot(
-            [budget for budget, _ in points],
-            [value for _, value in points],
-            color=colour,
-            marker=marker,
-            markersize=6 if own else 5,
-            linewidth=2.4 if own else 1.5,
-            zorder=3 if own else 2,
-            label=LABELS.get(method, method),
-        )
-    for method, dashes in (("mask_random", (1, 1.5)), ("mask", (4, 1.5, 1, 1.5))):
-        if method in levels:
-            axes.axhline(levels[method], color="#56B4E9", dashes=dashes, linewidth=1.4, label=LABELS[method])
-    budgets = sorted({budget for points in lines.values() for budget, _ in points})
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(_apart(budgets)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("Budget (prompt rows kept per kv head)")
-    axes.set_ylabel(_METRIC_LABELS[metric] + (f" ({task})" if task else ""))
-    axes.grid(color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if title:
-        axes.set_title(title, fontsize=11)
+    method_lines(axes, lines, levels)
+    budgets = [budget for points in lines.values() for budget, _ in points]
+    log2_axis(axes, budgets, "Budget (prompt rows kept per kv head)")
+    axes.set_ylabel(METRIC_LABELS[metric] + (f" ({task})" if task else ""))
+    plain_axes(axes, title)
     # Beside the axes, so that it covers no line whatever the data.
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
-
-    ending = Path(path).suffix.lstrip(".").lower()
-    if ending not in canvas.get_supported_filetypes():
-        raise DataError(f"{path} does not end in an image format; use .png, .svg or .pdf")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=ending)
-    write_bytes_atomic(path, buffer.getvalue())
-
-
-def _apart(budgets: list[int]) -> list[int]:
-    """Those budgets whose labels do not run into one another on a logarithmic axis: a factor of 1.25 apart."""
-    chosen: list[int] = []
-    for budget in budgets:
-        if not chosen or budget >= 1.25 * chosen[-1]:
-            chosen.append(budget)
-    return chosen
+    save_figure(figure, path)

@@ -70,6 +70,8 @@ def anls(prediction: str, references: str | Iterable[str], *, threshold: float =
     return max(1.0 - distance if distance < threshold else 0.0 for distance in distances)
 
 
+METRIC_LABELS = {"accuracy": "Character accuracy", "exact_match": "Exact match", "anls": "ANLS"}
+
 METRICS: dict[str, Callable[[str, str], float]] = {
     "accuracy": character_accuracy,
     "exact_match": exact_match,

@@ -10,11 +10,9 @@ import numpy as np
 from torch import Tensor
 
 from sparsemm.errors import DataError, HeadScoreError
-from sparsemm.viz.figure import COLOURS, LINES, SIGNED_COLOURS, contrast, new_figure, save_figure, spaced
+from sparsemm.runs.plots import COLOURS, LINES, SIGNED_COLOURS, contrast, new_figure, plain_axes, save_figure, spaced
 
 if TYPE_CHECKING:
-    from sparsemm.experiments.head_rows import HeadRowsResults
-    from sparsemm.experiments.masking import MaskedRun
     from sparsemm.head_scores import HeadScores
 
 _MOST_NUMBERED = 160
@@ -83,7 +81,7 @@ def draw_sparsity(named_scores: Mapping[str, HeadScores], path: str | Path, *, t
     )
     axes.set(xlim=(0, 100), ylim=(0, 103), xlabel="Share of heads, highest scores first (%)")
     axes.set_ylabel("Share of the visual score (%)")
-    _plain_axes(axes, title)
+    plain_axes(axes, title, grid="y")
     figure.legend(loc="outside right center", frameon=False, fontsize=9)
     save_figure(figure, path)
 
@@ -122,7 +120,7 @@ def draw_budgets(rows: Tensor, path: str | Path, *, title: str | None = None, pr
     right.set_xticks([(layer + 0.5) * num_heads - 0.5 for layer in ticks], [str(layer) for layer in ticks])
     right.tick_params(axis="x", length=0)
     right.set(xlim=(-0.5, values.size - 0.5), xlabel="Layer (its kv heads side by side)", ylabel="Rows kept")
-    _plain_axes(right, None)
+    plain_axes(right, grid="y")
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=11)
@@ -130,17 +128,20 @@ def draw_budgets(rows: Tensor, path: str | Path, *, title: str | None = None, pr
 
 
 def draw_masking(
-    runs: Sequence[MaskedRun], path: str | Path, *, metric: str = "accuracy", title: str | None = None
+    rows: Sequence[Mapping[str, Any]], path: str | Path, *, label: str = "Character accuracy", title: str | None = None
 ) -> None:
     """Reading against the number of masked heads: the visual ones, and the mean and range of random others.
 
+    Args:
+        rows: One per number of heads: `num_heads`, `share`, `visual`, `mean`, `low`, `high`, `seeds`, as
+            `sparsemm.experiments.masking.summarise` makes them.
+        path: Image file.
+        label: What was measured.
+        title: Above the axes.
+
     Raises:
         DataError: There is no run, or the file's ending is no image format.
-        ConfigError: The metric is unknown.
     """
-    from sparsemm.experiments.masking import summarise
-
-    rows = summarise(runs, metric)
     if not rows:
         raise DataError("there is no run to draw")
     figure = new_figure(6.6, 4.2)
@@ -161,30 +162,31 @@ def draw_masking(
         [row["num_heads"] for row in seen], [row["visual"] for row in seen], color=LINES[1], marker="o", linewidth=2.2,
         label="highest visual scores",
     )  # fmt: skip
-    labels = {"accuracy": "Character accuracy", "exact_match": "Exact match", "anls": "ANLS"}
     counts = [row["num_heads"] for row in rows]
     axes.set_xticks(counts, [f"{row['num_heads']}\n{100 * row['share']:.1f} %" for row in rows], fontsize=8)
-    axes.set(xlabel="Masked query heads, and their share", ylabel=labels[metric])
+    axes.set(xlabel="Masked query heads, and their share", ylabel=label)
     axes.set_ylim(bottom=0)
-    _plain_axes(axes, title)
+    plain_axes(axes, title, grid="y")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     save_figure(figure, path)
 
 
-def draw_head_rows(results: HeadRowsResults, path: str | Path, *, title: str | None = None) -> None:
+def draw_head_rows(changes: Mapping[str, Tensor], path: str | Path, *, title: str | None = None) -> None:
     """What each kv head's changed rows did to the accuracy: a map of layers by kv heads for each task, in points.
 
-    Raises:
-        DataError: The run that changes nothing is missing, or the file's ending is no image format.
-    """
-    from sparsemm.experiments.head_rows import changes
+    Args:
+        changes: Change of accuracy by task, `[num_layers, num_kv_heads]`, NaN where a head was not changed.
+        path: Image file.
+        title: Above the maps.
 
-    tasks = list(results.base.tasks)
-    num_layers, num_heads = results.settings["shape"]
+    Raises:
+        DataError: The file's ending is no image format.
+    """
+    num_layers, num_heads = next(iter(changes.values())).shape
     width = max(4.8, 1.6 + 0.45 * num_heads)
-    figure = new_figure(width * len(tasks), max(3.0, 1.5 + 0.22 * num_layers))
-    for axes, task in zip(np.atleast_1d(figure.subplots(1, len(tasks))), tasks, strict=True):
-        values = 100 * changes(results, task).numpy()
+    figure = new_figure(width * len(changes), max(3.0, 1.5 + 0.22 * num_layers))
+    for axes, (task, table) in zip(np.atleast_1d(figure.subplots(1, len(changes))), changes.items(), strict=True):
+        values = 100 * table.numpy()
         label = "Change of accuracy (points)"
         _table(figure, axes, values, label, numbers="{:+.0f}", columns="kv head", signed=True)
         axes.set_title(task, fontsize=10)
@@ -224,11 +226,3 @@ def _table(
                 continue
             colour = contrast(*colormaps[colours](scale(value))[:3])
             axes.text(column, row, numbers.format(value), ha="center", va="center", fontsize=6.5, color=colour)
-
-
-def _plain_axes(axes: Any, title: str | None) -> None:
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if title:
-        axes.set_title(title, fontsize=11)

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sparsemm.errors import DataError
-from sparsemm.viz.figure import COLOURS, LINES, new_figure, save_figure
+from sparsemm.runs.plots import COLOURS, LINES, new_figure, save_figure
 from sparsemm.viz.reading import Reading, grid_map
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from sparsemm.io import write_bytes_atomic
-from sparsemm.viz.figure import COLOURS
+from sparsemm.runs.plots import COLOURS
 from sparsemm.viz.page_template import TEMPLATE
 from sparsemm.viz.reading import Reading, grid_map
 

@@ -290,7 +290,7 @@ def test_plot_is_an_image_with_a_line_a_method(tmp_path: Path, monkeypatch: pyte
 
     drawn: dict[str, list[float]] = {}
     plot, level = Axes.plot, Axes.axhline
-    monkeypatch.setattr(Axes, "plot", lambda s, x, y, **k: (drawn.update({k["label"]: y}), plot(s, x, y, **k))[1])
+    monkeypatch.setattr(Axes, "plot", lambda s, x, y, **k: (drawn.update({k["label"]: list(y)}), plot(s, x, y, **k))[1])
     monkeypatch.setattr(Axes, "axhline", lambda s, y, **k: (drawn.update({k["label"]: [y]}), level(s, y, **k))[1])
     plot_accuracy(CELLS, tmp_path / "new" / "accuracy.png", title="toy")
     with Image.open(tmp_path / "new" / "accuracy.png") as image:

@@ -167,11 +167,12 @@ def test_table_and_map(tmp_path: Path) -> None:
     assert f"{100 * kv_scores[largest.layer, largest.head]:.1f} %" in table[3]
     assert any("rank correlation" in line for line in lines)
     assert "rank correlation" not in format_head_rows(results)
-    draw_head_rows(results, tmp_path / "map.png", title="toy")
-    draw_head_rows(experiment(heads=[(0, 1)]), tmp_path / "part.png")
+    maps = {task: changes(results, task) for task in results.base.tasks}
+    draw_head_rows(maps, tmp_path / "map.png", title="toy")
+    draw_head_rows({"read": changes(experiment(heads=[(0, 1)]), "read")}, tmp_path / "part.png")
     assert Image.open(tmp_path / "map.png").size[0] > 800
     with pytest.raises(DataError, match="image format"):
-        draw_head_rows(results, tmp_path / "map.txt")
+        draw_head_rows(maps, tmp_path / "map.txt")
 
 
 def test_rank_correlation() -> None:

@@ -141,7 +141,7 @@ def test_table_and_plot(tmp_path: Path) -> None:
     lines = format_masking(by_hand()).splitlines()
     assert len({len(line) for line in lines}) == 1 and len(lines) == 5
     assert "6.2 %" in lines[3] and "0.700 ± 0.141" in lines[3] and "0.600–0.800" in lines[3] and "0.350" in lines[3]
-    draw_masking(by_hand(), tmp_path / "a.png", title="toy")
+    draw_masking(rows, tmp_path / "a.png", title="toy")
     assert Image.open(tmp_path / "a.png").size[0] > 800
     with pytest.raises(ConfigError, match="speed"):
         summarise(by_hand(), "speed")

@@ -1,0 +1,1 @@
+"""Experiments on pages: every method at every budget, masked heads, changed rows of single heads."""
