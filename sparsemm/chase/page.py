@@ -14,7 +14,7 @@ from sparsemm.config import CompressionConfig
 from sparsemm.decoding.generation import stock_greedy
 from sparsemm.errors import SparseMMError
 from sparsemm.models import family_of
-from sparsemm.models.family import open_image
+from sparsemm.models.images import open_image
 from sparsemm.patching import patch
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsemm.documents.pages import TextBox
 from sparsemm.errors import DataError
-from sparsemm.models.family import open_image
+from sparsemm.models.images import open_image
 
 if TYPE_CHECKING:
     import PIL.Image

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from sparsemm.errors import ConfigError, DataError, UnsupportedModelError
 from sparsemm.models.geometry import ImageLayout, split_images_by_row
+from sparsemm.models.images import open_image
 
 if TYPE_CHECKING:
-    import PIL.Image
     import torch
     from transformers import BatchFeature, PretrainedConfig, ProcessorMixin
+
+_KNOWN_BUFFERS = ("rotary_emb.inv_freq", "position_ids")
+"""Buffers that old checkpoints hold and models compute."""
 
 Messages = list[dict[str, Any]]
 """A conversation in the chat-template form: `[{"role": "user", "content": [{"type": "image", "image": …}, …]}]`."""
@@ -51,12 +49,36 @@ class ModelFamily(ABC):
         return model.model.language_model
 
     def load_weights(self, path: str, **kwargs: Any) -> nn.Module:
-        """The model class's `from_pretrained`, safetensors only."""
-        import transformers
+        """The model class's `from_pretrained`, safetensors only.
 
-        return getattr(transformers, self.model_class).from_pretrained(
-            path, use_safetensors=True, trust_remote_code=False, **kwargs
-        )
+        Raises:
+            DataError: Weights are missing, left over, of another shape, or their file is broken: transformers would
+                fill in random ones.
+        """
+        import transformers
+        from safetensors import SafetensorError
+
+        model_class = getattr(transformers, self.model_class)
+        try:
+            model, report = model_class.from_pretrained(
+                path,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they are reported, and refused below
+                **kwargs,
+            )
+        except (RuntimeError, SafetensorError) as error:
+            raise DataError(f"the weights in {path} do not fit its config.json, or are damaged: {error}") from error
+        for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+            found = (key if isinstance(key, str) else key[0] for key in report.get(kind) or ())
+            keys = sorted(key for key in found if not key.endswith(_KNOWN_BUFFERS))
+            if keys:
+                raise DataError(
+                    f"the weights in {path} do not fit its config.json: {len(keys)} {kind.replace('_', ' ')}, such as "
+                    f"{', '.join(keys[:3])}; get the whole checkpoint again, or the configuration it belongs to"
+                )
+        return model
 
     # -- processors and prompts ---------------------------------------------------------------------------------------
 
@@ -179,34 +201,6 @@ def source_of(item: dict[str, Any]) -> Any:
     """What an image entry of a message names: an image, a path or an address, under any of the names in use."""
     source = next((item[key] for key in ("image", "image_url", "url", "path") if key in item), None)
     return source.get("url") if isinstance(source, dict) else source
-
-
-def open_image(source: Any) -> PIL.Image.Image:
-    """An RGB image from a `PIL.Image.Image`, a path, a file URI or a base64 data URI; nothing is downloaded.
-
-    Raises:
-        DataError: It is none of these, missing, or not an image.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
-    if not isinstance(source, (str, os.PathLike)):
-        raise DataError(f"an image is a PIL image or a path, got {type(source).__name__}")
-    text = os.fspath(source)
-    if text.startswith(("http://", "https://")):
-        raise DataError(f"{text} is not a local file; download the image and give its path")
-    shown = text if len(text) < 200 else text[:60] + "…"
-    try:
-        if text.startswith("data:"):
-            with Image.open(io.BytesIO(base64.b64decode(text.partition(",")[2], validate=True))) as image:
-                return image.convert("RGB")
-        with Image.open(Path(text.removeprefix("file://"))) as image:
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise DataError(f"image {shown} does not exist; check the path") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, binascii.Error) as error:
-        raise DataError(f"image {shown} cannot be read ({error})") from error
 
 
 def refuse_pixel_limits(name: str, min_pixels: int | None, max_pixels: int | None) -> None:

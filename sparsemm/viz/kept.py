@@ -14,8 +14,8 @@ from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError
 from sparsemm.methods import get_method
 from sparsemm.models import family_of
-from sparsemm.models.family import open_image
 from sparsemm.models.geometry import ImageLayout
+from sparsemm.models.images import open_image
 from sparsemm.viz.reading import cached_keys
 
 if TYPE_CHECKING:

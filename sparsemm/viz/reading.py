@@ -16,8 +16,8 @@ from sparsemm.config import CompressionConfig
 from sparsemm.decoding.generation import generate_greedy
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.models import family_of
-from sparsemm.models.family import open_image
 from sparsemm.models.geometry import ImageLayout
+from sparsemm.models.images import open_image
 
 if TYPE_CHECKING:
     import PIL.Image

@@ -1,0 +1,98 @@
+"""`open_image`: what a person sees in the file is what the model gets."""
+
+from __future__ import annotations
+
+import base64
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sparsemm.errors import DataError
+from sparsemm.models.images import open_image
+
+RAMP = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path: Path, orientation: int) -> None:
+    upright = np.zeros((20, 30, 3), dtype=np.uint8)
+    upright[:5, :10] = 255  # white at the upper left
+    # How a camera stores an upright picture under each orientation: the inverse of what a viewer does.
+    stored = {
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: upright.transpose(1, 0, 2), 6: np.rot90(upright, 1), 7: np.rot90(upright, 2).transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "photo.png", exif=exif)
+    for source in (tmp_path / "photo.png", Image.open(tmp_path / "photo.png")):
+        assert np.array_equal(np.asarray(open_image(source)), upright)
+    once = open_image(tmp_path / "photo.png")
+    assert np.array_equal(np.asarray(open_image(once)), upright)  # not turned a second time
+
+
+@pytest.mark.parametrize("name", ["grey.png", "grey.tif"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, name: str) -> None:
+    Image.fromarray(RAMP.astype(np.uint16) * 257).save(tmp_path / name)
+    assert np.array_equal(np.asarray(open_image(tmp_path / name))[..., 0], RAMP)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 255])
+def test_floats_are_scaled(tmp_path: Path, scale: float) -> None:
+    Image.fromarray((RAMP * scale).astype(np.float32)).save(tmp_path / "f.tif")
+    assert np.array_equal(np.asarray(open_image(tmp_path / "f.tif"))[..., 0], RAMP)
+
+
+def test_thirty_two_bits(tmp_path: Path) -> None:
+    Image.fromarray(RAMP.astype(np.int32) * 257).save(tmp_path / "i.tif")
+    assert np.array_equal(np.asarray(open_image(tmp_path / "i.tif"))[..., 0], RAMP)
+
+
+@pytest.mark.parametrize("values", [[-1.0, 0.5], [0.0, 1e6], [0.0, float("nan")]])
+def test_floats_of_no_known_range_are_refused(values: list[float]) -> None:
+    with pytest.raises(DataError, match="no known range"):
+        open_image(Image.fromarray(np.array([values], dtype=np.float32)))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_laid_over_white(mode: str, tmp_path: Path) -> None:
+    picture = Image.new("RGBA", (4, 2), (0, 0, 0, 0))
+    picture.putpixel((1, 0), (10, 10, 10, 255))
+    picture.convert(mode).save(tmp_path / "a.png")
+    found = np.asarray(open_image(tmp_path / "a.png"))
+    assert found[0, 0].tolist() == [255, 255, 255] and found[0, 1].tolist() == [10, 10, 10]
+
+
+def test_the_first_frame_of_an_animation_is_read_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    frames = [Image.new("L", (8, 8), value) for value in (10, 200)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with caplog.at_level(logging.WARNING, logger="sparsemm"):
+        assert np.asarray(open_image(tmp_path / "a.gif")).max() == 10
+        moved = Image.open(tmp_path / "a.gif")
+        moved.seek(1)
+        assert np.asarray(open_image(moved)).max() == 10
+    assert "2 frames" in caplog.text
+
+
+def test_data_uris_go_the_same_way(tmp_path: Path) -> None:
+    Image.fromarray(RAMP.astype(np.uint16) * 257).save(tmp_path / "a.png")
+    uri = "data:image/png;base64," + base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    assert np.array_equal(np.asarray(open_image(uri))[..., 0], RAMP)
+
+
+@pytest.mark.parametrize("make", ["text", "truncated", "folder", "missing"])
+def test_what_is_no_image_is_an_error_of_ours(tmp_path: Path, make: str) -> None:
+    path = tmp_path / "page.png"
+    if make == "text":
+        path.write_text("hello")
+    elif make == "truncated":
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)).save(path)
+        path.write_bytes(path.read_bytes()[:500])
+    elif make == "folder":
+        path.mkdir()
+    with pytest.raises(DataError, match="page.png"):
+        open_image(path)
