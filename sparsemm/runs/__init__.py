@@ -1,0 +1,1 @@
+"""What long work shares: journals, processes, result files, metrics, tables and plots."""
