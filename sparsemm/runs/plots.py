@@ -106,7 +106,10 @@ def log2_axis(axes: Any, values: Sequence[int], label: str, form: Callable[[floa
 
 
 def method_lines(
-    axes: Any, lines: dict[str, Sequence[tuple[float, float]]], levels: dict[str, float], labels: dict[str, str] = LABELS
+    axes: Any,
+    lines: dict[str, Sequence[tuple[float, float]]],
+    levels: dict[str, float],
+    labels: dict[str, str] = LABELS,
 ) -> None:
     """One line a method through its (x, y) points, and a horizontal line for each method that has a single value."""
     for method in sorted(levels, key=lambda name: list(_LEVELS).index(name)):
