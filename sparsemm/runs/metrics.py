@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from rapidfuzz.distance import Levenshtein
+
 ANLS_THRESHOLD = 0.5
 
 
@@ -15,32 +17,9 @@ def clean_text(text: str) -> str:
     return " ".join(text.split())
 
 
-def edit_distance(first: str, second: str) -> int:
-    """Levenshtein distance: fewest one-character insertions, deletions and substitutions from one text to the other.
-
-    O(len(first) * len(second)) time, one row of memory.
-    """
-    if len(first) < len(second):
-        first, second = second, first
-    row = list(range(len(second) + 1))
-    for i, character in enumerate(first, start=1):
-        diagonal, row[0] = row[0], i
-        for j, other in enumerate(second, start=1):
-            substituted = diagonal + (character != other)
-            diagonal = row[j]
-            row[j] = min(substituted, diagonal + 1, row[j - 1] + 1)
-    return row[-1]
-
-
-def normalised_distance(prediction: str, reference: str) -> float:
-    """`edit_distance / max(len(prediction), len(reference))`, 0 for two empty texts; always between 0 and 1."""
-    longest = max(len(prediction), len(reference))
-    return edit_distance(prediction, reference) / longest if longest else 0.0
-
-
 def character_accuracy(prediction: str, reference: str) -> float:
-    """`1 - edit_distance / max(len(prediction), len(reference))`; case counts."""
-    return 1.0 - normalised_distance(clean_text(prediction), clean_text(reference))
+    """`1 - Levenshtein distance / max(len(prediction), len(reference))`, 1 for two empty texts; case counts."""
+    return 1.0 - Levenshtein.normalized_distance(clean_text(prediction), clean_text(reference))
 
 
 def exact_match(prediction: str, reference: str) -> float:
@@ -51,7 +30,7 @@ def exact_match(prediction: str, reference: str) -> float:
 def anls(prediction: str, references: str | Iterable[str], *, threshold: float = ANLS_THRESHOLD) -> float:
     """Average normalised Levenshtein similarity of one answer, as DocVQA scores it.
 
-    With NL the normalised distance of the lower-cased texts, the score is the best over the references of
+    With NL the Levenshtein distance divided by the longer length, of the lower-cased texts, the score is the best over the references of
     `1 - NL if NL < threshold else 0` (Biten et al., "Scene Text Visual Question Answering", ICCV 2019, equation 1).
 
     Args:
@@ -66,7 +45,7 @@ def anls(prediction: str, references: str | Iterable[str], *, threshold: float =
     if not accepted:
         raise ValueError("references is empty; give at least one accepted answer")
     answer = clean_text(prediction).lower()
-    distances = (normalised_distance(answer, clean_text(reference).lower()) for reference in accepted)
+    distances = (Levenshtein.normalized_distance(answer, clean_text(reference).lower()) for reference in accepted)
     return max(1.0 - distance if distance < threshold else 0.0 for distance in distances)
 
 
