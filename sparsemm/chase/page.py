@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsemm.chase.matching import token_texts
 from sparsemm.config import CompressionConfig
 from sparsemm.decoding.generation import stock_greedy
+from sparsemm.documents import TextBox
 from sparsemm.errors import SparseMMError
 from sparsemm.models import family_of
 from sparsemm.models.images import open_image
@@ -28,15 +29,11 @@ _TILE = 64
 READ_PROMPT = "Provide all the OCR results of this image."
 
 
-class TextBox(Protocol):
-    """A chunk of a page's text and the pixels (x0, y0, x1, y1) it covers, both corners included."""
-
-    text: str
-    box: Sequence[float]
-
-
 class Page(Protocol):
-    """A document image (a `PIL.Image.Image`, or a path) with its text chunks in reading order."""
+    """A document image (what `open_image` takes) with its text chunks in reading order.
+
+    Boxes are the pixels (x0, y0, x1, y1) of the first and last ink, both included.
+    """
 
     image: Any
     words: Sequence[TextBox]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Iterable, Iterator, Sequence
 from operator import length_hint
 from pathlib import Path
@@ -19,6 +18,7 @@ from sparsemm.models import family_of
 from sparsemm.models.identity import model_name_of, weights_digest
 from sparsemm.runs.journal import Journal, remove_journal
 from sparsemm.runs.processes import Workers, workers
+from sparsemm.runs.results import environment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -131,12 +131,10 @@ def _remaining(pages: Iterable[Page], done: dict[int, Any], us: Workers) -> Iter
 
     Pages that can be indexed are made only where they are to be read.
     """
-    if isinstance(pages, Sequence):
-        for index in range(len(pages)):
-            yield index, None if index in done or not us.owns(index) else pages[index]
-    else:
-        for index, page in enumerate(pages):
-            yield index, None if index in done or not us.owns(index) else page
+    by_number = isinstance(pages, Sequence)
+    for index, page in enumerate(range(len(pages)) if by_number else pages):
+        wanted = us.owns(index) and index not in done
+        yield index, (pages[index] if by_number else page) if wanted else None
 
 
 def _collect(records: list[dict[str, Any]], shape: tuple[int, int], settings: dict[str, Any]) -> HeadScores:
@@ -147,6 +145,7 @@ def _collect(records: list[dict[str, Any]], shape: tuple[int, int], settings: di
     for record in read:
         for layer, head, score in record["scores"]:
             total[layer, head] += score
+    found = environment()
     provenance = {
         **{key: value for key, value in settings.items() if key != "shape"},
         "num_images": len(read),
@@ -154,24 +153,11 @@ def _collect(records: list[dict[str, Any]], shape: tuple[int, int], settings: di
         "num_tokens": sum(record["tokens"] for record in read),
         "num_matched": sum(record["matched"] for record in read),
         "num_hits": sum(record["hits"] for record in read),
-        "versions": _versions(),
+        "versions": {name: found[name] for name in ("sparsemm", "torch", "transformers", "python")},
     }
     # HeadScores refuses a table of zeros: "chase again with more images".
     mean = HeadScores(total / len(read))
     return HeadScores(mean.normalised(), **provenance)
-
-
-def _versions() -> dict[str, str]:
-    import transformers
-
-    import sparsemm
-
-    return {
-        "sparsemm": sparsemm.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def _progress(pages: Iterable[Page], us: Workers, show: bool) -> Any:

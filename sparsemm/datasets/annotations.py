@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparsemm.datasets.base import (
-    BoxedImage,
-    bounding_box,
-    box_of_extent,
-    find_images,
-    image_path,
-    read_words,
-)
-from sparsemm.documents.pages import TextBox
+from sparsemm.datasets.base import BoxedImage, bounding_box, box_of_extent, find_images, image_path, read_words
+from sparsemm.documents.pages import TextBox, joined
 from sparsemm.errors import DataError
 from sparsemm.io import read_json
 
 PLAIN_FILE = "boxes.json"
 DONT_CARE = "###"
 """What MLT writes in place of text that nobody can read."""
+
+
+@contextmanager
+def _expecting(what: str) -> Iterator[None]:
+    """Raise `DataError` saying that it is not `what` when an entry lacks a field or has another one in its place."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{what} ({type(error).__name__}: {error})") from error
 
 
 def read_plain(source: Path, images: Path | None = None) -> list[BoxedImage]:
@@ -79,10 +85,8 @@ def read_mlt(source: Path, images: Path | None = None) -> list[BoxedImage]:
 
 def _mlt_words(path: Path) -> list[TextBox]:
     words = []
-    try:
+    with _expecting(f"{path} is not UTF-8"):
         text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error})") from error
     for number, line in enumerate(text.split("\n"), start=1):
         line = line.rstrip("\r")
         if not line.strip():
@@ -112,17 +116,15 @@ def read_ctw(source: Path, images: Path | None = None, *, unit: str = "line") ->
     if unit not in ("line", "character"):
         raise DataError(f"unit={unit!r} is unknown; use line or character")
     pages = []
-    for number, line in enumerate(_lines(source), start=1):
+    with _expecting(f"{source} is not UTF-8"):
+        lines = [line for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+    for number, line in enumerate(lines, start=1):
         where = f"{source}, line {number}"
-        try:
+        with _expecting(f"{where} is not an annotated image of CTW"):
             entry = json.loads(line)
             name = entry.get("file_name") or f"{entry['image_id']}.jpg"
-            groups = [[_ctw_character(one, where) for one in group] for group in entry["annotations"]]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{where} is not an annotated image of CTW ({type(error).__name__}: {error})") from error
-        words = [word for group in groups for word in (group if unit == "character" else _joined(group))]
+            groups = [[_ctw_character(one, where) for one in group] for group in entry["annotations"] if group]
+        words = [word for group in groups for word in (group if unit == "character" else [joined(group, "")])]
         pages.append(BoxedImage(name, image_path(images or source.parent, name, where), words))
     return pages
 
@@ -131,14 +133,6 @@ def _ctw_character(entry: dict[str, Any], where: str) -> TextBox:
     if "polygon" in entry:
         return TextBox(entry["text"], bounding_box(entry["polygon"], where))
     return TextBox(entry["text"], box_of_extent(entry["adjusted_bbox"], where))
-
-
-def _joined(characters: list[TextBox]) -> list[TextBox]:
-    if not characters:
-        return []
-    x0, y0, x1, y1 = zip(*(character.box for character in characters), strict=True)
-    text = "".join(character.text for character in characters)
-    return [TextBox(text, (min(x0), min(y0), max(x1), max(y1)))]
 
 
 def read_coco(source: Path, images: Path | None = None) -> list[BoxedImage]:
@@ -152,7 +146,7 @@ def read_coco(source: Path, images: Path | None = None) -> list[BoxedImage]:
         DataError: The file has another form, or an annotation names an unknown image or category.
     """
     document = read_json(source)
-    try:
+    with _expecting(f"{source} is not a COCO object file"):
         categories = {entry["id"]: entry["name"] for entry in document["categories"]}
         boxes: dict[Any, list[TextBox]] = {entry["id"]: [] for entry in document["images"]}
         for number, entry in enumerate(document["annotations"]):
@@ -164,15 +158,6 @@ def read_coco(source: Path, images: Path | None = None) -> list[BoxedImage]:
             BoxedImage(entry["file_name"], image_path(folder, entry["file_name"], str(source)), boxes[entry["id"]])
             for entry in document["images"]
         ]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{source} is not a COCO object file ({type(error).__name__}: {error})") from error
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error})") from error
 
 
 def _by_number(path: Path) -> tuple[str, int, str]:

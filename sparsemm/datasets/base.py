@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -40,15 +39,7 @@ class BoxedImage:
     @property
     def image(self) -> PIL.Image.Image:
         """The image in RGB. Raises `DataError` when it is missing or broken."""
-        if not isinstance(self.source, bytes):
-            return open_image(self.source)
-        from PIL import Image
-
-        try:
-            with Image.open(io.BytesIO(self.source)) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"image {self.name} cannot be read ({error})") from error
+        return open_image(self.source)
 
     @property
     def words(self) -> tuple[TextBox, ...]:
@@ -85,30 +76,36 @@ def bounding_box(points: Any, where: str) -> tuple[float, float, float, float]:
     Raises:
         DataError: They are not that, or not finite; the message starts with `where`.
     """
-    try:
-        flat = [value for point in points for value in (point if isinstance(point, (list, tuple)) else (point,))]
-        values = [float(value) for value in flat]
-    except (TypeError, ValueError):
-        raise DataError(f"{where}: {points!r} is not a list of coordinates") from None
-    if len(values) < 4 or len(values) % 2 or not all(math.isfinite(value) for value in values):
+    values = _numbers(points, where)
+    if len(values) < 4 or len(values) % 2:
         raise DataError(f"{where}: {points!r} is not two or more finite (x, y) points")
     xs, ys = values[0::2], values[1::2]
     return min(xs), min(ys), max(xs), max(ys)
 
 
-def box_of_extent(values: Any, where: str) -> tuple[float, float, float, float]:
+def box_of_extent(extent: Any, where: str) -> tuple[float, float, float, float]:
     """(x0, y0, x1, y1), corners included, of COCO's `[x, y, width, height]`, whose area ends before x + width.
 
     Raises:
         DataError: They are not four finite numbers, or the extent is negative; the message starts with `where`.
     """
-    try:
-        x, y, width, height = (float(value) for value in values)
-    except (TypeError, ValueError):
-        raise DataError(f"{where}: {values!r} is not [x, y, width, height]") from None
-    if not all(map(math.isfinite, (x, y, width, height))) or width < 0 or height < 0:
-        raise DataError(f"{where}: {values!r} is not a finite [x, y, width, height]")
+    values = _numbers(extent, where)
+    if len(values) != 4 or min(values[2:]) < 0:
+        raise DataError(f"{where}: {extent!r} is not [x, y, width, height]")
+    x, y, width, height = values
     return x, y, x + max(0.0, width - 1), y + max(0.0, height - 1)
+
+
+def _numbers(values: Any, where: str) -> list[float]:
+    """The finite numbers of a list, or of a list of lists."""
+    try:
+        flat = [one for value in values for one in (value if isinstance(value, (list, tuple)) else (value,))]
+        numbers = [float(value) for value in flat]
+    except (TypeError, ValueError):
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):
+        raise DataError(f"{where}: {values!r} is not a list of finite coordinates")
+    return numbers
 
 
 def find_images(folder: Path) -> dict[str, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -101,7 +102,10 @@ def _write_ctw(entries: list[Entry], folder: Path) -> None:
     lines = []
     for name, (width, height), words in entries:
         # One "character" a text box: its polygon is the only place for a box.
-        annotations = [[{"text": word.text, "polygon": _corners(word.box)}] for word in words]
+        boxes = ((word.text, *word.box) for word in words)
+        annotations = [
+            [{"text": text, "polygon": [[x0, y0], [x1, y0], [x1, y1], [x0, y1]]}] for text, x0, y0, x1, y1 in boxes
+        ]
         entry = {"image_id": Path(name).stem, "file_name": name, "width": width, "height": height}
         lines.append(json.dumps({**entry, "annotations": annotations, "ignore": []}, ensure_ascii=False) + "\n")
     write_bytes_atomic(folder / "annotations.jsonl", "".join(lines).encode())
@@ -123,11 +127,6 @@ def _write_coco(entries: list[Entry], folder: Path) -> None:
     write_json_atomic(folder / "annotations.json", document, indent=None)
 
 
-def _corners(box: Sequence[float]) -> list[list[float]]:
-    x0, y0, x1, y1 = box
-    return [[x0, y0], [x1, y0], [x1, y1], [x0, y1]]
-
-
 _ROWS_A_GROUP = 32
 
 
@@ -143,22 +142,18 @@ def _write_parquet(pages: Iterator[tuple[Any, tuple[TextBox, ...]]], folder: Pat
     features = datasets.Features({"image": datasets.Image(), "2_coord": boxes})
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".train.parquet.part"
+    rows = (
+        {
+            "image": {"bytes": _png(image), "path": None},
+            "2_coord": [{"chunk": word.text, "coord": [list(word.box[:2]), list(word.box[2:])]} for word in words],
+        }
+        for image, words in pages
+    )
     count = 0
     with pyarrow.parquet.ParquetWriter(temporary, features.arrow_schema) as writer:
-        group: list[dict[str, Any]] = []
-
-        def flush() -> None:
-            if group:
-                writer.write_table(pyarrow.Table.from_pylist(group, schema=features.arrow_schema))
-                group.clear()
-
-        for image, words in pages:
-            coords = [{"chunk": w.text, "coord": [list(w.box[:2]), list(w.box[2:])]} for w in words]
-            group.append({"image": {"bytes": _png(image), "path": None}, "2_coord": coords})
-            count += 1
-            if len(group) == _ROWS_A_GROUP:
-                flush()
-        flush()
+        while group := list(itertools.islice(rows, _ROWS_A_GROUP)):
+            writer.write_table(pyarrow.Table.from_pylist(group, schema=features.arrow_schema))
+            count += len(group)
     temporary.replace(folder / "train.parquet")
     return count
 

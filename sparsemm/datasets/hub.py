@@ -63,6 +63,7 @@ def _words(row: dict[str, Any], where: str) -> list[Any]:
 def _open(source: str | Path, split: str) -> tuple[Any, int | None]:
     try:
         import datasets
+        import pyarrow.parquet
     except ImportError as error:
         raise DataError("reading this data set needs the datasets package: pip install 'sparsemm[data]'") from error
     path = Path(source)
@@ -73,7 +74,7 @@ def _open(source: str | Path, split: str) -> tuple[Any, int | None]:
             total: int | None = len(rows)
         elif path.suffix == ".parquet":
             rows = datasets.load_dataset("parquet", data_files={split: str(path)}, split=split, streaming=True)
-            total = _parquet_rows([path])
+            total = pyarrow.parquet.read_metadata(path).num_rows
         else:
             rows = datasets.load_dataset(str(source), split=split, streaming=True)
             known = (rows.info.splits or {}).get(split)
@@ -87,9 +88,3 @@ def _open(source: str | Path, split: str) -> tuple[Any, int | None]:
     if missing:
         raise DataError(f"{source} has no column {', '.join(sorted(missing))}; it has {', '.join(columns)}")
     return rows.cast_column(IMAGE_COLUMN, datasets.Image(decode=False)), total
-
-
-def _parquet_rows(paths: list[Path]) -> int:
-    import pyarrow.parquet
-
-    return sum(pyarrow.parquet.read_metadata(path).num_rows for path in paths)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ from sparsemm.datasets.annotations import PLAIN_FILE, read_coco, read_ctw, read_
 from sparsemm.datasets.generated import GENERATORS, GeneratedPages
 from sparsemm.datasets.hub import HubPages
 from sparsemm.errors import DataError
+from sparsemm.io import read_json
 
 _READERS: dict[str, Callable[..., list[Any]]] = {
     "plain": read_plain,
@@ -82,19 +82,10 @@ def recognise(source: str) -> str:
         if path.suffix == ".jsonl":
             return "ctw"
         if path.suffix == ".json":
-            return _kind_of_json(path)
+            # COCO's file names its categories; reading the whole file for that is what its reader does, too.
+            document = read_json(path)
+            return "coco" if isinstance(document, dict) and "categories" in document else "plain"
         raise DataError(f"the format of {source} is not clear from its name; give it: {', '.join(FORMATS)}")
     if source.count("/") == 1 and source[0] not in "./~":
         return "synthdog"
     raise DataError(f"{source} does not exist; check the path, or give a hub id, or {' or '.join(GENERATORS)}")
-
-
-def _kind_of_json(path: Path) -> str:
-    """COCO's file names its categories; reading the whole file for that is what its reader does, too."""
-    from sparsemm.io import read_json
-
-    try:
-        document = read_json(path)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is not JSON ({error})") from error
-    return "coco" if isinstance(document, dict) and "categories" in document else "plain"

@@ -12,40 +12,21 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from sparsemm.errors import DataError
 
-_FAMILIES: dict[str, tuple[tuple[str, str, tuple[str, ...]], ...]] = {
-    # split -> (package, folder inside it, file names)
-    "train": (
-        (
-            "matplotlib",
-            "mpl-data/fonts/ttf",
-            (
-                "DejaVuSans.ttf", "DejaVuSans-Bold.ttf", "DejaVuSans-Oblique.ttf", "DejaVuSansMono.ttf",
-                "DejaVuSansMono-Bold.ttf", "DejaVuSerif.ttf", "DejaVuSerif-Bold.ttf", "DejaVuSerif-Italic.ttf",
-                "STIXGeneral.ttf", "STIXGeneralBol.ttf", "STIXGeneralItalic.ttf",
-                "cmr10.ttf", "cmb10.ttf", "cmss10.ttf", "cmtt10.ttf",
-            ),
-        ),
-        ("font_lato", "files", ("Lato-Regular.ttf", "Lato-Bold.ttf", "Lato-Italic.ttf", "Lato-Light.ttf")),
-        (
-            "font_source_serif_pro",
-            "files",
-            ("SourceSerifPro-Regular.ttf", "SourceSerifPro-Semibold.ttf", "SourceSerifPro-It.ttf"),
-        ),
-    ),
-    "heldout": (
-        (
-            "font_source_sans_pro",
-            "files",
-            ("SourceSansPro-Regular.ttf", "SourceSansPro-Semibold.ttf", "SourceSansPro-It.ttf"),
-        ),
-        (
-            "font_hanken_grotesk",
-            "files",
-            ("HankenGrotesk-Regular.otf", "HankenGrotesk-Medium.otf", "HankenGrotesk-Bold.otf"),
-        ),
-        ("font_caladea", "files", ("Caladea-Regular.ttf", "Caladea-Bold.ttf", "Caladea-Italic.ttf")),
-    ),
-}  # fmt: skip
+_FONTS: dict[str, dict[str, str]] = {
+    # split -> folder of an installed package -> file names
+    "train": {
+        "matplotlib/mpl-data/fonts/ttf": "DejaVuSans.ttf DejaVuSans-Bold.ttf DejaVuSans-Oblique.ttf DejaVuSansMono.ttf "
+        "DejaVuSansMono-Bold.ttf DejaVuSerif.ttf DejaVuSerif-Bold.ttf DejaVuSerif-Italic.ttf STIXGeneral.ttf "
+        "STIXGeneralBol.ttf STIXGeneralItalic.ttf cmr10.ttf cmb10.ttf cmss10.ttf cmtt10.ttf",
+        "font_lato/files": "Lato-Regular.ttf Lato-Bold.ttf Lato-Italic.ttf Lato-Light.ttf",
+        "font_source_serif_pro/files": "SourceSerifPro-Regular.ttf SourceSerifPro-Semibold.ttf SourceSerifPro-It.ttf",
+    },
+    "heldout": {
+        "font_source_sans_pro/files": "SourceSansPro-Regular.ttf SourceSansPro-Semibold.ttf SourceSansPro-It.ttf",
+        "font_hanken_grotesk/files": "HankenGrotesk-Regular.otf HankenGrotesk-Medium.otf HankenGrotesk-Bold.otf",
+        "font_caladea/files": "Caladea-Regular.ttf Caladea-Bold.ttf Caladea-Italic.ttf",
+    },
+}
 
 _TALL = "bdfhklt0123456789"
 _DEEP = "gjpqy"
@@ -54,15 +35,16 @@ _DEEP = "gjpqy"
 @cache
 def font_paths(split: str) -> tuple[Path, ...]:
     """The font files of `split`. Raises `DataError` naming the package to install when one is missing."""
-    if split not in _FAMILIES:
-        raise DataError(f"unknown split {split!r}; use one of {', '.join(_FAMILIES)}")
+    if split not in _FONTS:
+        raise DataError(f"unknown split {split!r}; use one of {', '.join(_FONTS)}")
     paths = []
-    for package, folder, names in _FAMILIES[split]:
+    for place, names in _FONTS[split].items():
+        package, _, folder = place.partition("/")
         spec = find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise DataError(f"the fonts of {package} are missing: pip install {package.replace('_', '-')}")
         root = Path(next(iter(spec.submodule_search_locations))) / folder
-        for name in names:
+        for name in names.split():
             if not (root / name).is_file():
                 raise DataError(f"font {name} is missing from {root}: reinstall {package.replace('_', '-')}")
             paths.append(root / name)
@@ -80,11 +62,8 @@ class Variant:
 
 def _variants() -> tuple[Variant, ...]:
     rng = np.random.default_rng(0)
-    drawn = [
-        Variant(float(rng.uniform(0.8, 1.25)), float(rng.uniform(-0.08, 0.25)), int(rng.integers(2)))
-        for _ in range(NUM_VARIANTS)
-    ]
-    return (Variant(), *drawn)
+    draws = ((rng.uniform(0.8, 1.25), rng.uniform(-0.08, 0.25), rng.integers(2)) for _ in range(NUM_VARIANTS))
+    return (Variant(), *(Variant(float(stretch), float(slant), int(weight)) for stretch, slant, weight in draws))
 
 
 NUM_VARIANTS = 9

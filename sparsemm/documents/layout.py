@@ -14,10 +14,7 @@ from sparsemm.errors import DataError
 
 READ_PROMPT = "Provide all the OCR results of this image."
 TASKS = ("read", "field")
-LABELS = (
-    "date", "total", "name", "order", "phone", "city", "item", "price",
-    "tax", "code", "due", "ref", "room", "seat", "bank", "plate",
-)  # fmt: skip
+LABELS = tuple("date total name order phone city item price tax code due ref room seat bank plate".split())
 """Field names of the forms; the questions, unlike the values, are the same in both splits."""
 
 

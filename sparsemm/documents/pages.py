@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,12 @@ class TextBox:
 
     text: str
     box: tuple[float, float, float, float]
+
+
+def joined(words: Sequence[TextBox], separator: str = " ") -> TextBox:
+    """One text box around several, in their order; at least one."""
+    x0, y0, x1, y1 = zip(*(word.box for word in words), strict=True)
+    return TextBox(separator.join(word.text for word in words), (min(x0), min(y0), max(x1), max(y1)))
 
 
 @dataclass(frozen=True)

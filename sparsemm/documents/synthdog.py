@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from sparsemm.documents.fonts import font_paths
-from sparsemm.documents.pages import TextBox
+from sparsemm.documents.pages import TextBox, joined
 from sparsemm.documents.photo import develop, homography, lay_on, paper, photo_background, place_corners, project
 from sparsemm.documents.words import draw_word
 from sparsemm.errors import DataError
@@ -86,9 +86,8 @@ def make_document(
         raise DataError(f"index={index} and seed={seed} must not be negative")
     if not 0.0 <= strength <= 1.0:
         raise DataError(f"strength={strength} must lie between 0 and 1")
-    paths = [
-        str(path) for split in (("train", "heldout") if fonts == "all" else (fonts,)) for path in font_paths(split)
-    ]
+    splits = ("train", "heldout") if fonts == "all" else (fonts,)
+    paths = [str(path) for split in splits for path in font_paths(split)]
     rng = np.random.default_rng([seed, 0x5D06, index])
     sheet_size = (round(width * rng.uniform(0.8, 0.97)), round(height * rng.uniform(0.8, 0.97)))
     spans = lay_out(rng, sheet_size, paths)
@@ -135,17 +134,9 @@ def lay_out(rng: np.random.Generator, sheet: tuple[int, int], fonts: Sequence[st
 
 
 def _paragraph(
-    rng: np.random.Generator,
-    spans: list[Span],
-    font: str,
-    size: int,
-    left: float,
-    top: float,
-    width: float,
-    bottom: float,
-    *,
-    num_lines: int,
-) -> float:
+    rng: np.random.Generator, spans: list[Span], font: str, size: int, left: float, top: float, width: float,
+    bottom: float, *, num_lines: int,
+) -> float:  # fmt: skip
     """Append the words of up to `num_lines` lines between `top` and `bottom`; the y below the last of them."""
     face = _font(font, size)
     ascent, descent = face.getmetrics()
@@ -226,9 +217,4 @@ def boxes_on_page(
         word = TextBox(span.text, (float(low[0]), float(low[1]), float(high[0]), float(high[1])))
         words.append(word)
         lines.setdefault(span.line, []).append(word)
-    return tuple(words), tuple(_line(members) for members in lines.values())
-
-
-def _line(words: list[TextBox]) -> TextBox:
-    x0, y0, x1, y1 = zip(*(word.box for word in words), strict=True)
-    return TextBox(" ".join(word.text for word in words), (min(x0), min(y0), max(x1), max(y1)))
+    return tuple(words), tuple(joined(members) for members in lines.values())

@@ -22,7 +22,7 @@ _LARGEST = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535}
 
 
 def open_image(source: Any) -> PIL.Image.Image:
-    """An 8-bit RGB image from a `PIL.Image.Image`, a path, a file URI or a base64 data URI; nothing is downloaded.
+    """An 8-bit RGB image from a `PIL.Image.Image`, a path, a file URI, a base64 data URI or bytes; no downloads.
 
     Turned as its EXIF orientation says, grey of 16 or 32 bits and floats scaled to 8 bits, transparency over white, of
     an animation the first frame (said in the log).
@@ -34,17 +34,19 @@ def open_image(source: Any) -> PIL.Image.Image:
 
     if isinstance(source, Image.Image):
         return _as_shown(source, "image")
-    if not isinstance(source, (str, os.PathLike)):
+    if not isinstance(source, (str, bytes, os.PathLike)):
         raise DataError(f"an image is a PIL image or a path, got {type(source).__name__}")
-    text = os.fspath(source)
+    text = f"of {len(source)} bytes" if isinstance(source, bytes) else os.fspath(source)
     if text.startswith(("http://", "https://")):
         raise DataError(f"{text} is not a local file; download the image and give its path")
     shown = text if len(text) < 200 else text[:60] + "…"
     try:
-        if text.startswith("data:"):
-            with Image.open(io.BytesIO(base64.b64decode(text.partition(",")[2], validate=True))) as image:
-                return _as_shown(image, shown)
-        with Image.open(Path(text.removeprefix("file://"))) as image:
+        file: Any = Path(text.removeprefix("file://"))
+        if isinstance(source, bytes):
+            file = io.BytesIO(source)
+        elif text.startswith("data:"):
+            file = io.BytesIO(base64.b64decode(text.partition(",")[2], validate=True))
+        with Image.open(file) as image:
             return _as_shown(image, shown)
     except FileNotFoundError as error:
         raise DataError(f"image {shown} does not exist; check the path") from error

@@ -30,8 +30,9 @@ def exact_match(prediction: str, reference: str) -> float:
 def anls(prediction: str, references: str | Iterable[str], *, threshold: float = ANLS_THRESHOLD) -> float:
     """Average normalised Levenshtein similarity of one answer, as DocVQA scores it.
 
-    With NL the Levenshtein distance divided by the longer length, of the lower-cased texts, the score is the best over the references of
-    `1 - NL if NL < threshold else 0` (Biten et al., "Scene Text Visual Question Answering", ICCV 2019, equation 1).
+    With NL the Levenshtein distance of the lower-cased texts divided by the longer length, the score is the best over
+    the references of `1 - NL if NL < threshold else 0` (Biten et al., "Scene Text Visual Question Answering", ICCV
+    2019, equation 1).
 
     Args:
         prediction: The model's answer.
