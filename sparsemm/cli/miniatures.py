@@ -36,6 +36,20 @@ def train(
 
 
 @app.command()
+def export(
+    family: FamilyOption,
+    folder: Annotated[Path | None, typer.Option(help="Checkpoints [default: runs/miniatures/<family>].")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder to write [default: <folder>/export].")] = None,
+    pages: Annotated[int, typer.Option(min=1, help="Held-out pages for each number of words.")] = 50,
+) -> None:
+    """Write a run's weights, its reading of held-out pages and its card as a folder that every command takes."""
+    from sparsemm.miniatures.export import export as run
+
+    source = folder or Path("runs/miniatures") / family.value
+    typer.echo(run(family.value, source, output or source / "export", pages=pages)["summary"])
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Option("--model", help="A miniature's name or folder.")] = DEFAULT_MODEL,
     pages: Annotated[int, typer.Option(min=1, help="Pages for each number of words.")] = 50,

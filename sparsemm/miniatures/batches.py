@@ -10,8 +10,7 @@ import torch
 
 from sparsemm.documents.layout import Layout, make_layout, max_words
 from sparsemm.documents.render import render
-from sparsemm.miniatures.architectures import DIMENSIONS, build_tokenizer
-from sparsemm.miniatures.tokenizer import CHAT_TEMPLATES
+from sparsemm.miniatures.tokenizer import CHAT_TEMPLATES, build_tokenizer
 
 IGNORE = -100
 
@@ -44,10 +43,8 @@ class Batch:
     pixels: np.ndarray | None
 
 
-@cache
-def tokenizer_of(family: str):
-    """The family's tokenizer, built once a process."""
-    return build_tokenizer(family)
+tokenizer_of = cache(build_tokenizer)
+"""The family's tokenizer, built once a process."""
 
 
 @lru_cache(maxsize=4096)
@@ -131,8 +128,3 @@ def make_batch(
     tail = np.tile(np.arange(after_image, after_image + length - image.stop), (3, 1))
     positions = np.concatenate([np.tile(np.arange(first), (3, 1)), block, tail], axis=1)
     return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(positions), image, pixels)
-
-
-def page_size(family: str) -> int:
-    """Side, in cells, of the family's pages."""
-    return DIMENSIONS[family].page_size // DIMENSIONS[family].cell

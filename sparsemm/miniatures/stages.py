@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sparsemm.errors import ConfigError
 from sparsemm.miniatures.batches import Mix
 
 
@@ -41,8 +40,6 @@ class Stage:
         return self.learning_rate * factor
 
 
-KINDS = ("glyphs", "symbols", "pages")
-
 CURRICULUM = (
     Stage("symbols-small", "symbols", 3000, 64, Mix(5, 9, 1, 3, 2, 0.2), enough=0.93),
     Stage("symbols-middle", "symbols", 3000, 48, Mix(8, 10, 1, 6, 4, 0.25), enough=0.93),
@@ -62,17 +59,3 @@ CURRICULUM = (
     Stage("forms", "pages", 1000, 24, Mix(14, 14, 1, 8, 6, 0.65), 1e-3, warmup=20, balance=1.0),
     Stage("polish", "pages", 400, 24, Mix(14, 14, 1, 8, 6, 0.5), 1e-3, warmup=1, decay=True, balance=0.5),
 )
-
-
-def curriculum(overrides: dict[str, int] | None = None) -> tuple[Stage, ...]:
-    """The stages in order, with the step counts of `overrides` (stage name -> steps).
-
-    Raises `ConfigError` for an unknown stage name.
-    """
-    from dataclasses import replace
-
-    steps = dict(overrides or {})
-    stages = tuple(replace(stage, steps=steps.pop(stage.name, stage.steps)) for stage in CURRICULUM)
-    if steps:
-        raise ConfigError(f"unknown stages {sorted(steps)}; the stages are {[stage.name for stage in CURRICULUM]}")
-    return stages

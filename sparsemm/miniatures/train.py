@@ -1,11 +1,10 @@
-"""Trains a miniature: `python -m sparsemm.miniatures.train --family qwen2-vl [--resume]`.
+"""Trains a miniature.
 
 Every batch is a function of (seed, stage, step), so a resumed run goes on exactly as an undisturbed one.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import logging
 import time
@@ -16,11 +15,11 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from sparsemm.errors import ConfigError, DataError
+from sparsemm.errors import DataError
 from sparsemm.io import read_json, write_bytes_atomic, write_json_atomic
-from sparsemm.miniatures.architectures import FAMILIES, Dimensions, build_model
+from sparsemm.miniatures.architectures import Dimensions, build_model
 from sparsemm.miniatures.batches import IGNORE, Batch, blank_ids, make_batch
-from sparsemm.miniatures.stages import Stage, curriculum
+from sparsemm.miniatures.stages import CURRICULUM, Stage
 from sparsemm.miniatures.vision import image_embeddings
 
 logger = logging.getLogger(__name__)
@@ -34,7 +33,7 @@ AVERAGE_DECAY = 0.998
 class Progress:
     """Where a run stands: the stage being trained, the steps done in it, and its running training accuracy.
 
-    `history` counts the steps of every stage, those of the run it started from included.
+    `history` counts the steps of every stage.
     """
 
     family: str
@@ -44,7 +43,6 @@ class Progress:
     accuracy: float = 0.0
     total_steps: int = 0
     seconds: float = 0.0
-    started_from: str | None = None
     history: dict[str, int] = field(default_factory=dict)
 
 
@@ -55,11 +53,11 @@ class Trainer:
     """
 
     def __init__(
-        self, family: str, folder: Path, *, seed: int = 0, stages: Sequence[Stage] | None = None,
+        self, family: str, folder: Path, *, seed: int = 0, stages: Sequence[Stage] = CURRICULUM,
         dims: Dimensions | None = None,
     ) -> None:  # fmt: skip
         self.folder = folder
-        self.stages = tuple(stages if stages is not None else curriculum())
+        self.stages = tuple(stages)
         self.progress = Progress(family, seed)
         self.model = build_model(family, seed=seed, dims=dims)
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
@@ -208,38 +206,6 @@ class Trainer:
             if not old.name.startswith(f"step-{number}."):
                 old.unlink()
 
-    def start_from(self, run: Path, first_stage: str) -> None:
-        """Begins at `first_stage` with the weights of another family's run in `run`.
-
-        Key and value projections with more heads than this model has are averaged over each group (Ainslie et al.,
-        "GQA", 2023, section 2.1); a vision tower of another shape starts anew if its training is still to come. Raises
-        `DataError` when the two models differ otherwise, `ConfigError` for an unknown stage.
-        """
-        from safetensors.torch import load_file
-
-        names = [stage.name for stage in self.stages]
-        if first_stage not in names:
-            raise ConfigError(f"unknown stage {first_stage!r}; the stages are {', '.join(names)}")
-        source = Progress(**read_json(run / "progress.json"))
-        tensors = load_file(run / f"step-{source.total_steps}.safetensors")
-        head_dim = self.model.config.text_config.hidden_size // self.model.config.text_config.num_attention_heads
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                weight = tensors.get(f"model.{name}")
-                if weight is not None and name.endswith(("k_proj.weight", "v_proj.weight")) and "language" in name:
-                    heads = parameter.shape[0] // head_dim
-                    weight = weight.view(heads, -1, head_dim, weight.shape[1]).mean(1).flatten(0, 1)
-                if weight is None or weight.shape != parameter.shape:
-                    if "language_model" not in name and names.index(first_stage) <= names.index("glyphs"):
-                        logger.info("%s starts anew: %s has none of its shape", name, run)
-                        continue
-                    raise DataError(f"{run} ({source.family}) has no {name} of shape {tuple(parameter.shape)}")
-                parameter.copy_(weight)
-                self.average[name].copy_(weight)
-        self.progress.stage = names.index(first_stage)
-        self.progress.history = dict(source.history)
-        self.progress.started_from = f"{source.family}, step {source.total_steps}"
-
     def load(self) -> None:
         """Continues from the folder's checkpoint. Raises `DataError` when there is none, or it is of another run."""
         from safetensors.torch import load_file
@@ -265,53 +231,17 @@ class Trainer:
 
 def train(
     family: str, *, folder: str | Path | None = None, seed: int = 0, resume: bool = False,
-    steps: dict[str, int] | None = None, start_from: str | Path | None = None, first_stage: str = "symbols-page",
     save_every: int = 50,
 ) -> Path:  # fmt: skip
     """Trains `family` through the curriculum, checkpointing in `folder` (default `runs/miniatures/<family>`).
 
-    `steps` overrides the length of stages by name. `start_from` takes the weights of another run to begin with, at
-    `first_stage`. Returns the folder. Raises `DataError` when it already holds a run
-    and `resume` is False.
+    Returns the folder. Raises `DataError` when it already holds a run and `resume` is False.
     """
     target = Path(folder) if folder is not None else Path("runs/miniatures") / family
-    trainer = Trainer(family, target, seed=seed, stages=curriculum(steps))
+    trainer = Trainer(family, target, seed=seed)
     if (target / "progress.json").is_file():
         if not resume:
             raise DataError(f"{target} already holds a run; continue it with --resume or choose another folder")
         trainer.load()
-    elif start_from is not None:
-        trainer.start_from(Path(start_from), first_stage)
     trainer.run(save_every=save_every)
     return target
-
-
-def main() -> None:
-    """Command line of `train`."""
-    parser = argparse.ArgumentParser(description="Train a miniature.")
-    parser.add_argument("--family", required=True, choices=FAMILIES)
-    parser.add_argument("--folder", type=Path, help="checkpoints (default: runs/miniatures/<family>)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="continue from the folder's checkpoint")
-    parser.add_argument("--steps", action="append", default=[], metavar="STAGE=N", help="length of a stage")
-    parser.add_argument("--start-from", type=Path, help="folder of another family's run to take the weights of")
-    parser.add_argument("--first-stage", default="symbols-page", help="where --start-from begins")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    steps = {name: int(count) for name, count in (item.split("=") for item in arguments.steps)}
-    train(
-        arguments.family,
-        folder=arguments.folder,
-        seed=arguments.seed,
-        resume=arguments.resume,
-        steps=steps,
-        start_from=arguments.start_from,
-        first_stage=arguments.first_stage,
-    )
-
-
-if __name__ == "__main__":
-    main()
