@@ -131,9 +131,9 @@ def _measure_stock(
 ) -> None:
     never = {"eos_token_id": None, "pad_token_id": 0}
     for repeat in range(repeats):
-        _, clock = stock_greedy(model, inputs, new_tokens if repeat == repeats - 1 else 1, **never)
-        result.prefill.append(clock.prefill_seconds)
-    result.steps = [end - begin for begin, end in zip(clock.ticks, clock.ticks[1:], strict=False)]
+        _, (prefill, *steps) = stock_greedy(model, inputs, new_tokens if repeat == repeats - 1 else 1, **never)
+        result.prefill.append(prefill)
+    result.steps = steps
     result.peak_bytes = _peak_bytes(model, lambda: stock_greedy(model, inputs, 1, **never))
     short = {name: inputs[name][:, -8:] for name in ("input_ids", "attention_mask")}
 

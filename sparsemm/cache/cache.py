@@ -46,18 +46,11 @@ class SparseCache(Cache):
         """
         seen = self.get_seq_length()
         if attention_mask is not None:
-            if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-                found = (
-                    list(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-                )
+            found = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+            if found != (batch, seen + columns):
                 raise CacheError(
-                    f"attention_mask must be 2-D [batch, tokens so far] with 1 = token and 0 = padding, got {found}; "
-                    "custom 4-D masks are not supported under the patch"
-                )
-            if tuple(attention_mask.shape) != (batch, seen + columns):
-                raise CacheError(
-                    f"attention_mask has shape {list(attention_mask.shape)}, expected {[batch, seen + columns]}: "
-                    f"{seen} columns are cached and {columns} are new"
+                    f"attention_mask has shape {found}, expected the 2-D {(batch, seen + columns)}, 1 = token and 0 "
+                    f"= padding: {seen} columns are cached and {columns} are new; other masks are not supported"
                 )
         if self.chunk is not None and seen and batch != self.batch_size:
             raise CacheError(f"the cache holds {self.batch_size} sequences, got a batch of {batch}")

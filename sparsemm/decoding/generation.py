@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import LongTensor, Tensor, nn
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from sparsemm.cache import CacheStats, SparseCache
 from sparsemm.config import CompressionConfig
 from sparsemm.decoding import DecodeLoop
+from sparsemm.decoding.clock import StepClock
 from sparsemm.decoding.tiling import PROMPT_TILE
 from sparsemm.errors import CacheError, ConfigError, PatchError
 from sparsemm.patching import active_patch, patch
@@ -33,8 +32,7 @@ class GenerationOutput:
         prompt_columns: Columns of the prompt in `sequences`, padding included.
         cache: Holds everything but the last token; hand it on as `past_key_values` to continue.
         stats: What the cache kept of the prompts.
-        graph: Whether decode steps were replayed from a CUDA graph.
-        captures: Graphs captured; more than one when the buffers had to grow.
+        captures: CUDA graphs captured; more than one when the buffers had to grow.
         prefill_seconds: Until the first token was chosen.
         decode_seconds: From the first token to the last.
     """
@@ -43,10 +41,14 @@ class GenerationOutput:
     prompt_columns: int
     cache: SparseCache
     stats: CacheStats
-    graph: bool
     captures: int
     prefill_seconds: float
     decode_seconds: float
+
+    @property
+    def graph(self) -> bool:
+        """Whether decode steps were replayed from a CUDA graph."""
+        return self.captures > 0
 
     @property
     def new_tokens(self) -> LongTensor:
@@ -125,41 +127,10 @@ def generate(
             prompt_columns=tensors["input_ids"].shape[1],
             cache=loop.cache,
             stats=loop.cache.record.stats(),
-            graph=loop.runner is not None and loop.runner.captures > 0,
             captures=0 if loop.runner is None else loop.runner.captures,
             prefill_seconds=loop.prefill_seconds,
             decode_seconds=loop.decode_seconds,
         )
-
-
-class StepClock(StoppingCriteria):
-    """Notes the time at which each token is chosen; never stops a generation."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.start = self.now()
-        self.ticks: list[float] = []
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.ticks.append(self.now())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-    @property
-    def prefill_seconds(self) -> float:
-        return self.ticks[0] - self.start
-
-    @property
-    def decode_seconds(self) -> float:
-        return self.ticks[-1] - self.ticks[0]
-
-    @property
-    def decode_steps(self) -> int:
-        return len(self.ticks) - 1
 
 
 @dataclass(frozen=True)
@@ -179,16 +150,17 @@ def generate_greedy(
     By `generate` where a patch is active, else by `model.generate`; `options` go on to it, a `streamer` for instance.
     """
     if active_patch(model) is None:
-        tokens, clock = stock_greedy(model, inputs, max_new_tokens, **options)
-        return tokens, Timing(clock.prefill_seconds, clock.decode_seconds, clock.decode_steps)
+        tokens, (prefill, *steps) = stock_greedy(model, inputs, max_new_tokens, **options)
+        return tokens, Timing(prefill, sum(steps), len(steps))
     output = generate(model, inputs, max_new_tokens=max_new_tokens, **_GREEDY, **options)
     return output.new_tokens, Timing(output.prefill_seconds, output.decode_seconds, output.new_tokens.shape[1] - 1)
 
 
 def stock_greedy(
     model: nn.Module, inputs: Mapping[str, Tensor], max_new_tokens: int, **options: Any
-) -> tuple[Tensor, StepClock]:
-    """`generate_greedy` by transformers' own loop, patched or not, and when each token came."""
+) -> tuple[Tensor, list[float]]:
+    """`generate_greedy` by transformers' own loop, patched or not, and the seconds until each token: from the call for
+    the first, from the one before for others."""
     clock = StepClock(model.device)
     output = model.generate(
         **inputs,
@@ -197,7 +169,7 @@ def stock_greedy(
         **_GREEDY,
         **options,
     )
-    return output[:, inputs["input_ids"].shape[1] :], clock
+    return output[:, inputs["input_ids"].shape[1] :], clock.clock.seconds()
 
 
 # A checkpoint's settings of sampling have no effect on greedy search, but are warned about unless unset.

@@ -6,7 +6,6 @@ so that sampling follows the very distribution, and stopping the very rules, of 
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from torch import LongTensor, Tensor, nn
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from sparsemm.cache import SparseCache
+from sparsemm.decoding.clock import Clock
 from sparsemm.decoding.graph import CudaGraphs, StepRunner, why_no_graph
 from sparsemm.decoding.step import DecodeStep
 from sparsemm.decoding.tiling import PROMPT_TILE, tiled_prompt
@@ -81,7 +81,7 @@ class DecodeLoop:
         """Called by `model.generate`. Returns int64 `[batch, prompt + new tokens]`."""
         _refuse_other_modes(generation_config, model_kwargs)
         max_length, prompt_length = stopping_criteria.max_length, input_ids.shape[1]
-        clock = _Clock(input_ids.device)
+        clock = Clock(input_ids.device)
         position_ids = model_kwargs["position_ids"]
         cache = self._cache_for(model_kwargs.get("past_key_values"), max_length - prompt_length)
         with tiled_prompt(self.handle.text_model, self.prompt_tile):
@@ -261,30 +261,6 @@ class _Monitor:
             if self.streamer is not None:
                 getattr(self.streamer, "put", self.streamer)(outcome[:-1].clone())
             self.done = not bool(outcome[-1])
-
-
-class _Clock:
-    """Time between marks, on the device's own clock where there is one; nothing waits before `seconds`."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.marks: list[Any] = []
-        self.mark()
-
-    def mark(self) -> None:
-        if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append(event)
-        else:
-            self.marks.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        pairs = zip(self.marks, self.marks[1:], strict=False)
-        if not self.cuda:
-            return [end - begin for begin, end in pairs]
-        self.marks[-1].synchronize()
-        return [begin.elapsed_time(end) / 1000 for begin, end in pairs]
 
 
 def _refuse_other_modes(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:

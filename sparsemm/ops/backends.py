@@ -49,49 +49,28 @@ def _operator(query, key_buffer, value_buffer, offsets, lens, scale, num_later=N
     return torch.ops.sparsemm.varlen_decode(query, key_buffer, value_buffer, offsets, lens, scale, num_later)
 
 
-def _as_sequences(query: Tensor, lists: int) -> tuple[Tensor, Tensor]:
-    """query `[B, Hq, n, D]` as `[lists * n, group, D]`, and where each sequence begins, int32 `[lists + 1]`."""
-    batch, num_query_heads, n, head_dim = query.shape
-    num_kv_heads = lists // batch
-    group = num_query_heads // num_kv_heads
-    packed = query.view(batch, num_kv_heads, group, n, head_dim).transpose(2, 3).reshape(lists * n, group, head_dim)
-    return packed, torch.arange(lists + 1, device=query.device, dtype=torch.int32) * n
-
-
-def _from_sequences(out: Tensor, lse: Tensor, query: Tensor, lists: int) -> tuple[Tensor, Tensor]:
-    """The inverse for out `[lists * n, group, D]` and lse `[group, lists * n]` (or its transpose). A query that saw no
-    row gives 0 and -inf, which the libraries write as NaN, 0 or +inf."""
-    batch, num_query_heads, n, head_dim = query.shape
-    num_kv_heads = lists // batch
-    group = num_query_heads // num_kv_heads
-    if lse.shape != (group, lists * n):
-        lse = lse.transpose(0, 1)
-    lse = lse.reshape(group, batch, num_kv_heads, n).permute(1, 2, 0, 3).reshape(batch, num_query_heads, n)
-    out = out.view(batch, num_kv_heads, n, group, head_dim).transpose(2, 3).reshape(query.shape)
-    nothing = ~lse.isfinite() & ~lse.isnan()
-    return out.masked_fill(nothing[..., None], 0), lse.masked_fill(nothing, float("-inf")).float()
-
-
 def _varlen_backend(attend: Callable[..., tuple[Tensor, Tensor]]) -> VarlenDecode:
-    """A backend from `attend(q, k, v, cu_q, cu_k, used_k, max_q, max_k, scale) -> (out, lse)`."""
+    """A backend from `attend(q, k, v, cu_q, cu_k, used_k, max_q, max_k, scale) -> (out, lse)`, which takes sequences
+    `[total, heads, D]` and returns out alike and lse `[heads, total]` or its transpose."""
 
     def varlen_decode(query, key_buffer, value_buffer, offsets, lens, scale, num_later=None):
         if num_later is not None:
             return _operator(query, key_buffer, value_buffer, offsets, lens, scale, num_later)
-        lists = lens.shape[0]
-        packed, cu_query = _as_sequences(query, lists)
+        (batch, num_query_heads, n, head_dim), lists = query.shape, lens.shape[0]
+        num_kv_heads, group = lists // batch, num_query_heads * batch // lists
+        packed = query.view(batch, num_kv_heads, group, n, head_dim).transpose(2, 3).reshape(lists * n, group, head_dim)
+        cu_query = torch.arange(lists + 1, device=query.device, dtype=torch.int32) * n
+        longest = key_buffer.shape[0]  # no list is longer; the true maximum is known to the device only
         out, lse = attend(
-            packed,
-            key_buffer[:, None],
-            value_buffer[:, None],
-            cu_query,
-            offsets,
-            lens,
-            query.shape[2],
-            key_buffer.shape[0],  # no list is longer; the true maximum is known to the device only
-            scale,
+            packed, key_buffer[:, None], value_buffer[:, None], cu_query, offsets, lens, n, longest, scale
         )
-        return _from_sequences(out, lse, query, lists)
+        if lse.shape != (group, lists * n):
+            lse = lse.transpose(0, 1)
+        lse = lse.reshape(group, batch, num_kv_heads, n).permute(1, 2, 0, 3).reshape(query.shape[:3])
+        out = out.view(batch, num_kv_heads, n, group, head_dim).transpose(2, 3).reshape(query.shape)
+        # A query that saw no row gives 0 and -inf, which the libraries write as NaN, 0 or +inf.
+        nothing = ~lse.isfinite() & ~lse.isnan()
+        return out.masked_fill(nothing[..., None], 0), lse.masked_fill(nothing, float("-inf")).float()
 
     return varlen_decode
 
@@ -100,20 +79,8 @@ def _fa3() -> VarlenDecode:
     module = importlib.import_module("fa3_fwd_interface")
 
     def attend(q, k, v, cu_q, cu_k, used_k, max_q, max_k, scale):
-        out, lse, *_ = module.flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            cu_q,
-            cu_k,
-            max_q,
-            max_k,
-            seqused_k=used_k,
-            softmax_scale=scale,
-            causal=True,
-            num_splits=0,
-            return_attn_probs=True,
-        )
+        options = dict(softmax_scale=scale, causal=True, num_splits=0, return_attn_probs=True)
+        out, lse, *_ = module.flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, seqused_k=used_k, **options)
         return out, lse
 
     return _varlen_backend(attend)
@@ -140,20 +107,8 @@ def _torch_varlen() -> VarlenDecode:
 
     def attend(q, k, v, cu_q, cu_k, used_k, max_q, max_k, scale):
         if public:
-            return varlen.varlen_attn(
-                q,
-                k,
-                v,
-                cu_q,
-                cu_k,
-                max_q,
-                max_k,
-                return_aux=varlen.AuxRequest(lse=True),
-                scale=scale,
-                window_size=(-1, 0),
-                enable_gqa=True,
-                seqused_k=used_k,
-            )
+            options = dict(return_aux=varlen.AuxRequest(lse=True), window_size=(-1, 0), enable_gqa=True)
+            return varlen.varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, scale=scale, seqused_k=used_k, **options)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, cu_q, cu_k, max_q, max_k, 0.0, True, False, scale=scale, seqused_k=used_k
         )
@@ -166,8 +121,11 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why backend `name` cannot serve, with the remedy; None where it can."""
+def missing_reason(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the backend cannot serve caches on `device` of `dtype` and `head_dim`, with the remedy; None where it can."""
+    if name not in _FACTORIES:
+        raise ConfigError(f"decode backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    device = torch.device(device)
     if name == "reference":
         return None
     if name == "cpu":
@@ -201,32 +159,17 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype, head_dim: int)
     return None
 
 
-def _own_kernels() -> VarlenDecode:
-    return _operator
-
-
-def _reference() -> VarlenDecode:
-    return reference.varlen_decode
-
-
 _FACTORIES: dict[str, Callable[[], VarlenDecode]] = {
-    "cuda": _own_kernels,
+    "cuda": lambda: _operator,
     "fa3": _fa3,
     "flash_attn": _flash_attn,
     "torch_varlen": _torch_varlen,
-    "cpu": _own_kernels,
-    "reference": _reference,
+    "cpu": lambda: _operator,
+    "reference": lambda: reference.varlen_decode,
 }
 
 BACKENDS = (*_FACTORIES, "auto")
 """Names that `resolve_backend` knows, the order in which `auto` tries them, and `auto`."""
-
-
-def missing_reason(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why the backend cannot serve caches on `device` of `dtype` and `head_dim`, with the remedy; None where it can."""
-    if name not in _FACTORIES:
-        raise ConfigError(f"decode backend {name!r} is unknown; choose one of {', '.join(BACKENDS)}")
-    return _why_not(name, torch.device(device), dtype, head_dim)
 
 
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> DecodeBackend:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsemm.ops.reference import softmax_and_lse
+
 MAX_DECODE_QUERIES = 16
 """Up to this many new columns go through `varlen_decode` as they are; more are split into kept rows and chunk."""
 
@@ -32,17 +34,13 @@ def causal_attention(
             visible = visible & mask[:, None, None, None, : tile.stop]
         logits = grouped[..., tile, :] @ key[..., : tile.stop, :].transpose(-1, -2) * scale
         logits = logits.masked_fill(~visible, float("-inf"))
-        total = torch.logsumexp(logits, dim=-1)
-        weights = torch.exp(logits - total.masked_fill(total == float("-inf"), 0)[..., None])
+        weights, lse[..., tile] = softmax_and_lse(logits)
         out[..., tile, :] = weights @ value[..., : tile.stop, :]
-        lse[..., tile] = total
     return out.view_as(query).to(query.dtype), lse.view(batch, num_query_heads, n)
 
 
 def merge_attention(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
     """Attention over the union of two disjoint sets of rows from (out, lse) over each: `[B, Hq, n, D]`."""
     (out_a, lse_a), (out_b, lse_b) = first, second
-    total = torch.logaddexp(lse_a, lse_b)
-    total = total.masked_fill(total == float("-inf"), 0)
-    weight_a, weight_b = torch.exp(lse_a - total)[..., None], torch.exp(lse_b - total)[..., None]
-    return (out_a.float() * weight_a + out_b.float() * weight_b).to(out_a.dtype)
+    weights, _ = softmax_and_lse(torch.stack([lse_a, lse_b], dim=-1))
+    return (out_a.float() * weights[..., :1] + out_b.float() * weights[..., 1:]).to(out_a.dtype)

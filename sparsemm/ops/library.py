@@ -37,21 +37,14 @@ def load_library(part: str, path: Path) -> bool:
     """Loads one kernel library and registers its kernels; False, with a warning, where that is not possible."""
     try:
         library = ctypes.CDLL(str(path))
-        built_for = library.sparsemm_schema_hash
-        built_for.restype = ctypes.c_char_p
-        found = built_for().decode()
+        library.sparsemm_schema_hash.restype = ctypes.c_char_p
+        if library.sparsemm_schema_hash().decode() != schema_hash():
+            raise OSError("it was built for other operator schemas")
+        if status := library.sparsemm_register():
+            raise OSError(f"its kernels could not be registered: step {status}")
     except (OSError, AttributeError) as error:
         logger.warning(
             "%s cannot be loaded (%s); PyTorch operators serve instead. Run `make kernels`", path.name, error
-        )
-        return False
-    if found != schema_hash():
-        logger.warning("%s was built for other operator schemas; PyTorch operators serve instead. Run `make kernels`",
-                       path.name)  # fmt: skip
-        return False
-    if status := library.sparsemm_register():
-        logger.warning(
-            "%s could not register its kernels (step %d); PyTorch operators serve instead", path.name, status
         )
         return False
     _LOADED[part] = library

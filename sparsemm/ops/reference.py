@@ -2,8 +2,7 @@
 reference.
 
 They follow the schemas to the letter and favour the plain formulation. None copies rows that are already cached. On a
-GPU
-`append` and `varlen_decode` read indices on the host (one synchronisation each); the compiled kernels do not.
+GPU `append` and `varlen_decode` read indices on the host (one synchronisation each); the compiled kernels do not.
 """
 
 from __future__ import annotations
@@ -18,6 +17,12 @@ def _list_of_item(cu_lengths: Tensor, total: int) -> Tensor:
     """The row list that item 0 .. total - 1 belongs to, from the running sums `[R + 1]`: int64 `[total]`."""
     items = torch.arange(total, device=cu_lengths.device, dtype=cu_lengths.dtype)
     return torch.searchsorted(cu_lengths[1:].contiguous(), items, right=True)
+
+
+def softmax_and_lse(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the last dimension and its log-sum-exp; where every logit is -inf, 0 and -inf."""
+    lse = torch.logsumexp(logits, dim=-1)
+    return torch.exp(logits - lse.masked_fill(lse == float("-inf"), 0)[..., None]), lse
 
 
 def compact(
@@ -91,8 +96,7 @@ def varlen_decode(
         if not every_row_seen:
             seen = torch.arange(lengths[r], device=query.device) < (lengths[r] - num_later[b])[:, None]
             logits = logits.masked_fill(~seen, float("-inf"))
-        total = torch.logsumexp(logits, dim=-1)
-        weights = torch.exp(logits - total.masked_fill(total == float("-inf"), 0)[..., None])
+        weights, total = softmax_and_lse(logits)
         out[b, heads] = (weights @ value_buffer[rows].to(compute)).to(query.dtype)
         lse[b, heads] = total.float()
     return out, lse
