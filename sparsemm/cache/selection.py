@@ -198,7 +198,7 @@ def _covered(config: CompressionConfig, prompt_length: int) -> bool:
 
 
 def _select(scores: Tensor, starts: Tensor, counts: Tensor, window: int, cu_kept: Tensor, total: int) -> Tensor:
-    flat = scores.reshape(-1, scores.shape[-1])
+    flat = scores.flatten(0, 1).contiguous()
     return torch.ops.sparsemm.select_rows(flat, starts.flatten(), counts.flatten(), window, cu_kept, total)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsemm.methods.budgets import largest_fraction_on_device
+from sparsemm.methods.budgets import decimal_fraction, largest_fraction_on_device
 from sparsemm.methods.method import Method, Settings
 
 
@@ -27,7 +27,9 @@ def adaptive_budgets(settings: Settings, scores: Tensor, valid: Tensor) -> Tenso
     if settings.rounding == "paper":
         rows = torch.round((1.0 - settings.adakv_floor) * counts.double() + int(settings.adakv_floor * base)).long()
     else:
-        rows = largest_fraction_on_device((1.0 - settings.adakv_floor) * counts.double() + settings.adakv_floor * base)
+        floor = decimal_fraction(settings.adakv_floor)
+        numerators = (floor.denominator - floor.numerator) * counts + floor.numerator * base
+        rows = largest_fraction_on_device(numerators, floor.denominator)
     return torch.minimum(rows, valid.sum(-1))
 
 

@@ -5,6 +5,9 @@ Sources: spec section 3; Tables 1 and 2 of the paper are settings of `score_budg
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fractions import Fraction
+
 import numpy as np
 import torch
 from torch import LongTensor, Tensor
@@ -12,9 +15,9 @@ from torch import LongTensor, Tensor
 from sparsemm.errors import ConfigError
 from sparsemm.methods.method import BudgetRequest
 
-# Real targets carry rounding noise of about 1e-11 rows. Fractions are compared after rounding to this many decimals, so
-# that heads with equal fractions tie (and go to the lower layer and head) and 6.99999999999 counts as 7.
-_FRACTION_DECIMALS = 9
+# Under `paper`, real targets carry rounding noise of about 1e-11 rows: 6.49999999999 counts as 6.5 after rounding to so
+# many decimals. `exact` needs no such thing, it computes in whole numbers.
+_PAPER_DECIMALS = 9
 
 
 def score_budgets(request: BudgetRequest) -> LongTensor:
@@ -31,76 +34,88 @@ def score_budgets(request: BudgetRequest) -> LongTensor:
     request.head_scores.check_shape(request.num_layers, request.num_query_heads)
     if settings.budget >= length and (settings.rounding == "exact" or settings.budget > length):
         return torch.full(shape, length, dtype=torch.long)
-
-    shares = request.head_scores.normalised().view(*shape, -1).sum(-1).numpy().ravel()
-    base = settings.budget - settings.window_size
     if settings.rounding == "paper":
-        uniform = int(settings.ratio * base)
-        # np.rint rounds half to even; what a head may not hold beyond the prompt is lost, as in the release.
-        targets = np.round(shares * (shares.size * (base - uniform)) + uniform, _FRACTION_DECIMALS)
-        rows = np.minimum(settings.window_size + np.rint(targets).astype(np.int64), length)
-    else:
-        uniform = settings.ratio * base
-        extra = fill_in_proportion(
-            shares, total=shares.size * (base - uniform), limit=length - settings.window_size - uniform
-        )
-        rows = largest_fraction(
-            settings.window_size + uniform + extra, total=shares.size * settings.budget, limit=length
-        )
-    return torch.from_numpy(rows).view(shape)
+        return torch.from_numpy(_paper_rows(request)).view(shape)
+
+    shares = whole_shares(request.head_scores.values.view(shape[0] * shape[1], -1).tolist())
+    base = settings.budget - settings.window_size
+    uniform = decimal_fraction(settings.ratio) * base
+    extra, unit = fill_in_proportion(
+        shares, total=len(shares) * (base - uniform), limit=length - settings.window_size - uniform
+    )
+    least = int((settings.window_size + uniform) * unit)
+    rows = largest_fraction([least + part for part in extra], unit, total=len(shares) * settings.budget)
+    return torch.tensor(rows).view(shape)
 
 
-def fill_in_proportion(shares: np.ndarray, *, total: float, limit: float) -> np.ndarray:
-    """Split `total` in proportion to `shares`, nobody above `limit`; float64, same shape `[n]`.
+def _paper_rows(request: BudgetRequest) -> np.ndarray:
+    """As the release rounds: int64 `[num_layers * num_kv_heads]`."""
+    settings = request.settings
+    shares = request.head_scores.normalised().view(request.num_layers * request.num_kv_heads, -1).sum(-1).numpy()
+    base = settings.budget - settings.window_size
+    uniform = int(settings.ratio * base)
+    # np.rint rounds half to even; what a head may not hold beyond the prompt is lost, as in the release.
+    targets = np.round(shares * (shares.size * (base - uniform)) + uniform, _PAPER_DECIMALS)
+    return np.minimum(settings.window_size + np.rint(targets).astype(np.int64), request.prompt_length)
+
+
+def decimal_fraction(value: float) -> Fraction:
+    """The number a person typed, not its binary neighbour: 0.1 is 1/10. Denominators stay below a thousand million, so
+    that products with row counts fit int64."""
+    return Fraction(str(value)).limit_denominator(10**9)
+
+
+def whole_shares(groups: Sequence[Sequence[float]]) -> list[int]:
+    """Whole numbers in the exact proportion of the groups' sums: no float is rounded, so only equal sums are equal."""
+    ratios = [[value.as_integer_ratio() for value in group] for group in groups]
+    unit = max(denominator for group in ratios for _, denominator in group)  # powers of two: the largest fits all
+    return [sum(numerator * (unit // denominator) for numerator, denominator in group) for group in ratios]
+
+
+def fill_in_proportion(shares: Sequence[int], *, total: Fraction, limit: Fraction) -> tuple[list[int], int]:
+    """Split `total` in proportion to `shares`, nobody above `limit`: numerators `[n]`, and their common denominator, a
+    multiple of that of `limit`.
 
     The result is min(limit, lambda * share) with the one lambda that makes it sum to `total`: what a full entry cannot
     take goes to the others in proportion. When every entry with a positive share is full, the rest is split equally
     among the others. `total <= n * limit` is the caller's to see to.
     """
-    order = np.argsort(-shares, kind="stable")
-    descending = shares[order]
-    positive = int(np.count_nonzero(descending))
-    # With the k largest full, the next one gets its part of what the others share: left_k * share / sum of the others.
-    # The smallest k for which that is within the limit is the answer; sums run from the small end, for precision.
-    others = np.cumsum(descending[:positive][::-1])[::-1]
-    left = total - limit * np.arange(len(shares) + 1)
-    fits = descending[:positive] / others * left[:positive] <= limit
-    full = int(np.argmax(fits)) if fits.any() else positive
-    filled = np.full_like(descending, limit)
-    if full < positive:
-        filled[full:positive] = descending[full:positive] / others[full] * left[full]
-        filled[positive:] = 0.0
-    elif full < len(shares):
-        filled[full:] = left[full] / (len(shares) - full)
-    result = np.empty_like(filled)
-    result[order] = filled
-    return result
+    unit = total.denominator * limit.denominator
+    left, limit_units = int(total * unit), int(limit * unit)
+    full: set[int] = set()
+    others = sum(shares)
+    for index in sorted(range(len(shares)), key=lambda index: -shares[index]):
+        # The largest of those that are left: if its part is within the limit, so are all of theirs.
+        if not shares[index] or left * shares[index] <= limit_units * others:
+            break
+        full.add(index)
+        left -= limit_units
+        others -= shares[index]
+    if not others:
+        shares = [1] * len(shares)
+        others = max(len(shares) - len(full), 1)
+    filled = [limit_units * others if index in full else left * share for index, share in enumerate(shares)]
+    return filled, unit * others
 
 
-def largest_fraction(targets: np.ndarray, *, total: int, limit: int) -> np.ndarray:
-    """Round `targets` (float64 `[n]`) to integers that sum to `total`: floor, then +1 by largest fraction.
-
-    Ties go to the lower index; no entry exceeds `limit`. Returns int64 `[n]`.
-    """
-    snapped = np.round(targets, _FRACTION_DECIMALS)
-    rows = np.minimum(np.floor(snapped), limit).astype(np.int64)
-    fractions = np.round(snapped - rows, _FRACTION_DECIMALS)
-    fractions[rows >= limit] = -1.0
-    missing = total - int(rows.sum())
-    rows[np.argsort(-fractions, kind="stable")[:missing]] += 1
+def largest_fraction(numerators: Sequence[int], denominator: int, *, total: int) -> list[int]:
+    """Round `numerators / denominator`, which sum to `total`, to whole numbers that do: floor, then +1 by largest
+    fraction, compared exactly. Ties go to the lower index."""
+    rows, fractions = map(list, zip(*(divmod(value, denominator) for value in numerators), strict=True))
+    by_fraction = sorted(range(len(rows)), key=lambda index: -fractions[index])
+    for index in by_fraction[: total - sum(rows)]:
+        rows[index] += 1
     return rows
 
 
-def largest_fraction_on_device(targets: Tensor) -> Tensor:
-    """`largest_fraction` along the last axis of float64 `[..., n]`, to the rounded sum of the targets; int64.
+def largest_fraction_on_device(numerators: Tensor, denominator: int) -> Tensor:
+    """`largest_fraction` along the last axis of int64 `[..., n]`, to the rounded sum of the targets; int64.
 
-    Runs wherever `targets` is, without waiting for the device.
+    Runs wherever `numerators` is, without waiting for the device.
     """
-    unit = 10.0**_FRACTION_DECIMALS
-    total = targets.sum(-1, keepdim=True).round()
-    rows = torch.floor(targets + 0.5 / unit)
-    fractions = torch.round((targets - rows) * unit)
-    order = fractions.argsort(dim=-1, descending=True, stable=True)
+    total = (numerators.sum(-1, keepdim=True) + denominator // 2) // denominator
+    rows = numerators // denominator
+    order = (numerators % denominator).argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(-1, order, places)
-    return (rows + (rank < total - rows.sum(-1, keepdim=True))).long()
+    return rows + (rank < total - rows.sum(-1, keepdim=True))

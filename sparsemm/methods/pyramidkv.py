@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import LongTensor
 
+from sparsemm.methods.budgets import largest_fraction
 from sparsemm.methods.method import BudgetRequest, Method
 
 
@@ -36,14 +37,8 @@ def _exact_line(largest: int, smallest: int, num_layers: int, total: int) -> lis
     Its points are multiples of 1 / (num_layers - 1), so integers find floors, fractions and ties without error.
     """
     steps = num_layers - 1
-    floors, fractions = zip(
-        *(divmod(largest * steps - layer * (largest - smallest), steps) for layer in range(num_layers)), strict=True
-    )
-    rows = list(floors)
-    by_fraction = sorted(range(num_layers), key=lambda layer: -fractions[layer])  # stable: ties to the lower layer
-    for layer in by_fraction[: total - sum(floors)]:
-        rows[layer] += 1
-    return rows
+    points = [largest * steps - layer * (largest - smallest) for layer in range(num_layers)]
+    return largest_fraction(points, steps, total=total)
 
 
 PYRAMIDKV = Method(name="pyramidkv", model_budgets=pyramid_budgets)

@@ -323,3 +323,13 @@ def test_tensors_that_do_not_belong_together() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             select_positions(bad_query, bad_key, config, **others)
+
+
+@pytest.mark.parametrize("rounding", ["exact", "paper"])
+@pytest.mark.parametrize("length", [3, 8, 9])
+def test_adakv_where_the_window_is_all_there_is(rounding: str, length: int) -> None:
+    """budget = window_size, and prompts shorter than it, as long, and one token longer."""
+    config = CompressionConfig("adakv", 8, window_size=8, rounding=rounding)
+    query, key = torch.randn(1, 4, length, 8), torch.randn(1, 2, length, 8)
+    (kept,) = select_positions(query, key, config, layer_idx=0, num_layers=1)
+    assert [positions.tolist() for positions in kept] == [list(range(max(0, length - 8), length))] * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -168,26 +169,32 @@ def test_ties_go_to_the_lower_layer_then_head() -> None:
     config = CompressionConfig("sparsemm", 7, HeadScores([[3, 1], [3, 1]]), window_size=4, ratio=0)
     rows = head_budgets(config, num_layers=2, num_query_heads=2, num_kv_heads=2, prompt_length=50)
     assert rows.tolist() == [[9, 6], [8, 5]]
-    assert largest_fraction(np.full(8, 1.25), total=10, limit=9).tolist() == [2, 2, 1, 1, 1, 1, 1, 1]
-    targets = torch.tensor([[1.25] * 8, [0.5, 0.25, 0.25, 0.5, 0.5, 0.0, 0.0, 0.0]], dtype=torch.float64)
-    rounded = largest_fraction_on_device(targets)
+    assert largest_fraction([5] * 8, 4, total=10) == [2, 2, 1, 1, 1, 1, 1, 1]
+    numerators = torch.tensor([[5] * 8, [2, 1, 1, 2, 2, 0, 0, 0]])
+    rounded = largest_fraction_on_device(numerators, 4)
     assert rounded.tolist() == [[2, 2, 1, 1, 1, 1, 1, 1], [1, 0, 0, 1, 0, 0, 0, 0]]
 
 
-def test_noise_of_binary_fractions_breaks_no_tie() -> None:
-    targets = np.array([0.3, 0.1 + 0.2, 0.3, 0.1])  # the second is 5e-17 more than the first
-    assert largest_fraction(targets, total=1, limit=9).tolist() == [1, 0, 0, 0]
-    assert largest_fraction(np.array([7 - 1e-12, 1.5, 1.5]), total=10, limit=99).tolist() == [7, 2, 1]
-    assert largest_fraction_on_device(torch.from_numpy(targets)).tolist() == [1, 0, 0, 0]
+@pytest.mark.parametrize("gap", [0.0, 2.0**-32, 2.0**-52])
+def test_no_difference_is_too_small_to_decide(gap: float) -> None:
+    """Four rows for scores 1 : 1 + gap : 0 : 1, so 4/3 each: the one left over goes to the first head only in a tie."""
+    config = CompressionConfig("sparsemm", 6, HeadScores([[1.0, 1.0 + gap, 0.0, 1.0]]), window_size=5, ratio=0)
+    rows = head_budgets(config, num_layers=1, num_query_heads=4, num_kv_heads=4, prompt_length=50)
+    assert rows.tolist() == [[6, 7, 5, 6] if gap else [7, 6, 5, 6]]
+    thirds = torch.tensor([[10**12, 10**12 + bool(gap), 10**12]])
+    assert largest_fraction_on_device(thirds, 3 * 10**12).tolist() == [[0, 1, 0] if gap else [1, 0, 0]]
 
 
 def test_filling_in_proportion() -> None:
-    shares = np.array([0.1, 0.6, 0.0, 0.3])
-    assert fill_in_proportion(shares, total=10, limit=100) == pytest.approx([1, 6, 0, 3])
-    assert fill_in_proportion(shares, total=10, limit=4) == pytest.approx([2, 4, 0, 4])
-    assert fill_in_proportion(shares, total=10, limit=5) == pytest.approx([1.25, 5, 0, 3.75])
-    assert fill_in_proportion(shares, total=18, limit=5) == pytest.approx([5, 5, 3, 5])
-    assert fill_in_proportion(shares, total=0, limit=5) == pytest.approx([0, 0, 0, 0])
+    def filled(total: int, limit: int) -> list[Fraction]:
+        parts, unit = fill_in_proportion([1, 6, 0, 3], total=Fraction(total), limit=Fraction(limit))
+        return [Fraction(part, unit) for part in parts]
+
+    assert filled(total=10, limit=100) == [1, 6, 0, 3]
+    assert filled(total=10, limit=4) == [2, 4, 0, 4]
+    assert filled(total=10, limit=5) == [Fraction(5, 4), 5, 0, Fraction(15, 4)]
+    assert filled(total=18, limit=5) == [5, 5, 3, 5]
+    assert filled(total=0, limit=5) == [0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("method", BY_LENGTH)
