@@ -118,7 +118,7 @@ def walk_attentions(
     try:
         image = page.image
         inputs = family.build_inputs(processor, [image], [READ_PROMPT], device=model.device)
-        (layout,) = family.image_token_layout(model.config, inputs)[0]
+        (layout,) = family.image_token_layout(model.config, inputs, processor=processor, image_sizes=[image.size])[0]
         result = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, output_attentions=True,
             return_dict_in_generate=True,

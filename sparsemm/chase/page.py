@@ -144,7 +144,7 @@ def chase_page(
         image = open_image(page.image)
         chunks = [word.text for word in page.words]
         inputs = family.build_inputs(processor, [image], [prompt], device=model.device)
-        (layout,) = family.image_token_layout(model.config, inputs)[0]
+        (layout,) = family.image_token_layout(model.config, inputs, processor=processor, image_sizes=[image.size])[0]
         regions = [layout.tokens_in_box(word.box, image.size, part=part) for word in page.words]
     except (SparseMMError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         # What broken images and odd sizes raise.

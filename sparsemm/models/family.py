@@ -171,23 +171,39 @@ class ModelFamily(ABC):
     # -- geometry -----------------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def image_layouts(self, config: PretrainedConfig, inputs: Mapping[str, Tensor]) -> list[ImageLayout]:
+    def image_layouts(
+        self,
+        config: PretrainedConfig,
+        inputs: Mapping[str, Tensor],
+        *,
+        processor: ProcessorMixin | None = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> list[ImageLayout]:
         """The layout of every image of a batch, in order, `columns` still counted from each image's first token."""
 
-    def image_token_layout(self, config: PretrainedConfig, inputs: Mapping[str, Tensor]) -> list[list[ImageLayout]]:
+    def image_token_layout(
+        self,
+        config: PretrainedConfig,
+        inputs: Mapping[str, Tensor],
+        *,
+        processor: ProcessorMixin | None = None,
+        image_sizes: Sequence[tuple[int, int]] | None = None,
+    ) -> list[list[ImageLayout]]:
         """The images of each row of a batch: which token of `input_ids` shows which cell of which image.
 
         Args:
             config: The model's configuration.
             inputs: From `build_inputs` (or the processor itself).
+            processor: That made `inputs`; needed where the processor crops images or cuts them into tiles.
+            image_sizes: Original (width, height) of every image, in order; needed there, too.
 
         Raises:
-            DataError: The image tokens do not fit the images.
+            DataError: The image tokens do not fit the images, or the family needs `processor` and `image_sizes`.
         """
         from dataclasses import replace
 
         input_ids = inputs["input_ids"]
-        layouts = self.image_layouts(config, inputs)
+        layouts = self.image_layouts(config, inputs, processor=processor, image_sizes=image_sizes)
         counts = [len(layout) for layout in layouts]
         rows = []
         for row, indices in enumerate(split_images_by_row(input_ids, config.image_token_id, counts)):

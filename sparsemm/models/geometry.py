@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,17 +15,22 @@ Box = Sequence[float]
 """(x0, y0, x1, y1) in pixels of the original image, both corners included."""
 
 
+Region = tuple[float, float, float, float]
+"""(left, top, right, bottom) in pixels of the original image; a padded grid reaches beyond it."""
+
+
 @dataclass(frozen=True)
 class ImageLayout:
     """The tokens of one image, in sequence order.
 
     Attributes:
         columns: Index of each token in its row of `input_ids`, padding counted; int64 `[num_tokens]`.
-        parts: Name of each token's part: "grid" (Qwen2-VL), or "base", "high_res", "newline" (LLaVA-NeXT).
+        parts: Name of each token's part, such as "grid", "tiles", "thumbnail", "base", "high_res", "newline".
         rows, cols: Cell of each token in its part's grid, int64 `[num_tokens]`. A newline has the row that it ends and
             the column after the last.
-        grids: (rows, columns) of each part that is a grid over the whole image.
+        grids: (rows, columns) of each part that is a grid.
         main_part: The part that boxes are looked up in, unless another is asked for.
+        regions: The pixels that a part's grid covers; the whole image where it is not named.
     """
 
     columns: Tensor
@@ -34,15 +39,17 @@ class ImageLayout:
     cols: Tensor
     grids: Mapping[str, tuple[int, int]]
     main_part: str
+    regions: Mapping[str, Region] = field(default_factory=dict)
+    _members: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def tokens_in_box(self, box: Box, image_size: tuple[int, int], *, part: str | None = None) -> Tensor:
-        """Columns (sorted int64, at least one) of the tokens whose cells `box` touches.
+        """Columns (sorted int64) of the tokens whose cells `box` touches; none where it lies outside the part's region.
 
-        A pixel lies in cell floor(x * cells / width), clamped to the grid; the box covers the cells from that of
-        (x0, y0) to that of (x1, y1), both included (spec section 5).
+        A pixel lies in cell floor(x * cells / width) of the region, clamped to the grid; the box covers the cells from
+        that of (x0, y0) to that of (x1, y1), both included (spec section 5).
 
         Args:
             box: (x0, y0, x1, y1) in pixels of the original image.
@@ -55,14 +62,84 @@ class ImageLayout:
         part = self.main_part if part is None else part
         if part not in self.grids:
             raise DataError(f"no image part {part!r}; this layout has {', '.join(self.grids)}")
-        first_col, first_row, last_col, last_row = cells_of_box(box, image_size, self.grids[part])
+        cells = cells_of_box(box, image_size, self.grids[part], self.regions.get(part))
+        if cells is None:
+            return self.columns[:0]
+        first_col, first_row, last_col, last_row = cells
         inside = (self.rows >= first_row) & (self.rows <= last_row) & (self.cols >= first_col) & (self.cols <= last_col)
-        inside &= torch.tensor([name == part for name in self.parts])
-        return self.columns[inside]
+        if part not in self._members:
+            self._members[part] = torch.tensor([name == part for name in self.parts])
+        return self.columns[inside & self._members[part]]
 
 
-def cells_of_box(box: Box, image_size: tuple[int, int], grid: tuple[int, int]) -> tuple[int, int, int, int]:
-    """First column, first row, last column, last row of the cells of a (rows, columns) `grid` that `box` touches."""
+def grid_layout(num_rows: int, num_cols: int, *, frames: int = 1, region: Region | None = None) -> ImageLayout:
+    """One grid, row by row; of a video one after the other."""
+    rows, cols = grid_cells(num_rows, num_cols)
+    return ImageLayout(
+        columns=torch.arange(frames * num_rows * num_cols),
+        parts=("grid",) * (frames * num_rows * num_cols),
+        rows=rows.repeat(frames),
+        cols=cols.repeat(frames),
+        grids={"grid": (num_rows, num_cols)},
+        main_part="grid",
+        regions={} if region is None else {"grid": region},
+    )
+
+
+def base_layout(side: int, num_rows: int, num_cols: int) -> ImageLayout:
+    """`side` x `side` base tokens, then high-resolution rows, each closed by a newline token (LLaVA-NeXT, OneVision).
+
+    A strip thinner than one high-resolution row or column has none of these; boxes are then looked up in the base.
+    """
+    base_rows, base_cols = grid_cells(side, side)
+    # The newline of a row stands in the column after the last.
+    rows, cols = grid_cells(num_rows, num_cols + 1)
+    parts = ("base",) * len(base_rows) + tuple("newline" if col == num_cols else "high_res" for col in cols.tolist())
+    grids = {"high_res": (num_rows, num_cols)} if num_rows * num_cols else {}
+    return ImageLayout(
+        columns=torch.arange(len(parts)),
+        parts=parts,
+        rows=torch.cat([base_rows, rows]),
+        cols=torch.cat([base_cols, cols]),
+        grids={**grids, "base": (side, side)},
+        main_part="high_res" if grids else "base",
+    )
+
+
+def tiled_layout(tile_rows: int, tile_cols: int, side: int, overview: str) -> ImageLayout:
+    """Tiles of `side` x `side` tokens, tile by tile, then the whole image once more as part `overview`.
+
+    A single tile is the whole image and has no overview; no tile at all leaves the overview alone.
+    """
+    rows, cols = grid_cells(side, side)
+    across, down = grid_cells(tile_rows, tile_cols)
+    all_rows = [row * side + rows for row in across.tolist()]
+    all_cols = [col * side + cols for col in down.tolist()]
+    tokens = len(all_rows) * side * side
+    grids = {"tiles": (tile_rows * side, tile_cols * side)} if tokens else {}
+    parts = ("tiles",) * tokens
+    if tile_rows * tile_cols != 1:
+        all_rows, all_cols = [*all_rows, rows], [*all_cols, cols]
+        grids[overview] = (side, side)
+        parts += (overview,) * (side * side)
+    return ImageLayout(
+        columns=torch.arange(len(parts)),
+        parts=parts,
+        rows=torch.cat(all_rows),
+        cols=torch.cat(all_cols),
+        grids=grids,
+        main_part="tiles" if tokens else overview,
+    )
+
+
+def cells_of_box(
+    box: Box, image_size: tuple[int, int], grid: tuple[int, int], region: Region | None = None
+) -> tuple[int, int, int, int] | None:
+    """First column, first row, last column, last row of the cells of a (rows, columns) `grid` that `box` touches.
+
+    `region` is what the grid covers, by default the whole image, whose outermost cells also take what reaches beyond
+    it. None when the box lies outside a given region.
+    """
     if len(box) != 4 or not all(math.isfinite(value) for value in box):
         raise DataError(f"box {tuple(box)!r} is not four finite numbers (x0, y0, x1, y1)")
     x0, y0, x1, y1 = box
@@ -71,16 +148,19 @@ def cells_of_box(box: Box, image_size: tuple[int, int], grid: tuple[int, int]) -
     width, height = image_size
     if width <= 0 or height <= 0:
         raise DataError(f"image size {image_size!r} is not (width, height) in pixels")
+    left, top, right, bottom = (0, 0, width, height) if region is None else region
+    if region is not None and (x1 < left or x0 >= right or y1 < top or y0 >= bottom):
+        return None
     num_rows, num_cols = grid
     return (
-        _cell(x0, width, num_cols),
-        _cell(y0, height, num_rows),
-        _cell(x1, width, num_cols),
-        _cell(y1, height, num_rows),
+        _cell(x0 - left, right - left, num_cols),
+        _cell(y0 - top, bottom - top, num_rows),
+        _cell(x1 - left, right - left, num_cols),
+        _cell(y1 - top, bottom - top, num_rows),
     )
 
 
-def _cell(pixel: float, extent: int, cells: int) -> int:
+def _cell(pixel: float, extent: float, cells: int) -> int:
     return min(max(math.floor(pixel * cells / extent), 0), cells - 1)
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from sparsemm.models.family import ModelFamily, pad_left, refuse_pixel_limits, use_pillow
-from sparsemm.models.geometry import ImageLayout, grid_cells
+from sparsemm.models.geometry import ImageLayout, base_layout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, ProcessorMixin
@@ -36,9 +35,12 @@ class LlavaNext(ModelFamily):
                 processor.num_additional_image_tokens = 1
         return pad_left(processor)
 
-    def image_layouts(self, config: PretrainedConfig, inputs: Mapping[str, Tensor]) -> list[ImageLayout]:
+    def image_layouts(
+        self, config: PretrainedConfig, inputs: Mapping[str, Tensor], **sources: Any
+    ) -> list[ImageLayout]:
+        side = config.vision_config.image_size // config.vision_config.patch_size
         sizes = inputs["image_sizes"].tolist() if "image_sizes" in inputs else []
-        return [_layout(config, tuple(size)) for size in sizes]
+        return [base_layout(side, *unpadded_grid(config, tuple(size))) for size in sizes]
 
 
 def unpadded_grid(config: PretrainedConfig, image_size: tuple[int, int]) -> tuple[int, int]:
@@ -60,29 +62,6 @@ def unpadded_grid(config: PretrainedConfig, image_size: tuple[int, int]) -> tupl
     else:
         cols -= (cols - int(round(width * (rows / height), 7))) // 2 * 2
     return rows, cols
-
-
-def _layout(config: PretrainedConfig, image_size: tuple[int, int]) -> ImageLayout:
-    """Base tokens, then the high-resolution rows, each closed by a newline token.
-
-    Unpadding leaves nothing of a strip thinner than one high-resolution row or column; the base tokens are then all
-    that shows it, and boxes are looked up in them.
-    """
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    base_rows, base_cols = grid_cells(side, side)
-    num_rows, num_cols = unpadded_grid(config, image_size)
-    # The newline of a row stands in the column after the last.
-    rows, cols = grid_cells(num_rows, num_cols + 1)
-    parts = ("base",) * len(base_rows) + tuple("newline" if col == num_cols else "high_res" for col in cols.tolist())
-    grids = {"high_res": (num_rows, num_cols)} if num_rows * num_cols else {}
-    return ImageLayout(
-        columns=torch.arange(len(parts)),
-        parts=parts,
-        rows=torch.cat([base_rows, rows]),
-        cols=torch.cat([base_cols, cols]),
-        grids={**grids, "base": (side, side)},
-        main_part="high_res" if grids else "base",
-    )
 
 
 LLAVA_NEXT = LlavaNext()

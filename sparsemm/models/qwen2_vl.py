@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.models.family import Messages, ModelFamily, media_items, pad_left, source_of, use_pillow
-from sparsemm.models.geometry import ImageLayout, grid_cells
+from sparsemm.models.geometry import ImageLayout, grid_layout
 
 if TYPE_CHECKING:
     from transformers import BatchFeature, PretrainedConfig, ProcessorMixin
@@ -63,22 +62,12 @@ class Qwen2VL(ModelFamily):
         images, videos = process_vision_info(conversation)[:2]
         return {"images": images or [], "videos": videos or []}
 
-    def image_layouts(self, config: PretrainedConfig, inputs: Mapping[str, Tensor]) -> list[ImageLayout]:
+    def image_layouts(
+        self, config: PretrainedConfig, inputs: Mapping[str, Tensor], **sources: Any
+    ) -> list[ImageLayout]:
         merge = config.vision_config.spatial_merge_size
         grids = inputs["image_grid_thw"].tolist() if "image_grid_thw" in inputs else []
-        return [_layout(frames, height // merge, width // merge) for frames, height, width in grids]
-
-
-def _layout(frames: int, num_rows: int, num_cols: int) -> ImageLayout:
-    rows, cols = grid_cells(num_rows, num_cols)
-    return ImageLayout(
-        columns=torch.arange(frames * num_rows * num_cols),
-        parts=("grid",) * (frames * num_rows * num_cols),
-        rows=rows.repeat(frames),
-        cols=cols.repeat(frames),
-        grids={"grid": (num_rows, num_cols)},
-        main_part="grid",
-    )
+        return [grid_layout(height // merge, width // merge, frames=frames) for frames, height, width in grids]
 
 
 def _limit_pixels(image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:

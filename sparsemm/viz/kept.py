@@ -80,7 +80,7 @@ def kept_rows(
     family = family_of(model)
     picture = open_image(image)
     inputs = family.build_inputs(processor, [picture], [prompt], device=model.device)
-    (layout,) = family.image_token_layout(model.config, inputs)[0]
+    (layout,) = family.image_token_layout(model.config, inputs, processor=processor, image_sizes=[picture.size])[0]
     num_layers = family.text_model(model).config.num_hidden_layers
     positions: list[list[LongTensor]] = []
 

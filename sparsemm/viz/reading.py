@@ -176,7 +176,7 @@ def read_with_attention(
     family = family_of(model)
     picture = open_image(image)
     inputs = family.build_inputs(processor, [picture], [prompt], device=model.device)
-    (layout,) = family.image_token_layout(model.config, inputs)[0]
+    (layout,) = family.image_token_layout(model.config, inputs, processor=processor, image_sizes=[picture.size])[0]
     scaling = family.text_model(model).layers[0].self_attn.scaling
     observer = AttentionRows(heads, layout.columns, scaling)
     config = CompressionConfig(method="fullkv", budget=None)
