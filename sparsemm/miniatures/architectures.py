@@ -174,7 +174,7 @@ def build_processor(family: str, dims: Dimensions | None = None) -> ProcessorMix
     if family == "qwen2-vl":
         from transformers import Qwen2VLImageProcessorPil
 
-        from sparsemm.models.processing_qwen2_vl import Qwen2VLProcessor
+        from sparsemm.models.processing import still_images
 
         pixels = dims.page_size * dims.page_size
         image_processor = Qwen2VLImageProcessorPil(
@@ -185,7 +185,9 @@ def build_processor(family: str, dims: Dimensions | None = None) -> ProcessorMix
             image_mean=IMAGE_MEAN,
             image_std=IMAGE_STD,
         )
-        return Qwen2VLProcessor(image_processor=image_processor, tokenizer=tokenizer, chat_template=template)
+        return still_images("Qwen2VLProcessor")(
+            image_processor=image_processor, tokenizer=tokenizer, chat_template=template
+        )
     from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor
 
     half = dims.page_size // 2

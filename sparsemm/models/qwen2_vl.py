@@ -23,17 +23,10 @@ class Qwen2VL(ModelFamily):
     def load_processor(
         self, path: str, *, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> ProcessorMixin:
-        """The processor of a checkpoint; `min_pixels` and `max_pixels` bound the area images are resized to.
+        """The processor of a checkpoint; `min_pixels` and `max_pixels` bound the area images are resized to."""
+        from sparsemm.models.processing import still_images
 
-        Where torchvision is present this is transformers' own class, which also reads videos.
-        """
-        from transformers.utils import is_torchvision_available
-
-        if is_torchvision_available():
-            from transformers import Qwen2VLProcessor
-        else:
-            from sparsemm.models.processing_qwen2_vl import Qwen2VLProcessor
-        processor = use_pillow(Qwen2VLProcessor.from_pretrained(path, trust_remote_code=False), path)
+        processor = use_pillow(still_images("Qwen2VLProcessor").from_pretrained(path, trust_remote_code=False), path)
         _limit_pixels(processor.image_processor, min_pixels, max_pixels)
         return pad_left(processor)
 

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, pipeline
 
 from sparsemm.errors import ConfigError, DataError, UnsupportedModelError
 from sparsemm.models import family_of, load_model
-from sparsemm.models.processing_qwen2_vl import Qwen2VLProcessor
+from sparsemm.models.processing import still_images
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -74,7 +74,7 @@ def test_qwen_folder_of_either_kind_loads(saved_by: str, tmp_path: Path) -> None
     else:
         del saved["video_processor"]
     path.write_text(json.dumps(saved))
-    processor = Qwen2VLProcessor.from_pretrained(tmp_path)
+    processor = still_images("Qwen2VLProcessor").from_pretrained(tmp_path)
     assert processor.image_token_id == IMAGE_ID and processor.video_token_id == VIDEO_ID
     assert processor.image_processor.patch_size == 4
     assert "video_processor" in processor.to_dict()

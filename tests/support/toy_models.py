@@ -24,7 +24,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from sparsemm.miniatures.architectures import Dimensions
-from sparsemm.models.processing_qwen2_vl import Qwen2VLProcessor
+from sparsemm.models.processing import still_images
 
 FAMILIES = ("llava-vicuna", "llava-mistral", "qwen2-vl")
 
@@ -237,7 +237,7 @@ def toy_processor(family: str) -> ProcessorMixin:
         image_processor = Qwen2VLImageProcessorPil(
             patch_size=4, merge_size=2, size={"shortest_edge": 8 * 8, "longest_edge": 64 * 64}
         )
-        return Qwen2VLProcessor(image_processor, tokenizer, chat_template=template)
+        return still_images("Qwen2VLProcessor")(image_processor, tokenizer, chat_template=template)
     image_processor = LlavaNextImageProcessorPil(
         size={"shortest_edge": 28},
         crop_size={"height": 28, "width": 28},

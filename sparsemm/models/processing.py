@@ -1,0 +1,77 @@
+"""Processors for installations without torchvision.
+
+The processors of many families ask for a video processor, and those import torchvision, so that without it not even
+still images can be processed. `still_images` makes of such a class one with the same name, behaviour and saved form but
+no video processor: what it saves loads with plain `AutoProcessor` where torchvision is present, and the folders that
+transformers saves (with a video processor) load with it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from transformers.processing_utils import ProcessorMixin
+
+from sparsemm.errors import DataError
+
+# What a video processor shares with the image processor beside it; the rest are its own defaults.
+_SHARED_WITH_IMAGE_PROCESSOR = (
+    "do_convert_rgb",
+    "do_normalize",
+    "do_rescale",
+    "do_resize",
+    "image_mean",
+    "image_std",
+    "merge_size",
+    "patch_size",
+    "resample",
+    "rescale_factor",
+    "size",
+    "temporal_patch_size",
+)
+
+
+class _WithoutVideo(ProcessorMixin):
+    """Stands behind a stock processor class in the order of its bases, and takes its video processor away."""
+
+    def __init__(
+        self, image_processor: Any = None, tokenizer: Any = None, video_processor: Any = None, **kwargs: Any
+    ) -> None:
+        super().__init__(image_processor, tokenizer, chat_template=kwargs.get("chat_template"))
+
+
+@functools.cache
+def still_images(name: str) -> type[ProcessorMixin]:
+    """The processor class `name` of transformers; without torchvision one that reads still images only.
+
+    Raises `DataError` when videos are passed in.
+    """
+    import transformers
+    from transformers.utils import is_torchvision_available
+
+    stock: type[ProcessorMixin] = getattr(transformers, name)
+    if is_torchvision_available():
+        return stock
+    video_class = name.replace("Processor", "VideoProcessor").replace("Qwen2_5_VL", "Qwen2VL")
+
+    # The parameter names are read by transformers: they decide which sub-processors a folder is searched for.
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):  # noqa: N807
+        # A folder saved with torchvision may hand its video processor's settings in; they are written again by to_dict.
+        kwargs["video_processor"] = None
+        stock.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+    def __call__(self, images=None, text=None, videos=None, **kwargs):  # noqa: N807
+        if videos is not None:
+            raise DataError("this processor reads still images only; install torchvision for videos")
+        return stock.__call__(self, images=images, text=text, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The saved form, with the `video_processor` entry that `AutoProcessor` needs where torchvision is present."""
+        output = stock.to_dict(self)
+        settings = output.get("image_processor") or {}
+        shared = {key: settings[key] for key in _SHARED_WITH_IMAGE_PROCESSOR if key in settings}
+        return {**output, "video_processor": {**shared, "video_processor_type": video_class}}
+
+    members = {"__init__": __init__, "__call__": __call__, "to_dict": to_dict, "__module__": stock.__module__}
+    return type(name, (stock, _WithoutVideo), {**members, "__doc__": stock.__doc__})
