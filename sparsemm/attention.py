@@ -85,7 +85,7 @@ def sparse_attention(
             **kwargs,
         )
         if layer is not None:
-            layer.store_prompt(query, key, value, past_key_values.chunk)
+            layer.store_prompt(query, key, value, past_key_values.chunk, module.scaling)
     else:
         out = layer.attend(query, key, value, past_key_values.chunk, module.scaling).transpose(1, 2)
     if observer is not None and layer is not None:

@@ -55,7 +55,7 @@ def layer_costs(
     layer = SparseLayer(plan, 0, CacheRecord(plan, prompt_tokens=[prompt_tokens]))
 
     def compress() -> None:
-        layer.store_prompt(query, key, value, prompt)
+        layer.store_prompt(query, key, value, prompt, head_dim**-0.5)
 
     rows: list[tuple[Tensor, Tensor]] = []
 

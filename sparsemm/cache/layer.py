@@ -75,9 +75,9 @@ class SparseLayer(CacheLayerMixin):
 
     # -- filling and reading --------------------------------------------------------------------------------------
 
-    def store_prompt(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk) -> None:
-        """Keep the chosen rows of the first chunk. query `[B, Hq, T, D]`, key and value `[B, Hkv, T, D]`, after
-        RoPE."""
+    def store_prompt(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, scale: float) -> None:
+        """Keep the chosen rows of the first chunk. query `[B, Hq, T, D]`, key and value `[B, Hkv, T, D]`, after RoPE;
+        `scale` is the factor of the attention logits."""
         chunk = chunk.to(key.device)
         query, key, value = (chunk.right_aligned(states.detach()) for states in (query, key, value))
         lengths = torch.tensor(chunk.lengths, dtype=torch.int32)
@@ -91,6 +91,7 @@ class SparseLayer(CacheLayerMixin):
             starts=starts,
             num_queries=lengths.clamp(max=window),
             prompt_lengths=chunk.lengths,
+            scaling=scale,
         )
         self._fill(key, value, rows)
         self.seen = chunk.columns
@@ -111,7 +112,7 @@ class SparseLayer(CacheLayerMixin):
             out = merge_attention(kept, causal_attention(query, key, value, scale, chunk.mask))
             self._append(key, value, chunk)
         if self.plan.config.compress_turns == "every" and chunk.columns > 1 and self.plan.method.compresses:
-            self._compress_again(query, chunk)
+            self._compress_again(query, chunk, scale)
         return out
 
     def _decode(self, query: Tensor, scale: float, num_later: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -200,7 +201,7 @@ class SparseLayer(CacheLayerMixin):
         self.room += extra
         self._note_bytes()
 
-    def _compress_again(self, query: Tensor, chunk: Chunk) -> None:
+    def _compress_again(self, query: Tensor, chunk: Chunk, scale: float) -> None:
         """Kept rows and the new chunk compete, ranked by the chunk's last queries (`compress_turns="every"`)."""
         batch, num_kv_heads = chunk.batch, self.plan.num_kv_heads
         width = int(self.lens.max())
@@ -218,6 +219,7 @@ class SparseLayer(CacheLayerMixin):
             starts=(width - self.lens).view(batch, num_kv_heads).cpu(),
             num_queries=torch.tensor(chunk.lengths, dtype=torch.int32).clamp(max=window),
             prompt_lengths=self.record.prompt_tokens,
+            scaling=scale,
         )
         self._fill(key, value, rows)
         self.removable = 0

@@ -37,14 +37,20 @@ class KeptRows:
 
 
 def pooled_window_scores(
-    settings: Settings, query: Tensor, key: Tensor, starts: Tensor, num_queries: Tensor, columns: int
+    settings: Settings,
+    query: Tensor,
+    key: Tensor,
+    starts: Tensor,
+    num_queries: Tensor,
+    columns: int,
+    scaling: float,
 ) -> Tensor:
     """SnapKV's score of the `columns` before the window: float32 `[batch, num_kv_heads, columns]`.
 
     Attention of the last queries, averaged over them and over the query heads of each kv head, then average-pooled with
     zero padding counted in the mean. Arguments as in `sparsemm.methods.method.PositionScorer`.
     """
-    scores = torch.ops.sparsemm.window_scores(query, key, starts, num_queries, query.shape[-1] ** -0.5)
+    scores = torch.ops.sparsemm.window_scores(query, key, starts, num_queries, scaling)
     if columns == 0:
         return scores[..., :0]
     # Window columns are cut off first: pooling must not let them leak into the scores of their neighbours. Padding
@@ -61,6 +67,7 @@ def choose_rows(
     starts: Tensor,
     num_queries: Tensor,
     prompt_lengths: list[int],
+    scaling: float | None = None,
 ) -> KeptRows:
     """Choose the rows that one layer keeps.
 
@@ -73,13 +80,15 @@ def choose_rows(
         num_queries: int32 `[batch]` on the CPU, how many of the n queries are valid (the last ones).
         prompt_lengths: Valid tokens seen of each sequence, which the budgets are computed for. More than a list holds
             when earlier turns dropped rows: a head keeps what its budget allows of the rows it has.
+        scaling: Factor of the attention logits, the attention module's own; None is head_dim ** -0.5.
     """
     config, method = plan.config, plan.method
     seq_len, device = key.shape[2], key.device
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = min(config.window_size, seq_len)
     available = seq_len - starts.long()
     if method.layer_budgets is not None and not all(_covered(config, length) for length in prompt_lengths):
-        return _choose_by_scores(plan, query, key, starts, num_queries, prompt_lengths)
+        return _choose_by_scores(plan, query, key, starts, num_queries, prompt_lengths, scaling)
 
     if method.layer_budgets is not None:
         kept = available
@@ -97,7 +106,7 @@ def choose_rows(
         positions += first.repeat_interleave(kept_device.flatten(), output_size=total)
         return KeptRows(positions, kept_device, cu_kept_device, total)
     scorer = method.score_positions or pooled_window_scores
-    scores = scorer(config, query, key, starts_device, num_queries_device, seq_len - window)
+    scores = scorer(config, query, key, starts_device, num_queries_device, seq_len - window, scaling)
     positions = _select(scores, starts_device, counts_device, window, cu_kept_device, total)
     return KeptRows(positions, kept_device, cu_kept_device, total)
 
@@ -115,6 +124,7 @@ def select_positions(
     layer_idx: int,
     num_layers: int,
     attention_mask: Tensor | None = None,
+    scaling: float | None = None,
 ) -> list[list[LongTensor]]:
     """The prompt positions that each kv head of one layer keeps.
 
@@ -125,6 +135,7 @@ def select_positions(
         layer_idx: Which of the `num_layers` layers the tensors belong to.
         num_layers: Layers of the language model.
         attention_mask: `[batch, seq_len]`, 1 = valid; padding may lie anywhere. None: every column is valid.
+        scaling: Factor of the attention logits, the attention module's own; None is head_dim ** -0.5.
 
     Returns:
         Per batch row, per kv head: sorted int64 columns of the given tensors. Padding columns are never among them.
@@ -153,6 +164,7 @@ def select_positions(
         starts=(seq_len - lengths).int()[:, None].expand(-1, num_kv_heads),
         num_queries=lengths.clamp(max=window).int(),
         prompt_lengths=lengths.tolist(),
+        scaling=scaling,
     )
     lists = list(rows.positions.long().split(rows.kept.flatten().tolist()))
     if order is not None:
@@ -161,7 +173,13 @@ def select_positions(
 
 
 def _choose_by_scores(
-    plan: Plan, query: Tensor, key: Tensor, starts: Tensor, num_queries: Tensor, prompt_lengths: list[int]
+    plan: Plan,
+    query: Tensor,
+    key: Tensor,
+    starts: Tensor,
+    num_queries: Tensor,
+    prompt_lengths: list[int],
+    scaling: float,
 ) -> KeptRows:
     """`choose_rows` for methods whose budgets depend on the scores of the layer (AdaKV)."""
     config, method = plan.config, plan.method
@@ -174,7 +192,7 @@ def _choose_by_scores(
     )
     scorer = method.score_positions or pooled_window_scores
     columns = seq_len - window
-    scores = scorer(config, query, key, starts_device, num_queries_device, columns)
+    scores = scorer(config, query, key, starts_device, num_queries_device, columns, scaling)
     valid = torch.arange(columns, device=device) >= starts_device[..., None]
     in_window = available_device.clamp(max=window)
     beyond_window = torch.minimum(method.layer_budgets(config, scores, valid).int(), available_device - in_window)

@@ -54,12 +54,13 @@ rows of a layer have to sum to `num_kv_heads * (budget - window_size)`, which th
 prompts that the budget covers is replaced by "all rows".
 """
 
-PositionScorer = Callable[[Settings, Tensor, Tensor, Tensor, Tensor, int], Tensor]
-"""`scorer(settings, query, key, starts, num_queries, columns) -> float32 [batch, num_kv_heads, columns]`.
+PositionScorer = Callable[[Settings, Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
+"""`scorer(settings, query, key, starts, num_queries, columns, scaling) -> float32 [batch, num_kv_heads, columns]`.
 
 `query` `[batch, num_query_heads, n, head_dim]` are the last n queries, `key` `[batch, num_kv_heads, seq_len, head_dim]`
 the keys right-aligned, `starts` int32 `[batch, num_kv_heads]` the first valid column, `num_queries` int32 `[batch]` how
-many of the n queries are valid. Higher is kept first; values of columns before `starts` are not read.
+many of the n queries are valid, `scaling` the attention module's factor of the logits. Higher is kept first; values of
+columns before `starts` are not read.
 """
 
 MaskRule = Callable[[Settings, HeadScores], BoolTensor]

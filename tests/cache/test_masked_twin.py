@@ -29,7 +29,7 @@ class MaskedTwin:
     def __call__(self, module, query, key, value, attention_mask, scaling, **kwargs):
         layer_idx, prompt = module.layer_idx, query.shape[2]
         if layer_idx not in self.dropped:
-            self._choose(layer_idx, query[0], key[0])
+            self._choose(layer_idx, query[0], key[0], scaling)
             dropped = None
         else:
             dropped = self.dropped[layer_idx]
@@ -44,7 +44,7 @@ class MaskedTwin:
             logits = logits.masked_fill(hidden.repeat_interleave(group, 0)[:, None], float("-inf"))
         return (logits.softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
-    def _choose(self, layer_idx, query, key):
+    def _choose(self, layer_idx, query, key, scaling):
         settings = self.settings
         kept = kept_positions(
             query.double().numpy(),
@@ -58,6 +58,7 @@ class MaskedTwin:
             num_layers=self.num_layers,
             scores=self.table,
             ratio=settings.ratio,
+            scaling=scaling,
         )
         self.margin = min(self.margin, kept.margin)
         self.kept[layer_idx] = [len(positions) for positions in kept.positions]

@@ -31,7 +31,9 @@ def config_of(method: str, budget: int, window: int, heads: int, **others: objec
     return CompressionConfig(method, budget, HeadScores(scores), window_size=window, **others)
 
 
-def expected(query: Tensor, key: Tensor, config: CompressionConfig, layer_idx: int) -> reference.Kept:
+def expected(
+    query: Tensor, key: Tensor, config: CompressionConfig, layer_idx: int, scaling: float | None = None
+) -> reference.Kept:
     """The reference for one unpadded prompt, query [Hq, T, D] and key [Hkv, T, D]."""
     scores = Plan(config, NUM_LAYERS, query.shape[0], query.shape[0]).head_scores
     return reference.kept_positions(
@@ -48,6 +50,7 @@ def expected(query: Tensor, key: Tensor, config: CompressionConfig, layer_idx: i
         ratio=config.ratio,
         floor=config.adakv_floor,
         beta=config.pyramid_beta,
+        scaling=scaling,
     )
 
 
@@ -73,6 +76,21 @@ def test_kept_positions_equal_the_reference(method: str, heads: tuple[int, int],
         assert as_lists(kept) == [wanted.positions]
         if rounding == "exact" and method in ("snapkv", "adakv"):
             assert sum(map(len, kept[0])) == budget * heads[1]
+
+
+@pytest.mark.parametrize("method", ["snapkv", "adakv"])
+def test_scores_are_scaled_as_the_attention_is(method: str) -> None:
+    config = config_of(method, 48, 8, 8)
+    query, key = states(3, (8, 4), 200)
+    kept = {}
+    for scaling in (None, 16**-0.5, 1.0, 0.05):
+        wanted = expected(query[0], key[0], config, 0, scaling)
+        assert wanted.margin >= SAFE_MARGIN
+        kept[scaling] = as_lists(
+            select_positions(query, key, config, layer_idx=0, num_layers=NUM_LAYERS, scaling=scaling)
+        )
+        assert kept[scaling] == [wanted.positions]
+    assert kept[None] == kept[16**-0.5] != kept[1.0] != kept[0.05]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -206,8 +224,8 @@ def test_pooled_scores(kernel: int, before: int) -> None:
     query, key = states(4, (6, 3), before + 8)
     config = config_of("snapkv", 16, 8, 6, kernel_size=kernel)
     starts, num_queries = torch.zeros(1, 3, dtype=torch.int32), torch.tensor([8], dtype=torch.int32)
-    scores = pooled_window_scores(config, query[:, :, -8:], key, starts, num_queries, before)
-    wanted = reference.pooled_scores(query[0].numpy(), key[0].numpy(), 8, kernel)
+    scores = pooled_window_scores(config, query[:, :, -8:], key, starts, num_queries, before, 0.3)
+    wanted = reference.pooled_scores(query[0].numpy(), key[0].numpy(), 8, kernel, 0.3)
     torch.testing.assert_close(scores[0].double(), torch.from_numpy(wanted), rtol=1e-5, atol=1e-9)
 
 

@@ -46,7 +46,13 @@ def streaming_budgets(request: BudgetRequest) -> Tensor:
 
 
 def sinks_then_recent(
-    config: CompressionConfig, query: Tensor, key: Tensor, starts: Tensor, num_queries: Tensor, columns: int
+    config: CompressionConfig,
+    query: Tensor,
+    key: Tensor,
+    starts: Tensor,
+    num_queries: Tensor,
+    columns: int,
+    scaling: float,
 ) -> Tensor:
     place = (torch.arange(columns, device=key.device) - starts[..., None]).float()
     return torch.where(place < NUM_SINKS, torch.inf, place)

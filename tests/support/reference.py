@@ -28,10 +28,16 @@ def fraction(value: float) -> Fraction:
 # -- position scores (spec section 2) ----------------------------------------------------------------------------------
 
 
-def pooled_scores(query: np.ndarray, key: np.ndarray, window: int, kernel: int) -> np.ndarray:
-    """query [Hq, n, D], the last n <= T queries, and key [Hkv, T, D], no padding -> [Hkv, max(0, T - window)]."""
+def pooled_scores(
+    query: np.ndarray, key: np.ndarray, window: int, kernel: int, scaling: float | None = None
+) -> np.ndarray:
+    """query [Hq, n, D], the last n <= T queries, and key [Hkv, T, D], no padding -> [Hkv, max(0, T - window)].
+
+    `scaling` is the factor of the logits, 1 / sqrt(D) when None.
+    """
     query, key = query.astype(np.float64), key.astype(np.float64)
     num_query_heads, num_queries, head_dim = query.shape
+    scaling = 1 / math.sqrt(head_dim) if scaling is None else scaling
     num_kv_heads, length = key.shape[:2]
     group = num_query_heads // num_kv_heads
     before = max(0, length - window)
@@ -40,7 +46,7 @@ def pooled_scores(query: np.ndarray, key: np.ndarray, window: int, kernel: int) 
     for head in range(num_query_heads):
         for back in range(1, counted + 1):
             seen = key[head // group, : length - back + 1]
-            logits = seen @ query[head, num_queries - back] / math.sqrt(head_dim)
+            logits = scaling * (seen @ query[head, num_queries - back])
             weights = np.exp(logits - logits.max())
             scores[head // group] += (weights / weights.sum())[:before] / (counted * group)
     pooled = np.zeros_like(scores)
@@ -197,10 +203,11 @@ def kept_positions(
     ratio: float = 0.1,
     floor: float = 0.2,
     beta: int = 20,
+    scaling: float | None = None,
 ) -> Kept:
     """Kept columns of every kv head for one unpadded prompt: query [Hq, T, D], key [Hkv, T, D], scores [L, Hq]."""
     num_kv_heads, length = key.shape[:2]
-    pooled = pooled_scores(query, key, window, kernel)
+    pooled = pooled_scores(query, key, window, kernel, scaling)
     margin = math.inf
     if method == "snapkv":
         rows = [min(budget, length)] * num_kv_heads
