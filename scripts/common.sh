@@ -1,58 +1,60 @@
-# Sourced by the scripts of this folder: finds the program, prints a script's own help, collects options.
+# Sourced by the scripts of this folder: prints a script's own help, finds the program, collects options.
 
 scripts_folder="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
-# Prints the comment at the head of the calling script and leaves, if --help is among the arguments.
-help_if_asked() {
-    local argument
-    for argument in "$@"; do
-        if [[ "$argument" == "--help" || "$argument" == "-h" ]]; then
-            sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "$0"
-            exit 0
-        fi
-    done
-}
+# The comment at the head of the calling script, if --help is among its arguments.
+for argument in "$@"; do
+    if [[ "$argument" == "--help" || "$argument" == "-h" ]]; then
+        sed -n '2,/^[^#]/{s/^# \{0,1\}//p;}' "$0"
+        exit 0
+    fi
+done
 
-# options+=(--name value) for every variable that is set: option_from VARIABLE --name ...
+# options+=(--some-name value) for each named variable that is set: options_from SOME_NAME ...
 options=()
-option_from() {
-    while (($# >= 2)); do
-        if [[ -n "${!1:-}" ]]; then
-            options+=("$2" "${!1}")
+options_from() {
+    local name
+    for name in "$@"; do
+        if [[ -n "${!name:-}" ]]; then
+            options+=("--$(tr A-Z_ a-z- <<<"$name")" "${!name}")
         fi
-        shift 2
     done
 }
 
-# The program of the checkout's virtual environment where there is one, else the one on the path.
-run_sparsemm() {
-    local program="$scripts_folder/../.venv/bin/sparsemm"
-    if [[ ! -x "$program" ]]; then
-        program="$(command -v sparsemm)" || {
-            echo "sparsemm is not installed: run 'make install' first" >&2
+# A single method or budget may be given as METHOD or BUDGET.
+METHODS="${METHODS:-${METHOD:-}}"
+BUDGETS="${BUDGETS:-${BUDGET:-}}"
+
+# run_tool NAME arguments...: that of the checkout's virtual environment where there is one, else the one on the path.
+run_tool() {
+    local tool="$scripts_folder/../.venv/bin/$1"
+    if [[ ! -x "$tool" ]]; then
+        tool="$(command -v "$1")" || {
+            echo "$1 is not installed: run 'make install' first" >&2
             exit 1
         }
     fi
-    "$program" "$@"
+    "$tool" "${@:2}"
 }
 
-# run_accelerate PROCESSES command...: the same, in several processes that share the work.
-run_accelerate() {
-    local python="$scripts_folder/../.venv/bin/python" processes="$1"
-    shift
-    [[ -x "$python" ]] || python=python3
-    # --multi_gpu starts the processes; without a GPU they compute on the CPU.
-    "$python" -m accelerate.commands.launch --multi_gpu --num_processes "$processes" --num_machines 1 \
-        --mixed_precision no --dynamo_backend no --main_process_port 0 -m sparsemm "$@"
-}
-
-# A chase with MODEL and the other variables of scripts/chase_visual_head, in one process or PROCESSES.
-run_chase() {
-    option_from MODEL --model DATASET --dataset NUM_IMAGES --num-images MATCH --match OUTPUT --output DEVICE --device \
-        DTYPE --dtype
+# run_sparsemm command...: the program, in one process or PROCESSES that share the work.
+run_sparsemm() {
     if [[ "${PROCESSES:-1}" -gt 1 ]]; then
-        run_accelerate "$PROCESSES" chase "${options[@]}" "$@"
+        # --multi_gpu starts the processes; without a GPU they compute on the CPU.
+        run_tool python -m accelerate.commands.launch --multi_gpu --num_processes "$PROCESSES" --num_machines 1 \
+            --mixed_precision no --dynamo_backend no --main_process_port 0 -m sparsemm "$@"
     else
-        run_sparsemm chase "${options[@]}" "$@"
+        run_tool sparsemm "$@"
     fi
+}
+
+# The lmms-eval plug-in, with the variables of scripts/eval.
+run_evaluation() {
+    options_from MODEL METHODS BUDGETS TASKS RATIO ROUNDING MASK_RATIO MASK_MODE HEAD_SCORES WINDOW_SIZE SEED LIMIT \
+        NUM_PROCESSES BATCH_SIZE OUTPUT DEVICE DTYPE MIN_PIXELS MAX_PIXELS ATTN_IMPLEMENTATION DECODE_BACKEND
+    run_tool python -c 'import lmms_eval, sparsemm_lmms_eval' 2>/dev/null || {
+        echo "lmms-eval and its plug-in are not installed: see lmms-eval/README.md" >&2
+        exit 1
+    }
+    run_tool python -m sparsemm_lmms_eval run "${options[@]}" "$@"
 }

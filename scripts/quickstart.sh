@@ -15,10 +15,6 @@
 #   DEVICE, DTYPE  where and how precisely to compute          (cuda and bfloat16, or cpu and float32)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-help_if_asked "$@"
 
-METHODS="${METHODS:-${METHOD:-}}"
-BUDGETS="${BUDGETS:-${BUDGET:-}}"
-option_from MODEL --model METHODS --methods BUDGETS --budgets RATIO --ratio MASK_RATIO --mask-ratio \
-    DOCUMENTS --documents HEAD_SCORES --head-scores OUTPUT --output DEVICE --device DTYPE --dtype
+options_from MODEL METHODS BUDGETS RATIO MASK_RATIO DOCUMENTS HEAD_SCORES OUTPUT DEVICE DTYPE
 run_sparsemm quickstart ${options[@]+"${options[@]}"} "$@"

@@ -8,9 +8,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from sparsemm.cli.common import find_head_scores, is_miniature, resolve_model, short_name, window_for
+import typer
+
+from sparsemm.cli.common import is_miniature, resolve_model, short_name
+from sparsemm.cli.options import Rounding, Settings
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError
 from sparsemm.methods import get_method
@@ -108,47 +111,32 @@ def _checkpoint_digest(model: str) -> str:
 
 
 @dataclass(frozen=True)
+class TableSettings(Settings):
+    """Settings of a compression, with the rounding that suits the model."""
+
+    rounding: Annotated[Rounding | None, typer.Option(help="[default: paper, miniatures exact].")] = None
+
+    def fields(self, model: str) -> dict[str, Any]:
+        # Cells of the paper's tables stand beside its own numbers; those of miniatures have none to match.
+        rounding = self.rounding or ("exact" if is_miniature(model) else "paper")
+        return {**super().fields(model), "rounding": rounding}
+
+
+@dataclass(frozen=True)
 class Shared:
     """What all cells of a run have in common; None takes the model's default."""
 
     model: str
-    head_scores: Path | None = None
-    ratio: float = 0.1
-    rounding: str | None = None
-    window_size: int | None = None
-    mask_ratio: float = 0.1
-    mask_mode: str = "zero_query"
-    seed: int = 0
+    settings: TableSettings
     limit: int | None = None
     loading: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def cell(self, task: str, method: str, budget: int | None, **changes: Any) -> Cell:
-        """A checked cell. Raises `ConfigError` when a setting does not hold."""
-        definition = get_method(method)
-        settings: dict[str, Any] = {
-            "method": method,
-            "budget": budget if definition.compresses else None,
-            "window_size": window_for(self.model, self.window_size),
-            "ratio": self.ratio,
-            # Cells of the paper's tables stand beside its own numbers; those of miniatures have none to match.
-            "rounding": self.rounding or ("exact" if is_miniature(self.model) else "paper"),
-            "mask_ratio": self.mask_ratio,
-            "mask_mode": self.mask_mode,
-            "seed": self.seed,
-            **changes,
-        }
-        if definition.head_scores == "given":
-            scores = find_head_scores(self.model, self.head_scores)
-            if scores is None:
-                raise ConfigError(
-                    f"method {method!r} needs the head scores of {short_name(self.model)}: chase them "
-                    "(scripts/chase_visual_head), or give --head-scores"
-                )
-            settings["head_scores"] = str(scores)
+        """A checked cell, `changes` among its settings. Raises `ConfigError` when a setting does not hold."""
+        settings = dataclasses.replace(self.settings, **changes).config(self.model, method, budget).to_dict()
         limit = self.limit
         if limit is None and is_miniature(self.model):
             limit = MINIATURE_DOCUMENTS
-        settings = CompressionConfig(**settings).to_dict()
         return Cell(resolve_model(self.model), task, settings, self.loading, limit)
 
 
@@ -181,12 +169,18 @@ def main_grid(
     return cells
 
 
-def ratio_grid(shared: Shared, tasks: Sequence[str] | None = None, budget: int | None = None) -> list[Cell]:
-    """Table 1: SparseMM with 0 to all of the budget beyond the window shared alike."""
+def ratio_grid(shared: Shared, tasks: Sequence[str] | None = None, budgets: Sequence[int] | None = None) -> list[Cell]:
+    """Table 1: SparseMM with 0 to all of the budget beyond the window shared alike.
+
+    Raises:
+        ConfigError: There are several budgets, or a setting does not hold.
+    """
     small = is_miniature(shared.model)
     tasks = tasks or (OFFLINE_TASKS if small else ("ocrbench",))
-    budget = budget or (12 if small else 256)
-    return [shared.cell(task, "sparsemm", budget, ratio=ratio) for task in tasks for ratio in RATIOS]
+    budgets = budgets or (12 if small else 256,)
+    if len(budgets) > 1:
+        raise ConfigError(f"budgets {tuple(budgets)}: Table 1 has one budget, give one")
+    return [shared.cell(task, "sparsemm", budgets[0], ratio=ratio) for task in tasks for ratio in RATIOS]
 
 
 def parts_grid(shared: Shared, tasks: Sequence[str] | None = None, budgets: Sequence[int] | None = None) -> list[Cell]:
@@ -197,5 +191,5 @@ def parts_grid(shared: Shared, tasks: Sequence[str] | None = None, budgets: Sequ
     for task in tasks:
         for budget in budgets or (MINIATURE_BUDGETS if small else SHORT_BUDGETS):
             cells.append(shared.cell(task, "sparsemm", budget, window_size=budget, ratio=0.0))
-            cells += [shared.cell(task, "sparsemm", budget, ratio=ratio) for ratio in (1.0, shared.ratio)]
+            cells += [shared.cell(task, "sparsemm", budget, ratio=ratio) for ratio in (1.0, shared.settings.ratio)]
     return cells

@@ -16,7 +16,7 @@
 #   DEVICE, DTYPE  where and how precisely to compute          (cuda and bfloat16, or cpu and float32)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-help_if_asked "$@"
 
 MODEL="${MODEL:-qwen2-vl}"
-run_chase "$@"
+options_from MODEL DATASET NUM_IMAGES MATCH OUTPUT DEVICE DTYPE
+run_sparsemm chase "${options[@]}" "$@"

@@ -7,28 +7,23 @@
 # Variables, besides those of scripts/eval/qwen.sh:
 #   MODEL          miniature, checkpoint folder or hub id      (qwen2-vl)
 #   ABLATION       ratio (Table 1), parts (Table 2), or both   (both)
-#   RATIO_BUDGET   budget of Table 1                           (256, miniatures: 12)
+#   RATIO_BUDGETS  budget of Table 1, one value                (256, miniatures: 12)
 #   RATIO_TASKS    tasks of Table 1                            (ocrbench, miniatures: both offline tasks)
 #   PARTS_BUDGETS  budgets of Table 2                          (48 ... 512, miniatures: 8 ... 128)
 #   PARTS_TASKS    tasks of Table 2                            (mmbench_en_dev_static, miniatures: both offline tasks)
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-help_if_asked "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 MODEL="${MODEL:-qwen2-vl}"
 ABLATION="${ABLATION:-both}"
-unset METHOD METHODS BUDGET BUDGETS TASKS
-evaluation_options
-shared=("${options[@]}")
+METHODS=""
 status=0
-if [[ "$ABLATION" == ratio || "$ABLATION" == both ]]; then
-    options=()
-    option_from RATIO_BUDGET --budgets RATIO_TASKS --tasks
-    run_evaluation --ablation ratio "${shared[@]}" ${options[@]+"${options[@]}"} "$@" || status=$?
-fi
-if [[ "$ABLATION" == parts || "$ABLATION" == both ]]; then
-    options=()
-    option_from PARTS_BUDGETS --budgets PARTS_TASKS --tasks
-    run_evaluation --ablation parts "${shared[@]}" ${options[@]+"${options[@]}"} "$@" || status=$?
-fi
+for table in ratio parts; do
+    if [[ "$ABLATION" == "$table" || "$ABLATION" == both ]]; then
+        prefix="$(tr a-z A-Z <<<"$table")"
+        budgets="${prefix}_BUDGETS" tasks="${prefix}_TASKS"
+        options=()
+        BUDGETS="${!budgets:-}" TASKS="${!tasks:-}" run_evaluation --ablation "$table" "$@" || status=$?
+    fi
+done
 exit "$status"

@@ -22,9 +22,7 @@
 #   DEVICE         cpu, cuda, or auto: a large model over all GPUs   (cuda where there is one)
 #   also WINDOW_SIZE, SEED, MASK_MODE, DTYPE, MIN_PIXELS, MAX_PIXELS, ATTN_IMPLEMENTATION, DECODE_BACKEND
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-help_if_asked "$@"
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 MODEL="${MODEL:-llava-vicuna}"
-evaluation_options
-run_evaluation "${options[@]}" "$@"
+run_evaluation "$@"

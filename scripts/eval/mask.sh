@@ -15,8 +15,6 @@
 #   DEVICE, DTYPE  where and how precisely to compute          (cuda and bfloat16, or cpu and float32)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-help_if_asked "$@"
 
-option_from MODEL --model HEADS --heads SHARES --shares SEEDS --seeds DOCUMENTS --documents MASK_MODE --mask-mode \
-    HEAD_SCORES --head-scores OUTPUT --output DEVICE --device DTYPE --dtype
+options_from MODEL HEADS SHARES SEEDS DOCUMENTS MASK_MODE HEAD_SCORES OUTPUT DEVICE DTYPE
 run_sparsemm mask ${options[@]+"${options[@]}"} "$@"

@@ -10,7 +10,6 @@
 #   PROMPTS, BUDGETS, BATCHES, SHAPES  grid of the benchmark                 (4096 32768 131072; 64 256 1024 full; 1 8 32; all)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-help_if_asked "$@"
 
 cd "$scripts_folder/.."
 output="${OUTPUT:-results/gpu_check}"
@@ -62,6 +61,6 @@ fi
 
 SHAPES="${SHAPES:-vicuna-7b mistral-7b qwen2-vl-7b}"
 PROMPTS="${PROMPTS:-4096 32768 131072}"
-option_from SHAPES --shapes PROMPTS --prompts BUDGETS --budgets BATCHES --batches
+options_from SHAPES PROMPTS BUDGETS BATCHES
 run_sparsemm bench kernels "${options[@]}" --time-limit "${BENCH_SECONDS:-240}" --output "$output/kernels.json" \
     --no-progress "$@" | tee "$output/kernels.log"

@@ -11,11 +11,10 @@
 #   DEVICE, DTYPE  where and how precisely to compute (cuda and bfloat16, or cpu and float32)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-help_if_asked "$@"
 
 cases="llava-vicuna:fullkv llava-mistral:fullkv qwen2-vl:fullkv llava-vicuna:sparsemm:16 llava-vicuna:adakv:32"
 cases="$cases llava-vicuna:pyramidkv:32 qwen2-vl:sparsemm:32"
-option_from DEVICE --device DTYPE --dtype
+options_from DEVICE DTYPE
 for each in ${CASES:-$cases}; do
     IFS=: read -r model method budget <<<"$each"
     name="$model-$method${budget:+-$budget}"

@@ -14,7 +14,6 @@
 #   PICTURES       folder of the pictures of the first model       (assets/pictures)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-help_if_asked "$@"
 
 output="${OUTPUT:-results/miniatures}"
 pictures="${PICTURES:-assets/pictures}"

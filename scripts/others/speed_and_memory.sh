@@ -13,16 +13,12 @@
 #   BATCHES        batch sizes                                                    (1)
 #   STEPS          decode steps timed                                             (100)
 #   HEAD_SCORES    score file; by default skewed random scores
-#   ATTENTION      prefill attention: sdpa, flash_attention_2, eager              (sdpa)
+#   ATTN_IMPLEMENTATION  prefill attention: sdpa, flash_attention_2, eager        (sdpa)
 #   DECODE_BACKEND auto, cuda, fa3, flash_attn, torch_varlen, cpu, reference      (auto)
 #   OUTPUT         folder of the results                                          (results/speed_and_memory)
 #   DEVICE, DTYPE  where and how precisely to compute                             (cuda and bfloat16, or cpu and float32)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-help_if_asked "$@"
 
-METHODS="${METHODS:-${METHOD:-}}"
-BUDGETS="${BUDGETS:-${BUDGET:-}}"
-option_from MODEL --model METHODS --methods BUDGETS --budgets PROMPTS --prompts BATCHES --batches STEPS --steps \
-    HEAD_SCORES --head-scores ATTENTION --attn-implementation DECODE_BACKEND --decode-backend OUTPUT --output DEVICE --device DTYPE --dtype
+options_from MODEL METHODS BUDGETS PROMPTS BATCHES STEPS HEAD_SCORES ATTN_IMPLEMENTATION DECODE_BACKEND OUTPUT DEVICE DTYPE
 run_sparsemm bench e2e ${options[@]+"${options[@]}"} "$@"

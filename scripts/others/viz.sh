@@ -16,8 +16,6 @@
 #   DEVICE, DTYPE  where and how precisely to compute          (cuda and bfloat16, or cpu and float32)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
-help_if_asked "$@"
 
-option_from MODEL --model IMAGE --image PROMPT --prompt METHOD --method BUDGET --budget RATIO --ratio TOP --top \
-    BOTTOM --bottom HEAD_SCORES --head-scores OUTPUT --output DEVICE --device DTYPE --dtype
+options_from MODEL IMAGE PROMPT METHOD BUDGET RATIO TOP BOTTOM HEAD_SCORES OUTPUT DEVICE DTYPE
 run_sparsemm viz all ${options[@]+"${options[@]}"} "$@"

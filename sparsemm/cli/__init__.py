@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
 from sparsemm.cli import bench, chase, data, evaluate, generate, head_rows, head_scores, mask, miniatures, tables, viz
 from sparsemm.cli.common import quiet
-from sparsemm.errors import SparseMMError
+from sparsemm.cli.program import Program, run_program
 
-app = typer.Typer(
-    name="sparsemm",
-    help="Visual heads and per-head key/value caches for vision-language models.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # its markup would swallow "[default: ...]"
-    add_completion=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-app.command()(generate.generate)
-app.command()(evaluate.evaluate)
-app.command()(evaluate.report)
-app.command()(evaluate.quickstart)
-app.command()(chase.chase)
-app.command()(mask.mask)
-app.command("head-rows")(head_rows.head_rows)
-app.command()(tables.tables)
-app.add_typer(head_scores.app, name="head-scores")
-app.add_typer(data.app, name="data")
-app.add_typer(viz.app, name="viz")
-app.add_typer(miniatures.app, name="miniatures")
-app.add_typer(bench.app, name="bench")
+app = Program(help="Visual heads and per-head key/value caches for vision-language models.")
+for command in (
+    generate.generate, evaluate.evaluate, evaluate.report, evaluate.quickstart, chase.chase, mask.mask,
+    head_rows.head_rows, tables.tables,
+):  # fmt: skip
+    app.command()(command)
+for name, room in {
+    "head-scores": head_scores, "data": data, "viz": viz, "miniatures": miniatures, "bench": bench,
+}.items():  # fmt: skip
+    app.add_typer(room.app, name=name)
 
 
 def _show_version(value: bool) -> None:
@@ -55,9 +42,5 @@ def options(
 
 
 def main() -> None:
-    """Console entry point. Errors of the package end it with one line and status 2."""
-    try:
-        app(prog_name="sparsemm")
-    except SparseMMError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    """Console entry point."""
+    run_program(app, "sparsemm")

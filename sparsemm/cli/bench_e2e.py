@@ -3,35 +3,48 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from sparsemm.cli.common import (
-    DEFAULT_MODEL,
-    DeviceOption,
-    DtypeOption,
-    HeadScoresOption,
-    load,
-    parse_integers,
-    parse_list,
-    resolve_model,
-    short_name,
-)
+from sparsemm.cli.common import DEFAULT_MODEL, parse_integers, parse_list
+from sparsemm.cli.options import BackendOption, FreshOption, GraphOption, JsonOption, Model, Scores
 
 _GPU_PROMPTS = "2048,4096,8192,16384,32768,65536,131072"
 _CPU_PROMPTS = "256,512,1024,2048"
 _METHODS = "hf,fullkv,sparsemm,snapkv,pyramidkv,adakv,original"
 
 
-def e2e(
+@dataclass(frozen=True)
+class Shape(Model):
+    """A model of random weights, or a checkpoint."""
+
     model: Annotated[
         str | None,
         typer.Option(
             help="vicuna-7b, mistral-7b, qwen2-vl-7b, tiny; a folder or hub id [default: vicuna-7b, CPU: tiny]."
         ),
-    ] = None,
+    ] = None
+
+    def build(self, **options: Any) -> Any:
+        """The model, without its processor; `options` of its attention."""
+        import torch
+
+        from sparsemm.bench.shapes import SHAPES, random_model
+        from sparsemm.models.loading import _resolve_dtype
+
+        if self.model not in SHAPES:
+            return self.load(**options)[0]
+        place = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = _resolve_dtype(self.dtype, on_cpu=place.type == "cpu")
+        return random_model(self.model, device=place, dtype=dtype, **options)
+
+
+def e2e(
+    *,
+    model: Shape,
     methods: Annotated[
         str, typer.Option(help="Methods; hf, kvpress and original are baselines (kvpress where installed).")
     ] = _METHODS,
@@ -49,22 +62,16 @@ def e2e(
     steps: Annotated[int, typer.Option(min=1, help="Decode steps timed; their median counts.")] = 100,
     warmup: Annotated[int, typer.Option(min=0, help="Decode steps before those.")] = 5,
     window_size: Annotated[int, typer.Option(min=1, help="Last prompt tokens, always kept.")] = 32,
-    head_scores: HeadScoresOption = None,
+    scores: Scores,
     attn_implementation: Annotated[
         str, typer.Option(help="Prefill attention: sdpa, flash_attention_2, eager.")
     ] = "sdpa",
-    graph: Annotated[
-        bool | None, typer.Option("--graph/--no-graph", help="CUDA graphs [default: where possible].")
-    ] = None,
-    decode_backend: Annotated[
-        str, typer.Option(help="auto, cuda, fa3, flash_attn, torch_varlen, cpu or reference.")
-    ] = "auto",
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    graph: GraphOption = None,
+    decode_backend: BackendOption = "auto",
     output: Annotated[Path, typer.Option(help="Folder of results.json, table.md and efficiency.png.")] = Path(
         "results/speed_and_memory"
     ),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what the folder holds.")] = False,
+    fresh: FreshOption = False,
 ) -> None:
     """Time to the first token, time per token and memory of whole models, by method and prompt length.
 
@@ -75,36 +82,28 @@ def e2e(
     from sparsemm.bench import e2e as bench
     from sparsemm.bench.baselines import kvpress_is_installed
     from sparsemm.bench.efficiency import format_tables, plot_efficiency
-    from sparsemm.bench.shapes import SHAPES, random_model
     from sparsemm.errors import DataError
     from sparsemm.io import write_bytes_atomic
-    from sparsemm.models.loading import _resolve_dtype
 
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    on_gpu = place.type == "cuda"
-    name = model or ("vicuna-7b" if on_gpu else "tiny")
+    on_gpu = (model.device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cpu"
+    model = replace(model, model=model.model or ("vicuna-7b" if on_gpu else "tiny"))
     names = parse_list(methods)
     if methods == _METHODS and kvpress_is_installed():
         names.append("kvpress")
     workloads = bench.make_workloads(
         names,
-        parse_integers(budgets or ("256" if on_gpu else "64"), "budgets"),
-        parse_integers(prompts or (_GPU_PROMPTS if on_gpu else _CPU_PROMPTS), "prompts"),
-        parse_integers(batches, "batches"),
-        parse_integers(throughput_prompts, "throughput-prompts"),
+        parse_integers(budgets or ("256" if on_gpu else "64"), "--budgets"),
+        parse_integers(prompts or (_GPU_PROMPTS if on_gpu else _CPU_PROMPTS), "--prompts"),
+        parse_integers(batches, "--batches"),
+        parse_integers(throughput_prompts, "--throughput-prompts"),
     )
-    if name in SHAPES:
-        kind = _resolve_dtype(dtype, on_cpu=not on_gpu)
-        network = random_model(name, device=place, dtype=kind, attn_implementation=attn_implementation)
-    else:
-        network, _ = load(name, device=device, dtype=dtype, attn_implementation=attn_implementation)
     document = bench.run(
-        network,
+        model.build(attn_implementation=attn_implementation),
         workloads,
-        model_name=short_name(name),
+        model_name=model.name,
         steps=steps,
         warmup=warmup,
-        head_scores=head_scores,
+        head_scores=scores.head_scores,
         window_size=window_size,
         graph=graph,
         decode_backend=decode_backend,
@@ -123,30 +122,28 @@ def e2e(
 
 
 def host(
+    *,
     model: Annotated[
         str, typer.Option(help="Miniature, folder or `tiny` whose Python time per token is measured.")
     ] = DEFAULT_MODEL,
     prompt_tokens: Annotated[int, typer.Option(min=64, help="Prompt of one layer's compression.")] = 4096,
     budget: Annotated[int, typer.Option(min=32, help="Rows per kv head.")] = 256,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of the time per token.")] = 7,
-    output: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    output: JsonOption = None,
 ) -> None:
     """Ratios that need no GPU: one layer against the plain way at the Vicuna shape, and Python's time per token."""
     import torch
 
     from sparsemm.bench.host import VICUNA, layer_costs, token_overhead
-    from sparsemm.bench.shapes import SHAPES, random_model
     from sparsemm.io import write_json_atomic
     from sparsemm.runs.results import environment
 
-    if model in SHAPES:
-        network = random_model(model, device=torch.device("cpu"), dtype=torch.float32)
-    else:
-        network, _ = load(resolve_model(model), device="cpu", dtype="float32")
+    shape = Shape(model, device="cpu", dtype="float32")
+    network = shape.build()
     with torch.no_grad():
         figures = {
             "layer": layer_costs(**{**VICUNA, "prompt_tokens": prompt_tokens, "budget": budget}),
-            "token": {"model": short_name(model), **token_overhead(network, rounds=rounds)},
+            "token": {"model": shape.name, **token_overhead(network, rounds=rounds)},
             "environment": environment(),
         }
     if output is not None:

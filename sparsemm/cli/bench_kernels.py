@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(text.replace(",", " ").split())
+from sparsemm.cli.common import parse_integers, parse_list
+from sparsemm.cli.options import DeviceOption, FreshOption, QuietOption
 
 
 def kernels(
@@ -24,19 +23,19 @@ def kernels(
     repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions; the median counts.")] = 20,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which no further cell is begun.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON of the figures; finished cells are kept beside it.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure finished cells again.")] = False,
-    no_progress: Annotated[bool, typer.Option("--no-progress", help="No progress bar.")] = False,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: the GPU where there is one.")] = None,
+    fresh: FreshOption = False,
+    no_progress: QuietOption = False,
+    device: DeviceOption = None,
 ) -> None:
     """Time compact, append, decode, window_scores and select beside other backends and the original algorithm."""
     from sparsemm.bench.kernels import run
 
     results = run(
-        shapes=_words(shapes),
-        prompts=tuple(map(int, _words(prompts))),
-        budgets=tuple(None if word == "full" else int(word) for word in _words(budgets)),
-        batches=tuple(map(int, _words(batches))),
-        operations=_words(operations),
+        shapes=parse_list(shapes),
+        prompts=parse_integers(prompts, "--prompts"),
+        budgets=[None if each == "full" else parse_integers(each, "--budgets")[0] for each in parse_list(budgets)],
+        batches=parse_integers(batches, "--batches"),
+        operations=parse_list(operations),
         head_scores=head_scores,
         device=device,
         repeats=repeats,

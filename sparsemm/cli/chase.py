@@ -2,78 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from sparsemm.cli.common import (
-    DEFAULT_MODEL,
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
-    is_miniature,
-    load,
-    parse_integers,
-    short_name,
-)
-from sparsemm.cli.data import (
-    FontsOption,
-    FormatOption,
-    ImagesOption,
-    PageSizeOption,
-    SourceHelp,
-    SplitOption,
-    UnitOption,
-    open_source,
-)
-from sparsemm.errors import ConfigError
+from sparsemm.cli.common import parse_integers
+from sparsemm.cli.data import SOURCES, Source
+from sparsemm.cli.options import FreshOption, Model, NewTokensOption, PixelsOption, QuietOption
 
 PAGE_SEED = 1  # the pages of `evaluate` have seed 0: heads are not chosen on the pages they are judged by
 
 
-class Match(str, Enum):
-    """How a generated token finds its word on the page."""
-
-    unique = "unique"
-    aligned = "aligned"
-
-
 def chase(
-    model: ModelOption = DEFAULT_MODEL,
+    *,
+    model: Model,
     dataset: Annotated[
-        str | None, typer.Option(help=f"{SourceHelp} [default: documents; for miniatures, miniature].")
+        str | None, typer.Option(help=f"{SOURCES} [default: documents; for miniatures, miniature].")
     ] = None,
     num_images: Annotated[
         int | None,
         typer.Option("--num-images", "--pages", min=1, help="At most so many [default: 1000, miniatures 200]."),
     ] = None,
     match: Annotated[
-        Match | None,
+        Literal["unique", "aligned"] | None,
         typer.Option(help="unique is the paper's rule; aligned suits one-character tokens [default: by the model]."),
     ] = None,
-    format: FormatOption = None,
-    images: ImagesOption = None,
-    split: SplitOption = "train",
-    unit: UnitOption = None,
+    source: Source,
     num_words: Annotated[
         str | None, typer.Option(help="Words of a miniature's page, taking turns [default: 1,2,3,4].")
     ] = None,
-    page_size: PageSizeOption = None,
-    fonts: FontsOption = None,
     seed: Annotated[int, typer.Option(help="Generators: another seed draws other pages.")] = PAGE_SEED,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest reading of a page.")] = 1024,
+    max_new_tokens: NewTokensOption = 1024,
     prompt: Annotated[str | None, typer.Option(help="What the model is asked [default: the paper's].")] = None,
-    max_pixels: Annotated[int | None, typer.Option(help="Largest image area (Qwen2-VL).")] = None,
+    max_pixels: PixelsOption = None,
     output: Annotated[
         Path | None, typer.Option(help="Score file [default: head_scores/<name of the model>.json].")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over instead of continuing a run.")] = False,
-    no_progress: Annotated[bool, typer.Option("--no-progress", help="No progress bar.")] = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
+    fresh: FreshOption = False,
+    no_progress: QuietOption = False,
 ) -> None:
     """Let the model read pages and score every head by how often it looks at the word being read.
 
@@ -81,85 +48,37 @@ def chase(
     """
     from sparsemm.runs.processes import workers
 
-    source = dataset or ("miniature" if is_miniature(model) else "documents")
-    limit = num_images or (200 if is_miniature(model) else 1000)
+    name = dataset or ("miniature" if model.is_miniature else "documents")
+    limit = num_images or (200 if model.is_miniature else 1000)
     words = None if num_words is None else tuple(parse_integers(num_words, "--num-words"))
-    pages = open_source(
-        source, format=format, images=images, split=split, limit=limit, seed=seed, page_size=page_size, unit=unit,
-        fonts=fonts, num_words=words,
-    )  # fmt: skip
-    if max_pixels is not None and max_pixels < 1:
-        raise ConfigError(f"--max-pixels {max_pixels} must be at least 1")
-    network, processor = load(
-        model,
-        device=device or workers().device,
-        dtype=dtype,
-        **({} if max_pixels is None else {"max_pixels": max_pixels}),
-    )
-    details = {"pixels": page_size, "words": num_words, "unit": None if unit is None else unit.value, "fonts": fonts}
+    pages = source.open(name, limit=limit, seed=seed, num_words=words)
+    network, processor = model.load(device=model.device or workers().device, max_pixels=max_pixels)
     run_chase(
-        network,
-        processor,
-        output or Path("head_scores") / f"{short_name(model)}.json",
-        model_name=short_name(model) if is_miniature(model) or Path(model).is_dir() else model,
-        pages=pages,
-        dataset=_describe(source, split, details),
-        seed=seed,
-        match=default_match(model) if match is None else match.value,
-        max_new_tokens=max_new_tokens,
-        prompt=prompt,
-        resume=not fresh,
-        progress=not no_progress,
-    )
+        model, network, processor, pages, output or Path("head_scores") / f"{model.name}.json", match=match,
+        model_name=model.name if model.is_miniature or Path(model.model).is_dir() else model.model,
+        dataset=source.describe(name, words=words), seed=seed, max_new_tokens=max_new_tokens, prompt=prompt,
+        resume=not fresh, progress=not no_progress,
+    )  # fmt: skip
 
 
-def default_match(model: str) -> str:
+def default_match(model: Model) -> str:
     """`aligned` for miniatures, whose one-character tokens occur in many words; otherwise `unique`, as in the paper."""
-    return "aligned" if is_miniature(model) else "unique"
-
-
-def _describe(source: str, split: str, details: dict[str, Any]) -> str:
-    """The data set as the score file names it: without folders, which mean nothing elsewhere."""
-    name = Path(source).name if Path(source).exists() else source
-    given = [f"{key} {value}" for key, value in details.items() if value is not None]
-    return ", ".join([name, *given] if split == "train" else [name, f"split {split}", *given])
+    return "aligned" if model.is_miniature else "unique"
 
 
 def run_chase(
-    network: Any,
-    processor: Any,
-    output: Path,
-    *,
-    model_name: str,
-    pages: int | Iterable[Any],
-    match: str,
-    dataset: str = "miniature",
-    seed: int = PAGE_SEED,
-    max_new_tokens: int = 1024,
-    prompt: str | None = None,
-    resume: bool = True,
-    progress: bool = True,
-) -> None:
-    """Chase on `pages`, or on so many of a miniature's; save the scores, and print how sparse they are."""
+    model: Model, network: Any, processor: Any, pages: Any, output: Path, *, match: str | None = None,
+    prompt: str | None = None, **settings: Any,
+) -> None:  # fmt: skip
+    """Chase, save the scores, and print how sparse they are; `settings` of `sparsemm.chase.chase`."""
     from sparsemm.chase import READ_PROMPT
     from sparsemm.chase import chase as chase_heads
-    from sparsemm.datasets import open_pages
     from sparsemm.runs.processes import workers
 
     scores = chase_heads(
-        network,
-        processor,
-        open_pages("miniature", limit=pages, seed=seed) if isinstance(pages, int) else pages,
-        match=match,
-        max_new_tokens=max_new_tokens,
-        prompt=prompt or READ_PROMPT,
-        output=output,
-        resume=resume,
-        model_name=model_name,
-        dataset=dataset,
-        seed=seed,
-        progress=progress,
-    )
+        network, processor, pages, output=output, match=match or default_match(model), prompt=prompt or READ_PROMPT,
+        **settings,
+    )  # fmt: skip
     if workers().first:
         figures = scores.provenance
         typer.echo(f"{output}: {scores.num_layers} layers x {scores.num_query_heads} query heads")

@@ -2,109 +2,74 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
+from sparsemm.cli.options import QuietOption
+from sparsemm.cli.program import Program
 from sparsemm.errors import ConfigError
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Images with text boxes, to chase heads on.")
+app = Program(help="Images with text boxes, to chase visual heads on.")
+Format = Literal["synthdog", "plain", "mlt", "ctw", "coco"]
+SOURCES = "documents or miniature (generators), a hub id, a folder, or an annotation file"
 
 
-class Format(str, Enum):
-    """How text boxes are written down."""
+@dataclass(frozen=True)
+class Source:
+    """How a data set, or a generator of pages, is read."""
 
-    synthdog = "synthdog"
-    plain = "plain"
-    mlt = "mlt"
-    ctw = "ctw"
-    coco = "coco"
+    format: Annotated[Format | None, typer.Option(help="Format of the data set [default: recognised].")] = None
+    images: Annotated[Path | None, typer.Option(help="Folder of the images, if not beside the boxes.")] = None
+    split: Annotated[str, typer.Option(help="Split of a Hugging Face data set.")] = "train"
+    unit: Annotated[
+        Literal["line", "word", "character"] | None,
+        typer.Option(help="Text boxes: line or word (documents), line or character (ctw)."),
+    ] = None
+    page_size: Annotated[str | None, typer.Option(help="Generators: side, or WIDTHxHEIGHT, in pixels.")] = None
+    fonts: Annotated[
+        str | None, typer.Option(help="Generators: train or heldout, which have no typeface in common.")
+    ] = None
 
+    def open(self, name: str, *, limit: int | None, seed: int, **options: Any) -> Any:
+        """The pages of a data set, as `open_pages` gives them; settings that are None are not passed on."""
+        from sparsemm.datasets import open_pages
 
-class Unit(str, Enum):
-    """What one text box holds."""
+        given = {"size": parse_size(self.page_size), "unit": self.unit, "fonts": self.fonts, **options}
+        return open_pages(
+            name, format=self.format, images=self.images, split=self.split, limit=limit, seed=seed,
+            **{option: value for option, value in given.items() if value is not None},
+        )  # fmt: skip
 
-    line = "line"
-    word = "word"
-    character = "character"
-
-
-SourceHelp = "documents or miniature (generators), a hub id, a folder, or an annotation file."
-FormatOption = Annotated[Format | None, typer.Option("--format", help="Format of the data set [default: recognised].")]
-ImagesOption = Annotated[Path | None, typer.Option("--images", help="Folder of the images, if not beside the boxes.")]
-SplitOption = Annotated[str, typer.Option("--split", help="Split of a Hugging Face data set.")]
-UnitOption = Annotated[
-    Unit | None, typer.Option("--unit", help="Text boxes: line or word (documents), line or character (ctw).")
-]
-PageSizeOption = Annotated[
-    str | None, typer.Option("--page-size", help="Generators: side, or WIDTHxHEIGHT, in pixels.")
-]
-FontsOption = Annotated[
-    str | None, typer.Option("--fonts", help="Generators: train or heldout, which have no typeface in common.")
-]
-
-
-@app.callback()
-def options() -> None:
-    """Images with text boxes, to chase visual heads on."""
+    def describe(self, name: str, **options: Any) -> str:
+        """The data set as a score file names it: without folders, which mean nothing elsewhere."""
+        values = {"split": None if self.split == "train" else self.split, "pixels": self.page_size, **options}
+        values |= {"unit": self.unit, "fonts": self.fonts}
+        parts = [Path(name).name if Path(name).exists() else name]
+        return ", ".join(parts + [f"{option} {value}" for option, value in values.items() if value is not None])
 
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help=SourceHelp)],
+    *,
+    source: Annotated[str, typer.Argument(help=f"{SOURCES}.")],
     output: Annotated[Path, typer.Argument(help="New folder for images and boxes.")],
-    to: Annotated[Format, typer.Option(help="Format to write; synthdog is parquet.")] = Format.plain,
-    format: FormatOption = None,
-    images: ImagesOption = None,
-    split: SplitOption = "train",
+    to: Annotated[Format, typer.Option(help="Format to write; synthdog is parquet.")] = "plain",
     num_images: Annotated[
         int | None, typer.Option(min=1, help="At most so many [default: all; generators 1000].")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of a generator.")] = 0,
-    page_size: PageSizeOption = None,
-    unit: UnitOption = None,
-    fonts: FontsOption = None,
-    no_progress: Annotated[bool, typer.Option("--no-progress", help="No progress bar.")] = False,
+    settings: Source,
+    no_progress: QuietOption = False,
 ) -> None:
     """Write a data set, or pages of a generator, in another format."""
     from sparsemm.datasets import convert as write
 
-    pages = open_source(
-        source, format=format, images=images, split=split, limit=num_images, seed=seed, page_size=page_size, unit=unit,
-        fonts=fonts,
-    )  # fmt: skip
-    written, skipped = write(pages, output, to.value, progress=not no_progress)
+    pages = settings.open(source, limit=num_images, seed=seed)
+    written, skipped = write(pages, output, to, progress=not no_progress)
     typer.echo(f"{output}: {written} pages" + (f", {skipped} left out" if skipped else ""))
-
-
-def open_source(
-    source: str,
-    *,
-    format: Format | None,
-    images: Path | None,
-    split: str,
-    limit: int | None,
-    seed: int,
-    page_size: str | None,
-    unit: Unit | None,
-    fonts: str | None = None,
-    num_words: tuple[int, ...] | None = None,
-) -> Any:
-    """`open_pages` with the options of the command line; those not given are not passed on."""
-    from sparsemm.datasets import open_pages
-
-    options = {"size": parse_size(page_size), "unit": None if unit is None else unit.value, "num_words": num_words}
-    return open_pages(
-        source,
-        format=None if format is None else format.value,
-        images=images,
-        split=split,
-        limit=limit,
-        seed=seed,
-        **{name: value for name, value in {**options, "fonts": fonts}.items() if value is not None},
-    )
 
 
 def parse_size(text: str | None) -> int | tuple[int, int] | None:

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Show, convert and compare head-score files.")
+from sparsemm.cli.program import Program
+
+app = Program(help="Show, convert and compare head-score files.")
 FileArgument = Annotated[Path, typer.Argument(help="A score file, of this package or of the original release.")]
 
 

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from sparsemm.cli.common import Rounding, parse_list
-
-
-class Form(str, Enum):
-    """How the tables are printed."""
-
-    markdown = "markdown"
-    csv = "csv"
-    latex = "latex"
-    json = "json"
+from sparsemm.cli.common import parse_list
+from sparsemm.cli.options import Rounding
 
 
 def tables(
     results: Annotated[list[Path], typer.Argument(help="Result files of lmms-eval, or folders of them.")],
-    form: Annotated[Form, typer.Option("--format", help="Of what is printed.")] = Form.markdown,
+    form: Annotated[
+        Literal["markdown", "csv", "latex", "json"], typer.Option("--format", help="Of what is printed.")
+    ] = "markdown",
     only: Annotated[str, typer.Option("--tables", help="Which tables of the paper.")] = "1,2,3,4",
     whole: Annotated[bool, typer.Option("--all", help="Also parts of which nothing was measured.")] = False,
     ratio: Annotated[float, typer.Option(help="The ratio of SparseMM's cells in Tables 2 to 4.")] = 0.1,
@@ -38,9 +31,9 @@ def tables(
     from sparsemm.tables.measurements import write_measurements
     from sparsemm.tables.render import ENDINGS
 
-    cells = read_measurements(results, rounding=None if rounding is None else rounding.value)
+    cells = read_measurements(results, rounding=rounding)
     built = build_tables(cells, numbers=parse_list(only), ratio=ratio, metric=metric, whole=whole)
-    typer.echo(render_tables(built, form.value), nl=False)
+    typer.echo(render_tables(built, form), nl=False)
     if collect is not None:
         write_measurements(cells, collect)
     if output is not None:

@@ -4,30 +4,44 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 
 import sparsemm.cli.common as common
+from sparsemm.cli import app
+from sparsemm.cli.options import Settings
 from sparsemm.head_scores import HeadScores
 from sparsemm.models import family_of, load_model
 
-COMMANDS = [
-    [], ["generate"], ["evaluate"], ["report"], ["quickstart"], ["chase"], ["head-scores"], ["head-scores", "show"],
-    ["head-scores", "convert"], ["head-scores", "compare"], ["miniatures"], ["miniatures", "train"],
-    ["miniatures", "evaluate"], ["bench"],
-]  # fmt: skip
+
+def commands(app: typer.Typer) -> list[list[str]]:
+    """Every command and group of commands, found by walking the program."""
+
+    def walk(command: Any, path: list[str]) -> Iterator[list[str]]:
+        yield path
+        for name, inner in getattr(command, "commands", {}).items():
+            yield from walk(inner, [*path, name])
+
+    return list(walk(typer.main.get_command(app), []))
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_explains_itself(run: Any, command: list[str]) -> None:
+@pytest.mark.parametrize("command", commands(app), ids=" ".join)
+def test_every_command_explains_itself_in_whole_sentences(run: Any, command: list[str]) -> None:
     outcome = run(*command, "--help")
     assert outcome.status == 0
     assert "Usage: sparsemm" in outcome.out
+    _, _, listing = outcome.out.partition("\nCommands:\n")
+    assert "..." not in listing and "…" not in listing
+    sentences = re.split(r"\n  (?=\S)", listing.strip())
+    assert not listing or all(sentence.endswith((".", "]")) for sentence in sentences), listing
 
 
 def test_help_imports_no_torch() -> None:
@@ -191,8 +205,10 @@ def test_names_and_lists(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     (folder / "config.json").write_text("{}")
     assert common.resolve_model("qwen2-vl") == str(folder)
     assert common.resolve_model("org/model") == "org/model"
-    assert common.window_for("qwen2-vl", None) == common.window_for(str(folder), None) == 4
-    assert common.window_for("org/model", None) == 32 and common.window_for("qwen2-vl", 7) == 7
+    windows = [Settings(window_size=given).fields(name)["window_size"] for name, given in (
+        ("qwen2-vl", None), (str(folder), None), ("org/model", None), ("qwen2-vl", 7),
+    )]  # fmt: skip
+    assert windows == [4, 4, 32, 7]
     assert common.find_head_scores("org/model", None) is None
     (tmp_path / "head_scores").mkdir()
     (tmp_path / "head_scores" / "model.json").write_text("{}")

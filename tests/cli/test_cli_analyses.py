@@ -13,17 +13,6 @@ from sparsemm.experiments.head_rows import HeadRowsResults
 from sparsemm.experiments.masking import MaskingResults
 from sparsemm.head_scores import HeadScores
 
-COMMANDS = [
-    ["data"], ["data", "convert"], ["mask"], ["head-rows"], ["bench", "chase"], ["viz"], ["viz", "all"],
-    ["viz", "scores"], ["viz", "sparsity"], ["viz", "attention"], ["viz", "page"], ["viz", "budgets"], ["viz", "kept"],
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_every_command_explains_itself(run: Any, command: list[str]) -> None:  # noqa: F811
-    outcome = run(*command, "--help")
-    assert outcome.status == 0 and "Usage: sparsemm" in outcome.out
-
 
 def test_pages_are_converted_and_chased(run: Any, files: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
     made = run("data", "convert", "documents", "pages", "--num-images", 2, "--page-size", "96x128", "--unit", "word")

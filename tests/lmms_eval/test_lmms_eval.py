@@ -52,9 +52,9 @@ def _local(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
 
 
 def shared(checkpoints: Path, family: str = "qwen2-vl", **changes: Any) -> grid.Shared:
-    defaults = {"window_size": 4, "rounding": "exact", "limit": 5, "loading": QUIET}
-    scores = checkpoints / "scores.json"
-    return grid.Shared(str(checkpoints / family), head_scores=scores, **{**defaults, **changes})
+    defaults = {"window_size": 4, "rounding": "exact", "head_scores": checkpoints / "scores.json"}
+    limit, loading = changes.pop("limit", 5), changes.pop("loading", QUIET)
+    return grid.Shared(str(checkpoints / family), grid.TableSettings(**{**defaults, **changes}), limit, loading)
 
 
 def run_program(command: list[str], folder: Path, **variables: str) -> str:

@@ -1,0 +1,84 @@
+"""How the programs are put together: bundles of options, listings of whole sentences, errors as one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+import typer
+
+from sparsemm.errors import SparseMMError
+
+
+class Program(typer.Typer):
+    """A Typer application whose commands may take bundles of options (`expand_bundles`)."""
+
+    def __init__(self, *, help: str, **settings: Any) -> None:
+        super().__init__(
+            help=help,
+            short_help=help,  # click cuts a listing's sentences, but not those that are given as short
+            no_args_is_help=True,
+            pretty_exceptions_enable=False,
+            rich_markup_mode=None,  # its markup would swallow "[default: ...]"
+            add_completion=False,
+            context_settings={"help_option_names": ["-h", "--help"]},
+            **settings,
+        )
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """As Typer's; listings of commands show the first sentence of the docstring, all of it."""
+
+        def register(function: Callable[..., Any]) -> Callable[..., Any]:
+            sentence = re.split(r"(?<=\.)\s", " ".join(inspect.getdoc(function).split()))[0]
+            super(Program, self).command(name, short_help=sentence, **settings)(expand_bundles(function))
+            return function
+
+        return register
+
+
+def expand_bundles(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with every parameter whose type is a dataclass replaced by the fields of that dataclass, as options.
+
+    What several commands take is so declared once, and a command is handed the object made of it.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    bundles = {
+        name: parameter.annotation
+        for name, parameter in signature.parameters.items()
+        if dataclasses.is_dataclass(parameter.annotation)
+    }
+    parameters = []
+    for name, parameter in signature.parameters.items():
+        if name in bundles:
+            hints = get_type_hints(bundles[name], include_extras=True)
+            for field in dataclasses.fields(bundles[name]):
+                kind = inspect.Parameter.KEYWORD_ONLY
+                parameters.append(
+                    inspect.Parameter(field.name, kind, default=field.default, annotation=hints[field.name])
+                )
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(function)
+    def expanded(**given: Any) -> Any:
+        for name, bundle in bundles.items():
+            given[name] = bundle(**{field.name: given.pop(field.name) for field in dataclasses.fields(bundle)})
+        return function(**given)
+
+    expanded.__signature__ = signature.replace(parameters=parameters)
+    expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return expanded
+
+
+def run_program(program: Program, name: str) -> None:
+    """Run it with the arguments of this process. Errors of the package end it with one line and status 2."""
+    try:
+        program(prog_name=name)
+    except SparseMMError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
