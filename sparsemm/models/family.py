@@ -30,15 +30,17 @@ class ModelFamily(ABC):
     """As in result files: "llava_next", "qwen2_vl" (the `model_type` of the configuration)."""
     model_class: str
     """Name of the one transformers class that is supported."""
-    text_model_types: tuple[str, ...]
-    """`model_type` of the language models that are supported inside it."""
+    processor_class: str
+    """Name of its processor class in transformers."""
+    text_model_types: tuple[str, ...] = ()
+    """`model_type` of the language models that are supported inside it; empty for any that patching can prove."""
 
     # -- models -------------------------------------------------------------------------------------------------------
 
     def check_config(self, config: PretrainedConfig) -> None:
         """Raise `UnsupportedModelError` unless the language model is one that the attention forward serves."""
         text_type = config.get_text_config().model_type
-        if text_type not in self.text_model_types:
+        if self.text_model_types and text_type not in self.text_model_types:
             raise UnsupportedModelError(
                 f"{self.model_class} with a {text_type!r} language model is not supported; "
                 f"use a checkpoint with one of: {', '.join(self.text_model_types)}"
@@ -82,11 +84,15 @@ class ModelFamily(ABC):
 
     # -- processors and prompts ---------------------------------------------------------------------------------------
 
-    @abstractmethod
     def load_processor(
         self, path: str, *, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> ProcessorMixin:
         """The processor of a checkpoint folder or hub id, padding on the left."""
+        from sparsemm.models.processing import still_images
+
+        refuse_pixel_limits(self.name, min_pixels, max_pixels)
+        processor = still_images(self.processor_class).from_pretrained(path, trust_remote_code=False)
+        return pad_left(use_pillow(processor, path))
 
     def build_inputs(
         self,
@@ -217,6 +223,18 @@ def source_of(item: dict[str, Any]) -> Any:
     """What an image entry of a message names: an image, a path or an address, under any of the names in use."""
     source = next((item[key] for key in ("image", "image_url", "url", "path") if key in item), None)
     return source.get("url") if isinstance(source, dict) else source
+
+
+def need_sources(
+    name: str, processor: ProcessorMixin | None, image_sizes: Sequence[tuple[int, int]] | None
+) -> tuple[ProcessorMixin, Sequence[tuple[int, int]]]:
+    """Both, which the layout of family `name` cannot do without. Raises `DataError` when one is missing."""
+    if processor is None or image_sizes is None:
+        raise DataError(
+            f"where the image tokens of {name} lie depends on how its processor cut the images: give processor and "
+            "image_sizes (original width and height of every image)"
+        )
+    return processor, image_sizes
 
 
 def refuse_pixel_limits(name: str, min_pixels: int | None, max_pixels: int | None) -> None:

@@ -7,33 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sparsemm.models.family import ModelFamily, pad_left, refuse_pixel_limits, use_pillow
 from sparsemm.models.geometry import ImageLayout, base_layout
+from sparsemm.models.llava import Llava
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, ProcessorMixin
+    from transformers import PretrainedConfig
 
 
-class LlavaNext(ModelFamily):
+class LlavaNext(Llava):
     name = "llava_next"
     model_class = "LlavaNextForConditionalGeneration"
+    processor_class = "LlavaNextProcessor"
     text_model_types = ("llama", "mistral")
-
-    def load_processor(
-        self, path: str, *, min_pixels: int | None = None, max_pixels: int | None = None
-    ) -> ProcessorMixin:
-        from transformers import AutoConfig, LlavaNextProcessor
-
-        refuse_pixel_limits(self.name, min_pixels, max_pixels)
-        processor = use_pillow(LlavaNextProcessor.from_pretrained(path, trust_remote_code=False), path)
-        # Early checkpoints leave to the model's configuration what the processor needs to count image tokens.
-        if processor.patch_size is None or processor.vision_feature_select_strategy is None:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-            processor.patch_size = config.vision_config.patch_size
-            processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-            if config.vision_config.model_type == "clip_vision_model":
-                processor.num_additional_image_tokens = 1
-        return pad_left(processor)
 
     def image_layouts(
         self, config: PretrainedConfig, inputs: Mapping[str, Tensor], **sources: Any

@@ -11,13 +11,22 @@ from torch import nn
 
 from sparsemm.errors import ConfigError, DataError, UnsupportedModelError
 from sparsemm.models.family import ModelFamily
+from sparsemm.models.glm4v import GLM4V
+from sparsemm.models.idefics3 import IDEFICS3, SMOLVLM
+from sparsemm.models.internvl import INTERNVL
+from sparsemm.models.llava import LLAVA
 from sparsemm.models.llava_next import LLAVA_NEXT
+from sparsemm.models.llava_onevision import LLAVA_ONEVISION
+from sparsemm.models.mistral3 import MISTRAL3
 from sparsemm.models.qwen2_vl import QWEN2_VL
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
-FAMILIES: dict[str, ModelFamily] = {family.name: family for family in (LLAVA_NEXT, QWEN2_VL)}
+FAMILIES: dict[str, ModelFamily] = {
+    family.name: family
+    for family in (LLAVA_NEXT, QWEN2_VL, LLAVA, LLAVA_ONEVISION, INTERNVL, GLM4V, IDEFICS3, SMOLVLM, MISTRAL3)
+}
 
 
 def family_of(model_or_config: nn.Module | PretrainedConfig) -> ModelFamily:

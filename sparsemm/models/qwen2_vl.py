@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from sparsemm.errors import ConfigError, DataError
-from sparsemm.models.family import Messages, ModelFamily, media_items, pad_left, source_of, use_pillow
+from sparsemm.models.family import Messages, ModelFamily, media_items, source_of
 from sparsemm.models.geometry import ImageLayout, grid_layout
 
 if TYPE_CHECKING:
@@ -18,17 +18,16 @@ if TYPE_CHECKING:
 class Qwen2VL(ModelFamily):
     name = "qwen2_vl"
     model_class = "Qwen2VLForConditionalGeneration"
+    processor_class = "Qwen2VLProcessor"
     text_model_types = ("qwen2_vl_text",)
 
     def load_processor(
         self, path: str, *, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> ProcessorMixin:
         """The processor of a checkpoint; `min_pixels` and `max_pixels` bound the area images are resized to."""
-        from sparsemm.models.processing import still_images
-
-        processor = use_pillow(still_images("Qwen2VLProcessor").from_pretrained(path, trust_remote_code=False), path)
+        processor = super().load_processor(path)
         _limit_pixels(processor.image_processor, min_pixels, max_pixels)
-        return pad_left(processor)
+        return processor
 
     def finish_inputs(self, processor: ProcessorMixin, inputs: BatchFeature) -> BatchFeature:
         # M-RoPE positions are computed from these: without them the model refuses, or numbers image tokens as text.

@@ -1,0 +1,43 @@
+"""LLaVA-OneVision: as LLaVA-NeXT, with a grid that shrinks when the image has too many tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from sparsemm.models.family import ModelFamily
+from sparsemm.models.geometry import ImageLayout, base_layout
+from sparsemm.models.llava_next import unpadded_grid
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class LlavaOnevision(ModelFamily):
+    name = "llava_onevision"
+    model_class = "LlavaOnevisionForConditionalGeneration"
+    processor_class = "LlavaOnevisionProcessor"
+
+    def image_layouts(
+        self, config: PretrainedConfig, inputs: Mapping[str, Tensor], **sources: Any
+    ) -> list[ImageLayout]:
+        sizes = inputs["image_sizes"].tolist() if "image_sizes" in inputs else []
+        # A prompt with several images shows each by its base tokens and one newline.
+        counts = inputs["batch_num_images"].tolist() if "batch_num_images" in inputs else [1] * len(sizes)
+        alone = [count == 1 for count in counts for _ in range(count)]
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        most = int(config.vision_aspect_ratio.removeprefix("anyres_max_"))
+        layouts = []
+        for size, high_res in zip(sizes, alone, strict=True):
+            rows, cols = unpadded_grid(config, tuple(size)) if high_res else (1, 0)
+            ratio = math.sqrt(rows * cols / (most * side**2))
+            if ratio > 1.1:
+                rows, cols = int(rows // ratio), int(cols // ratio)
+            layouts.append(base_layout(side, rows, cols))
+        return layouts
+
+
+LLAVA_ONEVISION = LlavaOnevision()

@@ -1,0 +1,30 @@
+"""Mistral Small 3: a grid at the image's own aspect ratio; the tokens that end its rows are no image tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from sparsemm.models.family import ModelFamily
+from sparsemm.models.geometry import ImageLayout, grid_layout
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class Mistral3(ModelFamily):
+    name = "mistral3"
+    model_class = "Mistral3ForConditionalGeneration"
+    processor_class = "PixtralProcessor"
+
+    def image_layouts(
+        self, config: PretrainedConfig, inputs: Mapping[str, Tensor], **sources: Any
+    ) -> list[ImageLayout]:
+        cell = config.vision_config.patch_size * config.spatial_merge_size
+        sizes = inputs["image_sizes"].tolist() if "image_sizes" in inputs else []
+        return [grid_layout(height // cell, width // cell) for height, width in sizes]  # sizes after resizing
+
+
+MISTRAL3 = Mistral3()
