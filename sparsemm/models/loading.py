@@ -89,6 +89,9 @@ def load_model(
         model = family.load_weights(path, dtype=dtype, attn_implementation=attn_implementation, **placement)
     except OSError as error:
         raise DataError(f"{path} cannot be loaded, a file is missing or unreadable: {error}") from error
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"the {family.processor_class} of {path} needs a package that is not here: {reason}") from error
     if device != "auto":
         model = model.to(device)
     if model.generation_config.pad_token_id is None:

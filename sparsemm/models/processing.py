@@ -9,6 +9,7 @@ transformers saves (with a video processor) load with it.
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 from transformers.processing_utils import ProcessorMixin
@@ -40,10 +41,20 @@ class _WithoutVideo(ProcessorMixin):
     ) -> None:
         super().__init__(image_processor, tokenizer, chat_template=kwargs.get("chat_template"))
 
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        # transformers would read the names of settings off the code of __init__, where a wrapper has none.
+        return_unused = kwargs.pop("return_unused_kwargs", False)
+        settings = {**processor_dict, **kwargs}
+        known = set(inspect.signature(cls.__init__).parameters) - set(cls.get_attributes())
+        processor = cls(*args, **{name: value for name, value in settings.items() if name in known})
+        unused = {name: value for name, value in settings.items() if name not in known}
+        return (processor, unused) if return_unused else processor
+
 
 @functools.cache
 def still_images(name: str) -> type[ProcessorMixin]:
-    """The processor class `name` of transformers; without torchvision one that reads still images only.
+    """The processor class `name` of transformers; where it wants torchvision for videos, one for still images only.
 
     Raises `DataError` when videos are passed in.
     """
@@ -51,15 +62,19 @@ def still_images(name: str) -> type[ProcessorMixin]:
     from transformers.utils import is_torchvision_available
 
     stock: type[ProcessorMixin] = getattr(transformers, name)
-    if is_torchvision_available():
+    signature = inspect.signature(stock.__init__)
+    if is_torchvision_available() or "video_processor" not in signature.parameters:
         return stock
     video_class = name.replace("Processor", "VideoProcessor").replace("Qwen2_5_VL", "Qwen2VL")
 
-    # The parameter names are read by transformers: they decide which sub-processors a folder is searched for.
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):  # noqa: N807
         # A folder saved with torchvision may hand its video processor's settings in; they are written again by to_dict.
         kwargs["video_processor"] = None
         stock.__init__(self, image_processor, tokenizer, chat_template=chat_template, **kwargs)
+
+    # transformers reads the names of the parameters: which sub-processors a folder is searched for, what is saved.
+    kept = [each for each in signature.parameters.values() if each.name != "video_processor"]
+    __init__.__signature__ = signature.replace(parameters=kept)
 
     def __call__(self, images=None, text=None, videos=None, **kwargs):  # noqa: N807
         if videos is not None:

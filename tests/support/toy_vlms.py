@@ -1,0 +1,186 @@
+"""Toys of every image family with its real processor: random weights, one token a character."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+from sparsemm.models.processing import still_images
+
+VOCAB_SIZE = 256
+CHARACTERS = "".join(map(chr, range(32, 127)))
+TILE = 28
+"""Pixels of a tile; patches of 7 make 4 x 4 of them, merged 2 x 2 where a family merges."""
+
+TEXT: dict[str, Any] = dict(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=4096,
+    initializer_range=0.15,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+_VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+_CLIP = dict(model_type="clip_vision_model", image_size=TILE, patch_size=7, projection_dim=32, **_VISION)
+_SIGLIP = dict(model_type="siglip_vision_model", image_size=TILE, patch_size=7, vision_use_head=False, **_VISION)
+_SPECIAL = (
+    "<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>", "<start>", "<end>", "<fake_token_around_image>",
+    "<global-img>", "<end_of_utterance>", "<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>",
+    "<|begin_of_video|>", "<|end_of_video|>", *(f"<row_{row}_col_{col}>" for row in range(1, 5) for col in range(1, 5)),
+)  # fmt: skip
+ID = {name: index if index < 4 else 100 + index for index, name in enumerate(_SPECIAL)}
+_TEMPLATE = (
+    "<s>{{% for message in messages %}}{{{{ message['role'] }}}}: {{% for part in message['content'] %}}"
+    "{{% if part['type'] in ('image', 'image_url') %}}{image}{{% else %}}{{{{ part['text'] }}}}{{% endif %}}"
+    "{{% endfor %}}{{% endfor %}}{{% if add_generation_prompt %}}assistant: {{% endif %}}"
+)
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character, and every special token that a family's processor asks for."""
+    vocabulary = {character: 4 + index for index, character in enumerate(CHARACTERS)} | ID
+    taken = set(vocabulary.values())
+    vocabulary |= {f"[{index}]": index for index in range(VOCAB_SIZE) if index not in taken}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in _SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        extra_special_tokens={
+            "start_image_token": "<start>",
+            "end_image_token": "<end>",
+            "context_image_token": "<image>",
+            "video_token": "<video>",
+        },
+    )
+
+
+def _llava() -> tuple[Any, ProcessorMixin]:
+    config = transformers.LlavaConfig(
+        vision_config=_CLIP, text_config={"model_type": "llama", **TEXT}, image_token_index=ID["<image>"]
+    )
+    images = LlavaImageProcessorPil(
+        size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}, do_pad=False, do_center_crop=True
+    )
+    return config, _processor("LlavaProcessor", images, patch_size=7, vision_feature_select_strategy="default",
+                              num_additional_image_tokens=1)  # fmt: skip
+
+
+def _llava_padded() -> tuple[Any, ProcessorMixin]:
+    config, processor = _llava()
+    processor.image_processor.do_pad = True
+    return config, processor
+
+
+def _llava_onevision() -> tuple[Any, ProcessorMixin]:
+    pinpoints = [[TILE * rows, TILE * cols] for rows in range(1, 5) for cols in range(1, 5)]
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=_SIGLIP, text_config={"model_type": "qwen2", **TEXT}, image_token_index=ID["<image>"],
+        video_token_index=ID["<video>"], image_grid_pinpoints=pinpoints, vision_aspect_ratio="anyres_max_4",
+    )  # fmt: skip
+    images = LlavaOnevisionImageProcessorPil(size={"height": TILE, "width": TILE}, image_grid_pinpoints=pinpoints)
+    return config, _processor("LlavaOnevisionProcessor", images, num_image_tokens=16,
+                              vision_feature_select_strategy="full", vision_aspect_ratio="anyres_max_4")  # fmt: skip
+
+
+def _internvl(text: str = "qwen2") -> tuple[Any, ProcessorMixin]:
+    config = transformers.InternVLConfig(
+        vision_config=dict(image_size=[TILE, TILE], patch_size=[7, 7], **_VISION),
+        text_config={"model_type": text, **TEXT}, image_token_id=ID["<image>"], image_seq_length=4,
+    )  # fmt: skip
+    images = GotOcr2ImageProcessorPil(size={"height": TILE, "width": TILE}, min_patches=1, max_patches=6)
+    return config, _processor("InternVLProcessor", images, image_seq_length=4)
+
+
+def _glm4v() -> tuple[Any, ProcessorMixin]:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}
+    config = transformers.Glm4vConfig(
+        text_config={**TEXT, "rope_parameters": rope},
+        vision_config=dict(
+            depth=2, hidden_size=32, num_heads=2, patch_size=4, intermediate_size=48, out_hidden_size=64, image_size=28
+        ),
+        image_token_id=ID["<|image|>"], video_token_id=ID["<|video|>"],
+        image_start_token_id=ID["<|begin_of_image|>"], image_end_token_id=ID["<|end_of_image|>"],
+        video_start_token_id=ID["<|begin_of_video|>"], video_end_token_id=ID["<|end_of_video|>"],
+    )  # fmt: skip
+    images = Glm4vImageProcessorPil(
+        patch_size=4, merge_size=2, size={"shortest_edge": 2 * 8 * 8, "longest_edge": 2 * 64 * 64}
+    )
+    return config, _processor("Glm4vProcessor", images, image="<|begin_of_image|><|image|><|end_of_image|>")
+
+
+def _idefics3() -> tuple[Any, ProcessorMixin]:
+    config = transformers.Idefics3Config(
+        vision_config=dict(image_size=TILE, patch_size=7, **_VISION), text_config={"model_type": "llama", **TEXT},
+        image_token_id=ID["<image>"], scale_factor=2, pad_token_id=0,
+    )  # fmt: skip
+    images = Idefics3ImageProcessorPil(size={"longest_edge": 3 * TILE}, max_image_size={"longest_edge": TILE})
+    return config, _processor("Idefics3Processor", images, image_seq_len=4)
+
+
+def _smolvlm() -> tuple[Any, ProcessorMixin]:
+    config = transformers.SmolVLMConfig(
+        vision_config=dict(image_size=TILE, patch_size=7, **_VISION), text_config={"model_type": "llama", **TEXT},
+        image_token_id=ID["<image>"], scale_factor=2, pad_token_id=0,
+    )  # fmt: skip
+    images = SmolVLMImageProcessorPil(size={"longest_edge": 3 * TILE}, max_image_size={"longest_edge": TILE})
+    return config, _processor("SmolVLMProcessor", images, image_seq_len=4)
+
+
+def _processor(name: str, image_processor: Any, *, image: str = "<image>", **settings: Any) -> ProcessorMixin:
+    template = _TEMPLATE.format(image=image)
+    return still_images(name)(image_processor, tokenizer(), chat_template=template, **settings)
+
+
+TOYS: dict[str, Callable[[], tuple[Any, ProcessorMixin]]] = {
+    "llava": _llava,
+    "llava, padded": _llava_padded,
+    "llava_onevision": _llava_onevision,
+    "internvl": _internvl,
+    "internvl, qwen3": lambda: _internvl("qwen3"),
+    "glm4v": _glm4v,
+    "idefics3": _idefics3,
+    "smolvlm": _smolvlm,
+}
+
+
+def toy_vlm(name: str, *, seed: int = 0, attn_implementation: str = "sdpa") -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A random model of a family and its processor. Raises `ImportError` where that needs a missing package."""
+    from sparsemm.models import family_of
+
+    config, processor = TOYS[name]()
+    config._attn_implementation = attn_implementation
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = getattr(transformers, family_of(config).model_class)(config).eval()
+        for parameter_name, parameter in model.named_parameters():  # features must not drown in the text
+            if parameter.ndim == 2 and any(part in parameter_name for part in ("projector", "connector", "merger")):
+                torch.nn.init.normal_(parameter, std=0.15)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model, processor
