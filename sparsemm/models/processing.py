@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from types import SimpleNamespace
 from typing import Any
 
 from transformers.processing_utils import ProcessorMixin
@@ -35,6 +36,8 @@ _SHARED_WITH_IMAGE_PROCESSOR = (
 
 class _WithoutVideo(ProcessorMixin):
     """Stands behind a stock processor class in the order of its bases, and takes its video processor away."""
+
+    video_processor = SimpleNamespace(num_frames=None, fps=None)  # SmolVLM's chat template asks, with or without video
 
     def __init__(
         self, image_processor: Any = None, tokenizer: Any = None, video_processor: Any = None, **kwargs: Any
