@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import time
+import functools
+import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsemm.bench.cells import BenchResults, Times, run_benchmark, wait_for
 from sparsemm.chase import READ_PROMPT, chase_page
 from sparsemm.chase.matching import match_rule, token_texts
 from sparsemm.decoding.generation import generate_greedy
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.models import family_of
-from sparsemm.runs.results import environment
+from sparsemm.runs.spread import take_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -28,11 +31,11 @@ def chase_cost(
     max_new_tokens: int = 64,
     repeats: int = 5,
     progress: bool = True,
-) -> dict[str, Any]:
-    """Seconds for reading `pages` one by one: plainly, chasing, and in a loop over whole attention matrices.
+) -> tuple[Times, dict[str, Any]]:
+    """Reading `pages` one by one: plainly, chasing, and in a loop over whole attention matrices.
 
     All three build the model's inputs from the images and read the same text. The three take turns, page by page, so
-    that what else the machine does hits them alike; of each page the fastest of `repeats` counts.
+    that what else the machine does hits them alike.
 
     Args:
         model, processor: From `sparsemm.load_model`; not patched.
@@ -43,8 +46,8 @@ def chase_cost(
         progress: Show a progress bar.
 
     Returns:
-        `plain_seconds`, `chase_seconds`, `loop_seconds`, `chase_over_plain`, `loop_over_chase`, `loop_over_plain`,
-        numbers of pages and tokens, and the environment.
+        Seconds of all pages in every round, `plain`, `chase` and `loop`; and `chase_over_plain`, `loop_over_chase`,
+        `loop_over_plain` of their medians, numbers of pages and tokens.
 
     Raises:
         ConfigError: `repeats` is below 1.
@@ -61,33 +64,47 @@ def chase_cost(
         "chase": lambda page: _chase(model, processor, page, match, max_new_tokens),
         "loop": lambda page: walk_attentions(model, processor, page, match, max_new_tokens)[0],
     }
-    best = {name: [float("inf")] * len(pages) for name in ways}
-    tokens = {name: 0 for name in ways}
-    for read in ways.values():  # lazy set-up is nobody's cost
-        read(pages[0])
-    with tqdm(total=repeats * len(pages), unit="page", disable=not progress) as bar:
-        for turn in range(repeats):
-            for index, page in enumerate(pages):
-                for name, read in ways.items():
-                    _wait(model)
-                    start = time.perf_counter()
-                    count = read(page)
-                    _wait(model)
-                    best[name][index] = min(best[name][index], time.perf_counter() - start)
-                    tokens[name] += count if turn == 0 else 0
-                bar.update()
-    seconds = {name: sum(values) for name, values in best.items()}
-    return {
-        **{f"{name}_seconds": value for name, value in seconds.items()},
-        "chase_over_plain": seconds["chase"] / seconds["plain"],
-        "loop_over_chase": seconds["loop"] / seconds["chase"],
-        "loop_over_plain": seconds["loop"] / seconds["plain"],
+    times = {name: [0.0] * repeats for name in ways}
+    tokens = dict.fromkeys(ways, 0)
+
+    def count(name: str, page: Any) -> None:
+        tokens[name] += ways[name](page)
+
+    for page in tqdm(pages, unit="page", disable=not progress):
+        turns = {name: functools.partial(count, name, page) for name in ways}
+        for name, seconds in take_turns(turns, repeats, wait=lambda: wait_for(model.device)).items():
+            times[name] = [total + value for total, value in zip(times[name], seconds, strict=True)]
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return times, {
+        "chase_over_plain": medians["chase"] / medians["plain"],
+        "loop_over_chase": medians["loop"] / medians["chase"],
+        "loop_over_plain": medians["loop"] / medians["plain"],
         "pages": len(pages),
-        "tokens": tokens["plain"],
+        "tokens": tokens["plain"] // (repeats + 1),
         "same_number_of_tokens": len(set(tokens.values())) == 1,
-        "repeats": repeats,
-        "environment": environment(model.device),
     }
+
+
+def run(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    pages: Sequence[Any],
+    *,
+    model_name: str,
+    output: Path | None = None,
+    **options: Any,
+) -> BenchResults:
+    """`chase_cost`, whose options these are, as a file of one cell; measured anew."""
+    return run_benchmark(
+        "chase",
+        [{"pages": len(pages)}],
+        lambda place: chase_cost(model, processor, pages, **options),
+        device=model.device,
+        settings={"model": model_name, **{name: value for name, value in options.items() if name != "progress"}},
+        output=output,
+        fresh=True,
+        progress=False,
+    )
 
 
 def read_plainly(model: PreTrainedModel, processor: ProcessorMixin, page: Any, max_new_tokens: int) -> int:
@@ -138,8 +155,3 @@ def walk_attentions(
                 if int(result.attentions[step][layer][0, head, -1].argmax()) in region:
                     scores[layer, head] += 1 / len(region)
     return len(ids), scores
-
-
-def _wait(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)

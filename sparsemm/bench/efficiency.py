@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sparsemm.bench.cells import OK, BenchCell, BenchResults
 from sparsemm.errors import DataError
-from sparsemm.runs.markdown import markdown_table
-from sparsemm.runs.plots import LABELS, log2_axis, method_lines, new_figure, plain_axes, save_figure
+from sparsemm.runs.lines import Panel, draw_panels
+from sparsemm.runs.markdown import markdown_table, table_of
+from sparsemm.runs.plots import LABELS
 
 PAPER_SPEEDUP = {8192: 1.16, 16384: 1.5, 32768: 1.87}
 """Decoding speed-up of SparseMM over the full cache by prompt length: LLaVA-NeXT-Vicuna-7B, budget 256."""
@@ -27,157 +29,134 @@ _NAMES = {
 }
 
 
-def format_tables(document: dict[str, Any]) -> str:
+def format_tables(results: BenchResults) -> str:
     """Markdown: time and memory of every latency cell, the largest batches, and the paper's figures where they apply.
 
     Raises:
         DataError: There is no cell.
     """
-    if not document["cells"]:
+    if not results.runs:
         raise DataError("there is no result to show; run the benchmark first")
-    parts = [_latency_table(document)]
-    if any(cell["kind"] == "throughput" for cell in document["cells"]):
-        parts.append(_throughput_table(document))
-    if "vicuna" in document["settings"]["model"].lower():
-        parts.append(_paper_table(document))
-    return "\n\n".join(part for part in parts if part)
+    latency, throughput = _of_kind(results, "latency"), _of_kind(results, "throughput")
+    place = {"prompt": _place("prompt_tokens"), "method": _place("method"), "budget": _place("budget")}
+    failed = [cell for cell in results.runs if cell.status != OK]
+    columns = {
+        "first token ms": lambda cell: f"{cell.ms('first_token'):.1f}",
+        "ms/token": lambda cell: f"{cell.ms('step'):.2f}",
+        "tokens/s": _figure("tokens_per_second", "{:.1f}"),
+        "x hf": lambda cell: _shown(_ratio(results, cell, "hf")),
+        "x full, same loop": lambda cell: _shown(_ratio(results, cell, "fullkv")),
+        "graph": lambda cell: "yes" if cell.figures["graph"] else "no",
+        "floor share": _figure("floor_share", "{:.0f} %", 0.01),
+        "cache MB": _figure("cache_bytes", "{:,.1f}", 1e6),
+        "peak MB": _figure("peak_bytes", "{:,.1f}", 1e6),
+        "rest MB": _figure("rest_bytes", "{:,.1f}", 1e6),
+        "launches": lambda cell: _shown(cell.figures["kernels"] or cell.figures["launches"], "{}"),
+    }
+    parts = []
+    if latency:
+        parts.append(table_of(latency, {**place, "batch": _place("batch"), **columns}))
+    columns = {
+        "largest batch": _figure("largest_batch", "{}"),
+        "ms/step": lambda cell: f"{cell.ms('step'):.2f}",
+        "tokens/s": _figure("tokens_per_second", "{:,.0f}"),
+        "cache MB a sequence": _figure("bytes_per_sequence", "{:,.1f}", 1e6),
+    }
+    if throughput:
+        parts.append(table_of(throughput, {**place, **columns}))
+    if failed:
+        parts.append(table_of(failed, {"kind": _place("kind"), **place, "why not": lambda cell: cell.status}, left=5))
+    if "vicuna" in results.settings["model"].lower():
+        parts.append(_paper_table(results))
+    return "\n\n".join(parts)
 
 
-def _latency_table(document: dict[str, Any]) -> str:
-    header = [
-        *("prompt", "batch", "method", "budget", "first token ms", "ms/token", "tokens/s", "x hf", "x full, same loop"),
-        *("graph", "floor share", "cache MB", "peak MB", "rest MB", "launches"),
-    ]
-    rows = []
-    for cell in _of_kind(document, "latency"):
-        place = [str(cell["prompt_tokens"]), str(cell["batch"]), cell["method"], _or_dash(cell["budget"], "{}")]
-        if cell["status"] != "ok":
-            rows.append([*place, cell["status"], *[""] * (len(header) - 5)])
-            continue
-        rows.append(
-            [
-                *place,
-                f"{cell['ttft_ms']:.1f}",
-                f"{cell['ms_per_token']:.2f}",
-                f"{cell['tokens_per_second']:.1f}",
-                _or_dash(_ratio(document, cell, "hf"), "{:.2f}"),
-                _or_dash(_ratio(document, cell, "fullkv"), "{:.2f}"),
-                "yes" if cell["graph"] else "no",
-                f"{100 * cell['floor_share']:.0f} %",
-                _or_dash(cell["cache_bytes"], "{:,.1f}", 1e6),
-                _or_dash(cell["peak_bytes"], "{:,.1f}", 1e6),
-                _or_dash(cell["rest_bytes"], "{:,.1f}", 1e6),
-                _or_dash(cell["kernels"] or cell["launches"], "{}"),
-            ]
-        )
-    return markdown_table(header, rows)
+def _place(name: str) -> Any:
+    return lambda cell: _shown(cell.place[name], "{}")
 
 
-def _throughput_table(document: dict[str, Any]) -> str:
-    header = ["prompt", "method", "budget", "largest batch", "ms/step", "tokens/s", "cache MB a sequence"]
-    rows = []
-    for cell in _of_kind(document, "throughput"):
-        place = [str(cell["prompt_tokens"]), cell["method"], _or_dash(cell["budget"], "{}")]
-        if cell["status"] != "ok":
-            rows.append([*place, cell["status"], "", "", ""])
-            continue
-        per_sequence = f"{cell['bytes_per_sequence'] / 1e6:,.1f}"
-        rows.append(
-            [
-                *place,
-                *(str(cell["largest_batch"]), f"{cell['ms_per_step']:.2f}", f"{cell['tokens_per_second']:,.0f}"),
-                per_sequence,
-            ]
-        )
-    return markdown_table(header, rows)
+def _figure(name: str, form: str, unit: float = 1) -> Any:
+    return lambda cell: _shown(cell.figures[name], form, unit)
 
 
-def _paper_table(document: dict[str, Any]) -> str:
+def _shown(value: Any, form: str = "{:.2f}", unit: float = 1) -> str:
+    if value is None:
+        return ""
+    return form.format(value if unit == 1 else value / unit)
+
+
+def _paper_table(results: BenchResults) -> str:
     """Each of the paper's figures beside what was measured at its setting; empty where nothing was."""
+
+    def measured(method: str, prompt: int) -> BenchCell | None:
+        return _find(results, "hf" if method == "fullkv" else method, prompt, 256)
+
     rows = []
     for prompt, speedup in PAPER_SPEEDUP.items():
-        cell = _find(document, "sparsemm", prompt, 256)
+        cell = measured("sparsemm", prompt)
         for name, baseline in (("hf", "model.generate"), ("fullkv", "the same loop")):
-            measured = None if cell is None else _ratio(document, cell, name)
-            rows.append(
-                [f"speed-up over the full cache by {baseline}, {prompt // 1024}K", f"{speedup}", _or_dash(measured)]
-            )
+            ratio = None if cell is None else _ratio(results, cell, name)
+            what = f"speed-up over the full cache by {baseline}, {prompt // 1024}K"
+            rows.append([what, f"{speedup}", _shown(ratio)])
     for method, latency in PAPER_LATENCY_16K.items():
-        cell = _find(document, "hf" if method == "fullkv" else method, 16384, 256)
-        rows.append(
-            [f"ms/token at 16K, {method}", f"{latency}", _or_dash(None if cell is None else cell["ms_per_token"])]
-        )
+        cell = measured(method, 16384)
+        rows.append([f"ms/token at 16K, {method}", f"{latency}", _shown(cell and cell.ms("step"))])
     for method, memory in PAPER_MEMORY_32K.items():
-        cell = _find(document, "hf" if method == "fullkv" else method, 32768, 256)
-        peak = None if cell is None else cell["peak_bytes"]
-        rows.append([f"peak GB at 32K, {method}", f"{memory}", _or_dash(peak, "{:.2f}", 1e9)])
+        cell = measured(method, 32768)
+        rows.append([f"peak GB at 32K, {method}", f"{memory}", _shown(cell and cell.figures["peak_bytes"] / 1e9)])
     return markdown_table(["LLaVA-NeXT-Vicuna-7B, budget 256", "paper", "measured"], rows)
 
 
-def plot_efficiency(document: dict[str, Any], path: str | Path, *, budget: int | None = None) -> None:
+def plot_efficiency(results: BenchResults, path: str | Path, *, budget: int | None = None) -> None:
     """Latency and peak memory against prompt length, one line a method, batch 1.
 
     Args:
-        document: What `sparsemm.bench.e2e.run` returned.
+        results: What `sparsemm.bench.e2e.run` returned.
         path: Image file; its ending chooses the format (png, svg, pdf).
         budget: Of the methods that have one; by default the smallest measured.
 
     Raises:
         DataError: No finished cell of batch 1, or an unknown file ending.
     """
-    cells = [cell for cell in _of_kind(document, "latency") if cell["status"] == "ok" and cell["batch"] == 1]
-    budgets = [cell["budget"] for cell in cells if cell["budget"] is not None]
+    cells = [cell for cell in _of_kind(results, "latency") if cell.place["batch"] == 1]
+    budgets = [cell.place["budget"] for cell in cells if cell.place["budget"] is not None]
     budget = min(budgets, default=None) if budget is None else budget
-    cells = [cell for cell in cells if cell["budget"] in (None, budget)]
+    cells = [cell for cell in cells if cell.place["budget"] in (None, budget)]
     if not cells:
         raise DataError("no latency of batch 1 was measured, so there is nothing to draw")
-    large = max(cell["peak_bytes"] for cell in cells) > 1e9
-    label, unit = ("Peak memory (GB)", 1e9) if large else ("Peak memory (MB)", 1e6)
-    figure = new_figure(9.5, 3.9)
-    panels = (("ms_per_token", "ms per token", 1.0), ("peak_bytes", label, unit))
-    for axes, (field, name, scale) in zip(figure.subplots(1, 2), panels, strict=True):
-        lines: dict[str, list[tuple[float, float]]] = {}
-        for cell in cells:
-            lines.setdefault(cell["method"], []).append((cell["prompt_tokens"], cell[field] / scale))
-        method_lines(axes, lines, {}, _NAMES)
-        log2_axis(axes, [cell["prompt_tokens"] for cell in cells], "Prompt (tokens)", _tokens)
-        axes.set_ylim(bottom=0)
-        axes.set_ylabel(name)
-        plain_axes(axes)
-    settings = document["settings"]
-    hardware = document.get("environment", {}).get("hardware", settings["device"])
-    title = f"{settings['model']}, {settings['dtype']}, {hardware}"
-    figure.suptitle(title if budget is None else f"{title}, budget {budget}", fontsize=10)
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=9)
-    save_figure(figure, path)
+    large = max(cell.figures["peak_bytes"] for cell in cells) > 1e9
+    unit, name = (1e9, "Peak memory (GB)") if large else (1e6, "Peak memory (MB)")
+    latency, memory = Panel(y_label="ms per token"), Panel(y_label=name)
+    for cell in cells:
+        method, prompt = cell.place["method"], cell.place["prompt_tokens"]
+        latency.add(method, prompt, cell.ms("step"))
+        memory.add(method, prompt, cell.figures["peak_bytes"] / unit)
+    settings = results.settings
+    title = f"{settings['model']}, {settings['dtype']}, {settings['environment']['hardware']}"
+    draw_panels(
+        [[latency, memory]],
+        path,
+        x_label="Prompt (tokens)",
+        x_form=lambda value: f"{value / 1024:g}K" if value >= 1024 else f"{value:g}",
+        labels=_NAMES,
+        title=title if budget is None else f"{title}, budget {budget}",
+    )
 
 
-def _tokens(value: float) -> str:
-    return f"{value / 1024:g}K" if value >= 1024 else f"{value:g}"
+def _of_kind(results: BenchResults, kind: str) -> list[BenchCell]:
+    """Finished cells of one kind."""
+    return [cell for cell in results.runs if cell.place["kind"] == kind and cell.status == OK]
 
 
-def _of_kind(document: dict[str, Any], kind: str) -> list[dict[str, Any]]:
-    return [cell for cell in document["cells"] if cell["kind"] == kind]
-
-
-def _find(
-    document: dict[str, Any], method: str, prompt: int, budget: int | None, batch: int = 1
-) -> dict[str, Any] | None:
-    for cell in _of_kind(document, "latency"):
-        same = cell["method"] == method and cell["prompt_tokens"] == prompt and cell["batch"] == batch
-        if same and cell["status"] == "ok" and cell["budget"] in (None, budget):
+def _find(results: BenchResults, method: str, prompt: int, budget: int | None, batch: int = 1) -> BenchCell | None:
+    for cell in _of_kind(results, "latency"):
+        same = [cell.place[name] for name in ("method", "prompt_tokens", "batch")] == [method, prompt, batch]
+        if same and cell.place["budget"] in (None, budget):
             return cell
     return None
 
 
-def _ratio(document: dict[str, Any], cell: dict[str, Any], baseline: str) -> float | None:
+def _ratio(results: BenchResults, cell: BenchCell, baseline: str) -> float | None:
     """How many times faster a step of `cell` is than the baseline's at the same prompt and batch."""
-    other = _find(document, baseline, cell["prompt_tokens"], None, cell["batch"])
-    return None if other is None else other["ms_per_token"] / cell["ms_per_token"]
-
-
-def _or_dash(value: float | None, form: str = "{:.2f}", scale: float = 1) -> str:
-    if value is None:
-        return ""
-    return form.format(value / scale if scale != 1 else value)
+    other = _find(results, baseline, cell.place["prompt_tokens"], None, cell.place["batch"])
+    return None if other is None else other.ms("step") / cell.ms("step")

@@ -1,120 +1,188 @@
-"""The calls that the kernel benchmark times: each operator of this package beside its contestants."""
+"""What the kernel benchmark times: tensors of a cell, each operator of this package and its contestants on them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsemm.bench.kernel_cases import SHAPES, Cell, Rows, ragged_rows, random_selection
+import sparsemm
+from sparsemm.bench.shapes import AttentionShape
+from sparsemm.head_scores import HeadScores
 from sparsemm.ops import backends, reference
 
+Calls = dict[str, Callable[[], Any]]
 
-def decode_calls(rows: Rows, query: Tensor, device: torch.device) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """One decode step of one layer by every backend that can serve here."""
-    scale = query.shape[-1] ** -0.5
+WINDOW = 32
+
+
+def row_counts(
+    shape: AttentionShape, budget: int | None, prompt: int, distribution: str, scores: HeadScores
+) -> list[int]:
+    """Rows per kv head in one layer: `skewed` as SparseMM gives them in the layer whose total is closest to the mean,
+    `uniform` the same total spread evenly; `budget` None keeps the whole prompt."""
+    if budget is None or budget >= prompt:
+        return [prompt] * shape.kv_heads
+    config = sparsemm.CompressionConfig("sparsemm", budget, head_scores=scores, window_size=min(WINDOW, budget))
+    rows = sparsemm.head_budgets(
+        config,
+        num_layers=shape.layers,
+        num_query_heads=shape.query_heads,
+        num_kv_heads=shape.kv_heads,
+        prompt_length=prompt,
+    )
+    totals = rows.sum(1)
+    counts = rows[int((totals - budget * shape.kv_heads).abs().argmin())].tolist()
+    if distribution == "skewed":
+        return counts
+    total = sum(counts)
+    return [total // shape.kv_heads + (i < total % shape.kv_heads) for i in range(shape.kv_heads)]
+
+
+@dataclass
+class Workspace:
+    """Random tensors for one cell's calls.
+
+    Attributes:
+        shape: Attention of the model.
+        batch, prompt: Sequences, and prompt tokens of each.
+        counts: Rows of every (sequence, kv head).
+        device, dtype: Of the tensors.
+        slack: Free slots behind every list of rows.
+    """
+
+    shape: AttentionShape
+    batch: int
+    prompt: int
+    counts: list[int]
+    device: torch.device
+    dtype: torch.dtype
+    slack: int = 64
+
+    def __post_init__(self) -> None:
+        self.window = min(WINDOW, self.prompt, min(self.counts))
+        self.row_bytes = 2 * self.shape.head_dim * self.dtype.itemsize  # a key and a value
+
+    @property
+    def prompt_bytes(self) -> int:
+        """Keys and values of the whole prompts in one layer."""
+        return self.batch * self.shape.kv_heads * self.prompt * self.row_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """Rows held, slack excluded."""
+        return sum(self.counts) * self.row_bytes
+
+    def random(self, *size: int) -> Tensor:
+        return torch.randn(*size, device=self.device, dtype=self.dtype)
+
+    def rows(self) -> dict[str, Tensor]:
+        """A ragged cache of one layer: buffers `[slots, D]`, offsets, lens as in ops/schemas.py."""
+        lens = torch.tensor(self.counts, dtype=torch.int32)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int32), (lens + self.slack).cumsum(0).int()])
+        buffers = {name: self.random(int(offsets[-1]), self.shape.head_dim) for name in ("key_buffer", "value_buffer")}
+        return {**buffers, "offsets": offsets.to(self.device), "lens": lens.to(self.device)}
+
+    def prompt_states(self) -> Tensor:
+        """`[batch, kv_heads, prompt, D]`."""
+        return self.random(self.batch, self.shape.kv_heads, self.prompt, self.shape.head_dim)
+
+    def ends(self) -> Tensor:
+        """int32 `[lists + 1]`: where the lists of rows begin when they lie end to end."""
+        return torch.tensor([0, *self.counts]).cumsum(0).int().to(self.device)
+
+
+def decode_calls(work: Workspace) -> tuple[Calls, int]:
+    """One decode step of one layer by every backend that can serve here; and the bytes that it must move."""
+    query, rows = work.random(work.batch, work.shape.query_heads, 1, work.shape.head_dim), work.rows()
+    calls: Calls = {}
+    place = (work.device, work.dtype, work.shape.head_dim)
     for name in backends.BACKENDS[:-1]:
-        if backends.missing_reason(name, device, query.dtype, query.shape[-1]) is not None:
-            continue
-        if name == "reference" and device.type == "cuda":
+        if name == "reference" and work.device.type == "cuda":
             continue  # reads lengths on the host; not a contestant
-        decode = backends.resolve_backend(name, device, query.dtype, query.shape[-1]).varlen_decode
-        yield (
-            name,
-            lambda decode=decode: decode(query, rows.key_buffer, rows.value_buffer, rows.offsets, rows.lens, scale),
-        )
+        if backends.missing_reason(name, *place) is None:
+            decode = backends.resolve_backend(name, *place).varlen_decode
+            calls[name] = lambda decode=decode: decode(query, **rows, scale=work.shape.head_dim**-0.5)
+    return calls, work.held_bytes + 2 * query.nbytes
 
 
-def append_calls(rows: Rows, new: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
+def append_calls(work: Workspace) -> tuple[Calls, int]:
     """One new row per head: in place, and as the original does it, by copying the whole cache."""
-    overflow = torch.zeros(1, dtype=torch.int32, device=new.device)
-
-    def own() -> None:
-        torch.ops.sparsemm.append(new, new, rows.offsets, rows.lens, rows.key_buffer, rows.value_buffer, overflow)
-
-    lengths, begins = rows.lens.tolist(), rows.offsets.tolist()
-    flat = new.reshape(len(lengths), 1, new.shape[-1])
+    new, rows = work.random(work.batch, work.shape.kv_heads, 1, work.shape.head_dim), work.rows()
+    overflow = torch.zeros(1, dtype=torch.int32, device=work.device)
+    begins = rows["offsets"].tolist()
+    flat = new.reshape(len(work.counts), 1, work.shape.head_dim)
 
     def original() -> None:
-        for buffer in (rows.key_buffer, rows.value_buffer):
+        for buffer in (rows["key_buffer"], rows["value_buffer"]):
             pieces = []
-            for r, (begin, length) in enumerate(zip(begins, lengths, strict=False)):
+            for r, (begin, length) in enumerate(zip(begins, work.counts, strict=False)):
                 pieces += [buffer[begin : begin + length], flat[r]]
             torch.cat(pieces)
 
-    yield "sparsemm", own
-    yield "original", original
+    own = lambda: torch.ops.sparsemm.append(new, new, **rows, overflow=overflow)  # noqa: E731
+    return {"sparsemm": own, "original": original}, 2 * len(work.counts) * work.row_bytes
 
 
-def compact_calls(
-    key: Tensor, value: Tensor, counts: list[int], target: Rows
-) -> Iterator[tuple[str, Callable[[], Any]]]:
+def compact_calls(work: Workspace) -> tuple[Calls, int]:
     """The chosen rows of a prompt into the flat buffers: one launch, and a gather per head."""
-    positions, cu_kept = random_selection(counts, key.shape[2], key.device)
-    arguments = (key, value, positions, cu_kept, target.offsets, target.key_buffer, target.value_buffer)
-    lists = list(positions.long().split(counts))
-    heads = key.shape[1]
+    key, value, rows = work.prompt_states(), work.prompt_states(), work.rows()
+    generator = torch.Generator().manual_seed(0)
+    lists = [torch.randperm(work.prompt, generator=generator)[:count].sort().values for count in work.counts]
+    positions, cu_kept = torch.cat(lists).int().to(work.device), work.ends()
+    lists, heads = [each.to(work.device) for each in lists], work.shape.kv_heads
+    arguments = (key, value, positions, cu_kept, rows["offsets"], rows["key_buffer"], rows["value_buffer"])
 
     def original() -> None:
         for states in (key, value):
             torch.cat([states[r // heads, r % heads].index_select(0, index) for r, index in enumerate(lists)])
 
-    yield "sparsemm", lambda: torch.ops.sparsemm.compact(*arguments)
-    yield "original", original
+    own = lambda: torch.ops.sparsemm.compact(*arguments)  # noqa: E731
+    return {"sparsemm": own, "original": original}, 2 * work.held_bytes
 
 
-def window_calls(query: Tensor, key: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
+def window_calls(work: Workspace) -> tuple[Calls, int]:
     """Scores of the last w queries: fused, and in plain PyTorch."""
-    batch, heads = key.shape[:2]
-    starts = torch.zeros(batch, heads, dtype=torch.int32, device=key.device)
-    num_queries = torch.full((batch,), query.shape[2], dtype=torch.int32, device=key.device)
-    arguments = (query, key, starts, num_queries, query.shape[-1] ** -0.5)
-    yield "sparsemm", lambda: torch.ops.sparsemm.window_scores(*arguments)
-    yield "reference", lambda: reference.window_scores(*arguments)
+    query, key = work.random(work.batch, work.shape.query_heads, work.window, work.shape.head_dim), work.prompt_states()
+    starts = torch.zeros(work.batch, work.shape.kv_heads, dtype=torch.int32, device=work.device)
+    num_queries = torch.full((work.batch,), work.window, dtype=torch.int32, device=work.device)
+    arguments = (query, key, starts, num_queries, work.shape.head_dim**-0.5)
+    calls = {
+        "sparsemm": lambda: torch.ops.sparsemm.window_scores(*arguments),
+        "reference": lambda: reference.window_scores(*arguments),
+    }
+    return calls, key.nbytes + query.nbytes + 4 * starts.numel() * work.prompt
 
 
-def select_calls(scores: Tensor, counts: list[int], window: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+def select_calls(work: Workspace) -> tuple[Calls, int]:
     """The best columns of every list in order: batched, in plain PyTorch, and in a loop over heads."""
-    device, lists = scores.device, len(counts)
-    starts = torch.zeros(lists, dtype=torch.int32, device=device)
-    chosen = torch.tensor(counts, dtype=torch.int32, device=device) - window
-    cu_kept = torch.tensor([0, *counts]).cumsum(0).int().to(device)
-    arguments = (scores, starts, chosen, window, cu_kept, sum(counts))
-    recent = torch.arange(scores.shape[1], scores.shape[1] + window, device=device)
+    window, counts, columns = work.window, work.counts, work.prompt - work.window
+    scores = torch.rand(len(counts), columns, device=work.device)
+    starts = torch.zeros(len(counts), dtype=torch.int32, device=work.device)
+    chosen = torch.tensor(counts, dtype=torch.int32, device=work.device) - window
+    arguments = (scores, starts, chosen, window, work.ends(), sum(counts))
+    recent = torch.arange(columns, work.prompt, device=work.device)
 
     def original() -> None:
         for r, count in enumerate(counts):
             torch.cat([scores[r].topk(count - window).indices.sort().values, recent])
 
-    yield "sparsemm", lambda: torch.ops.sparsemm.select_rows(*arguments)
-    yield "reference", lambda: reference.select_rows(*arguments)
-    yield "original", original
+    calls = {
+        "sparsemm": lambda: torch.ops.sparsemm.select_rows(*arguments),
+        "reference": lambda: reference.select_rows(*arguments),
+        "original": original,
+    }
+    return calls, scores.nbytes + 4 * sum(counts)
 
 
-def contestants_of(
-    cell: Cell, counts: list[int], window: int, device: torch.device, dtype: torch.dtype, slack: int = 64
-) -> tuple[list[tuple[str, Callable[[], Any]]], int]:
-    """The contestants of a cell on fresh tensors, and the bytes one call must move."""
-    shape = SHAPES[cell.shape]
-    heads, dim = shape.kv_heads, shape.head_dim
-    row_bytes = 2 * dim * torch.empty(0, dtype=dtype).element_size()  # a key and a value
-    random_ = lambda *size: torch.randn(*size, device=device, dtype=dtype)  # noqa: E731
-    if cell.operation == "decode":
-        query = random_(cell.batch, shape.query_heads, 1, dim)
-        moved = sum(counts) * row_bytes + 2 * query.nbytes
-        return list(decode_calls(ragged_rows(counts, dim, dtype, device), query, device)), moved
-    if cell.operation == "append":
-        rows, new = ragged_rows(counts, dim, dtype, device, slack), random_(cell.batch, heads, 1, dim)
-        return list(append_calls(rows, new)), 2 * len(counts) * row_bytes
-    if cell.operation == "select":
-        columns = cell.prompt - window
-        scores = torch.rand(len(counts), columns, device=device)
-        return list(select_calls(scores, counts, window)), scores.nbytes + 4 * sum(counts)
-    key = random_(cell.batch, heads, cell.prompt, dim)
-    if cell.operation == "window_scores":
-        query = random_(cell.batch, shape.query_heads, window, dim)
-        return list(window_calls(query, key)), key.nbytes + query.nbytes + 4 * cell.batch * heads * cell.prompt
-    value = random_(cell.batch, heads, cell.prompt, dim)
-    return list(compact_calls(key, value, counts, ragged_rows(counts, dim, dtype, device))), 2 * sum(counts) * row_bytes
+CALLS: dict[str, Callable[[Workspace], tuple[Calls, int]]] = {
+    "decode": decode_calls,
+    "append": append_calls,
+    "compact": compact_calls,
+    "window_scores": window_calls,
+    "select": select_calls,
+}
+"""By operation: its contestants on fresh tensors, and the bytes that one call must move."""

@@ -1,4 +1,5 @@
-"""Peak memory without a GPU: the bytes of all tensors that are alive at once, exact down to what operators return."""
+"""Bytes: of weights and cache rows, of all tensors alive at once (exact down to what operators return), and how fast
+they are copied."""
 
 from __future__ import annotations
 
@@ -7,7 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsemm.bench.cells import wait_for
+from sparsemm.bench.shapes import attention_shape
+from sparsemm.models import family_of
+from sparsemm.runs.spread import take_turns
 
 
 class _Alive(TorchDispatchMode):
@@ -46,3 +53,31 @@ def peak_new_bytes(run: Callable[[], Any]) -> int:
     with alive:
         run()
     return alive.peak
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, shared ones once."""
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
+    return sum(tensors.values())
+
+
+def step_weight_bytes(model: nn.Module) -> int:
+    """Bytes of weights that one decode step has to read: decoder layers, norm and output matrix, not the embedding."""
+    text_model, head = family_of(model).text_model(model), model.get_output_embeddings()
+    parts = (text_model.layers, text_model.norm, head)
+    return sum(parameter.nbytes for part in parts for parameter in part.parameters())
+
+
+def row_bytes(model: nn.Module) -> int:
+    """Bytes of the key and value rows of one token in all layers."""
+    shape = attention_shape(model.config)
+    return 2 * shape.head_dim * shape.kv_heads * shape.layers * model.dtype.itemsize
+
+
+def copy_bandwidth(device: torch.device, size: int | None = None) -> float:
+    """Bytes a second of a large copy, read and write both counted; the best of ten."""
+    size = size or (1 << 30 if device.type == "cuda" else 1 << 26)
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = take_turns({"copy": lambda: target.copy_(source)}, 10, wait=lambda: wait_for(device))["copy"]
+    return 2 * size / min(seconds)

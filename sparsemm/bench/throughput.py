@@ -4,40 +4,25 @@ from __future__ import annotations
 
 import logging
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import sparsemm
-from sparsemm.bench.measure import release_memory, weight_bytes
+from sparsemm.bench.cells import Times, release_memory, wait_for
+from sparsemm.bench.measure import NEVER_ENDS
+from sparsemm.bench.memory import weight_bytes
 from sparsemm.decoding import DecodeLoop, DecodeStep, StepRunner, why_no_graph
 from sparsemm.decoding.graph import CudaGraphs
+from sparsemm.errors import ConfigError
+from sparsemm.runs.spread import take_turns
 
 logger = logging.getLogger(__name__)
 
 _HEADROOM = 0.9  # of the memory beside the weights; the rest is for activations and fragments
 _ATTEMPTS = 5
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """What the largest batch reached.
-
-    Attributes:
-        largest_batch: Sequences decoded together.
-        ms_per_step: Median time of a step of all of them.
-        tokens_per_second: Of all sequences together.
-        bytes_per_sequence: Cache of one.
-    """
-
-    largest_batch: int
-    ms_per_step: float
-    tokens_per_second: float
-    bytes_per_sequence: int
 
 
 def largest_batch(
@@ -50,8 +35,8 @@ def largest_batch(
     limit_bytes: int,
     decode_backend: str = "auto",
     max_batch: int = 2048,
-) -> Throughput | None:
-    """Decode as many copies of one prompt as fit into `limit_bytes` beside the weights; None when not even one does.
+) -> tuple[Times, dict[str, Any]]:
+    """Decode as many copies of one prompt as fit into `limit_bytes` beside the weights.
 
     The prompt goes through the model once and its cache is then repeated: prompts of a batch can be processed one at a
     time, so that decoding, not the prompt's activations, bounds the batch. The speed does not depend on what is cached.
@@ -60,33 +45,38 @@ def largest_batch(
         inputs: One prompt.
         method: `hf` for transformers' own full cache, else a method of this package.
         limit_bytes: Memory for weights, caches and the rest.
+
+    Returns:
+        Seconds of each `step` of all sequences; `largest_batch`, `tokens_per_second` of all of them,
+        `bytes_per_sequence` of cache.
+
+    Raises:
+        ConfigError: Not even one fits.
     """
     prepare = _prepare_stock if method == "hf" else _prepare_ours
     room = _HEADROOM * (limit_bytes - weight_bytes(model))
     with sparsemm.patch(model, config, decode_backend=decode_backend) as handle:
         if method == "hf":
             handle.remove()
-        batch, per_sequence = 1, None
+        per_sequence, step = prepare(model, handle, inputs, 1, steps)
+        batch = min(max_batch, int(room // per_sequence))
         for _ in range(_ATTEMPTS):
+            if batch < 1:
+                break
+            step = None
+            release_memory(model.device)
             try:
-                if per_sequence is None:
-                    per_sequence = prepare(model, handle, inputs, 1, steps)[0]
-                    batch = min(max_batch, int(room // per_sequence))
-                    if batch < 1:
-                        return None
                 _, step = prepare(model, handle, inputs, batch, steps)
-                seconds = _time(step, steps, model.device)
+                # The first two warm up and capture.
+                seconds = take_turns({"step": step}, steps, warmup=2, wait=lambda: wait_for(model.device))
             except torch.cuda.OutOfMemoryError:
                 logger.info("%s: a batch of %d does not fit", method, batch)
                 batch = int(0.85 * batch)
-                if batch < 1:
-                    return None
             else:
-                return Throughput(batch, 1000 * seconds, batch / seconds, per_sequence)
-            finally:
-                step = None
-                release_memory(model.device)
-    return None
+                speed = batch / statistics.median(seconds["step"])
+                figures = {"largest_batch": batch, "tokens_per_second": speed, "bytes_per_sequence": per_sequence}
+                return seconds, figures
+    raise ConfigError("does not fit")
 
 
 def _prepare_ours(
@@ -94,7 +84,7 @@ def _prepare_ours(
 ) -> tuple[int, Callable[[], None]]:
     """Cache bytes of the batch and its decode step."""
     loop = DecodeLoop(handle, reserve=steps + 4)
-    model.generate(**inputs, max_new_tokens=1, do_sample=False, custom_generate=loop, eos_token_id=None, pad_token_id=0)
+    model.generate(**inputs, max_new_tokens=1, do_sample=False, custom_generate=loop, **NEVER_ENDS)
     cache = loop.cache
     cache.batch_repeat_interleave(batch)
     logits = loop.step.logits.expand(batch, -1)
@@ -112,9 +102,7 @@ def _prepare_ours(
 def _prepare_stock(
     model: nn.Module, handle: Any, inputs: dict[str, Tensor], batch: int, steps: int
 ) -> tuple[int, Callable[[], None]]:
-    output = model.generate(
-        **inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True, eos_token_id=None, pad_token_id=0
-    )
+    output = model.generate(**inputs, max_new_tokens=2, do_sample=False, return_dict_in_generate=True, **NEVER_ENDS)
     cache = output.past_key_values
     cache.batch_repeat_interleave(batch)
     token = output.sequences[:, -1:].repeat(batch, 1)
@@ -129,17 +117,3 @@ def _prepare_stock(
     held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     # transformers concatenates at every token: one layer is there twice.
     return held + held // len(cache.layers), step
-
-
-def _time(step: Callable[[], None], steps: int, device: torch.device) -> float:
-    """Median seconds of a step; the first two, warm-up and capture, left out."""
-    seconds = []
-    for _ in range(steps + 2):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[2:])

@@ -15,7 +15,7 @@ def chase(
     model: Model,
     dataset: Annotated[str, typer.Option(help="As for `sparsemm chase`.")] = "miniature",
     num_images: Annotated[int, typer.Option(min=1, help="Number of images.")] = 8,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds; of each image the fastest counts.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; their median counts.")] = 5,
     max_new_tokens: NewTokensOption = 64,
     output: JsonOption = None,
     no_progress: QuietOption = False,
@@ -23,19 +23,17 @@ def chase(
     """Time reading pages plainly, while chasing, and in a loop over whole attention matrices."""
     import itertools
 
-    from sparsemm.bench.chase import chase_cost
+    from sparsemm.bench.chase import run
     from sparsemm.datasets import open_pages
-    from sparsemm.io import write_json_atomic
 
     pages = list(itertools.islice(open_pages(dataset, limit=num_images, seed=PAGE_SEED), num_images))
-    figures = chase_cost(
-        *model.load(), pages, match=default_match(model), max_new_tokens=max_new_tokens, repeats=repeats,
-        progress=not no_progress,
+    results = run(
+        *model.load(), pages, model_name=model.name, output=output, match=default_match(model),
+        max_new_tokens=max_new_tokens, repeats=repeats, progress=not no_progress,
     )  # fmt: skip
+    (cell,) = results.runs
     for name, label in (("plain", "plain generation"), ("chase", "chase"), ("loop", "loop over attention matrices")):
-        typer.echo(f"{label:<30}{1000 * figures[f'{name}_seconds'] / figures['pages']:9.1f} ms/image")
-    typer.echo(f"{'chase / plain':<30}{figures['chase_over_plain']:9.2f}")
-    typer.echo(f"{'loop / chase':<30}{figures['loop_over_chase']:9.2f}")
-    typer.echo(f"{model.name}, {figures['pages']} images, {figures['tokens']} tokens")
-    if output is not None:
-        write_json_atomic(output, {"model": model.name, **figures})
+        typer.echo(f"{label:<30}{cell.ms(name) / len(pages):9.1f} ms/image")
+    typer.echo(f"{'chase / plain':<30}{cell.figures['chase_over_plain']:9.2f}")
+    typer.echo(f"{'loop / chase':<30}{cell.figures['loop_over_chase']:9.2f}")
+    typer.echo(f"{model.name}, {len(pages)} images, {cell.figures['tokens']} tokens")

@@ -97,7 +97,7 @@ def e2e(
         parse_integers(batches, "--batches"),
         parse_integers(throughput_prompts, "--throughput-prompts"),
     )
-    document = bench.run(
+    results = bench.run(
         model.build(attn_implementation=attn_implementation),
         workloads,
         model_name=model.name,
@@ -111,10 +111,10 @@ def e2e(
         output=output / "results.json",
         fresh=fresh,
     )
-    table = format_tables(document)
+    table = format_tables(results)
     write_bytes_atomic(output / "table.md", (table + "\n").encode())
     try:
-        plot_efficiency(document, output / "efficiency.png")
+        plot_efficiency(results, output / "efficiency.png")
     except DataError as error:  # only other batch sizes were measured
         typer.echo(f"no figure: {error}", err=True)
     typer.echo(table)
@@ -132,20 +132,10 @@ def host(
     output: JsonOption = None,
 ) -> None:
     """Ratios that need no GPU: one layer against the plain way at the Vicuna shape, and Python's time per token."""
-    import torch
-
-    from sparsemm.bench.host import VICUNA, layer_costs, token_overhead
-    from sparsemm.io import write_json_atomic
-    from sparsemm.runs.results import environment
+    from sparsemm.bench.host import run
 
     shape = Shape(model, device="cpu", dtype="float32")
-    network = shape.build()
-    with torch.no_grad():
-        figures = {
-            "layer": layer_costs(**{**VICUNA, "prompt_tokens": prompt_tokens, "budget": budget}),
-            "token": {"model": shape.name, **token_overhead(network, rounds=rounds)},
-            "environment": environment(),
-        }
-    if output is not None:
-        write_json_atomic(output, figures)
-    typer.echo(json.dumps(figures, indent=2))
+    results = run(
+        shape.build(), model_name=shape.name, prompt_tokens=prompt_tokens, budget=budget, rounds=rounds, output=output
+    )
+    typer.echo(json.dumps({cell.place["part"]: {**cell.times, **cell.figures} for cell in results.runs}, indent=2))

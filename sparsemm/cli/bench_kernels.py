@@ -22,13 +22,13 @@ def kernels(
     head_scores: Annotated[Path | None, typer.Option(help="Scores for skewed rows; default: synthetic ones.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions; the median counts.")] = 20,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which no further cell is begun.")] = None,
-    output: Annotated[Path | None, typer.Option(help="JSON of the figures; finished cells are kept beside it.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON of the figures; finished cells are kept in it.")] = None,
     fresh: FreshOption = False,
     no_progress: QuietOption = False,
     device: DeviceOption = None,
 ) -> None:
     """Time compact, append, decode, window_scores and select beside other backends and the original algorithm."""
-    from sparsemm.bench.kernels import run
+    from sparsemm.bench.kernels import format_cell, run
 
     results = run(
         shapes=parse_list(shapes),
@@ -40,9 +40,11 @@ def kernels(
         device=device,
         repeats=repeats,
         output=output,
-        resume=not fresh,
+        fresh=fresh,
         time_limit=time_limit,
         progress=not no_progress,
-        report=typer.echo,
     )
-    typer.echo(f"{results['device']}: copying moves {results['copy_gb_per_s']:.0f} GB/s")
+    for cell in results.runs:
+        typer.echo(format_cell(cell))
+    speed = results.settings["environment"]["copy_bytes_per_second"] / 1e9
+    typer.echo(f"{results.settings['device']}: copying moves {speed:.0f} GB/s")

@@ -69,8 +69,8 @@ def report(
     task: Annotated[str | None, typer.Option(help="Plot one task only: read, field, 'read/3 words', …")] = None,
 ) -> None:
     """Print the table of an evaluation and draw its plot."""
+    from sparsemm.experiments.evaluate import Results
     from sparsemm.experiments.report import describe, format_table, plot_accuracy
-    from sparsemm.runs.results import Results
 
     found = Results.load(results)
     typer.echo(format_table(found.cells))

@@ -2,27 +2,94 @@
 
 from __future__ import annotations
 
-import logging
 import statistics
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from sparsemm.config import CompressionConfig
-from sparsemm.decoding.generation import generate_greedy
 from sparsemm.errors import ConfigError
-from sparsemm.experiments.session import PageBatches, describe_head_scores, read, reading_session
+from sparsemm.experiments.session import (
+    BatchReading,
+    PageBatches,
+    PageScores,
+    describe_head_scores,
+    page_scores,
+    run_missing,
+)
 from sparsemm.methods import get_method
-from sparsemm.runs.metrics import mean_metrics
-from sparsemm.runs.results import Cell, Results, environment
+from sparsemm.runs.results import RunFile, environment
 
 if TYPE_CHECKING:
     from sparsemm.documents import Page
     from sparsemm.head_scores import HeadScores
 
-logger = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Cell(PageScores):
+    """What one method reached at one budget.
+
+    Attributes:
+        method: Name of the method.
+        nominal_budget: The budget asked for, in rows per kv head; None for methods that keep every row.
+        effective_budget: Prompt rows really kept / (layers * kv heads), mean over the documents.
+        prompt_tokens: Prompt length in tokens, mean over the documents.
+        documents: Number of documents.
+        cache_bytes: Bytes the cache held at the end, a document: prompt and generated rows, slack, index tensors.
+        full_cache_bytes: Bytes of the keys and values of every token, a document.
+        ms_per_token: Wall time of one decoding step of a whole batch, in ms, the median of the batches; None when
+            nothing was decoded.
+        prefill_ms: Wall time of the prompt's forward a document, in ms; image features already at hand.
+        tokens: Tokens generated, summed over the documents (to the end of the longest answer of each batch).
+        config: The settings of the run (`CompressionConfig.to_dict`).
+        environment: Versions and hardware (`environment`).
+    """
+
+    method: str
+    nominal_budget: int | None
+    effective_budget: float
+    prompt_tokens: float
+    documents: int
+    cache_bytes: float
+    full_cache_bytes: float
+    ms_per_token: float | None
+    prefill_ms: float
+    tokens: int
+    config: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cache_share(self) -> float:
+        """`cache_bytes / full_cache_bytes`; above 1 for a full cache with slack."""
+        return self.cache_bytes / self.full_cache_bytes
+
+    @property
+    def key(self) -> tuple[str, int | None]:
+        """What tells a cell from the others of its file."""
+        return self.method, self.nominal_budget
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, `cache_share` included for readers of the file."""
+        return {**super().to_dict(), "cache_share": self.cache_share}
+
+
+class Results(RunFile[Cell]):
+    """An evaluation: its cells, one per method and budget."""
+
+    FORMAT = "sparsemm-evaluation"
+    VERSION = 2
+    SUBJECT = "an evaluation"
+    RUN = Cell
+    LISTED = "cells"
+
+    @property
+    def cells(self) -> list[Cell]:
+        """The runs, in the order they were finished."""
+        return self.runs
 
 
 def evaluate(
@@ -76,17 +143,13 @@ def evaluate(
         "options": {name: value for name, value in configs[0].to_dict().items() if name not in _PER_CELL},
     }
     results = Results.open(output, settings, fresh=fresh)
-    missing = [config for config in configs if results.find(config.method, _nominal(config)) is None]
-    if len(missing) < len(configs):
-        logger.info("%d of %d cells are in %s already", len(configs) - len(missing), len(configs), output)
-    with reading_session(model, batches, len(missing), progress=progress) as bar:
-        if missing:
-            # The first generation pays for lazy set-up that no method should be charged with.
-            generate_greedy(model, batches.batches[0].inputs, min(2, max_new_tokens))
-        for config in missing:
-            bar.set_description(config.method if _nominal(config) is None else f"{config.method} {config.budget}")
-            results.add(_run_cell(model, processor, batches, config, max_new_tokens, bar))
-    return [results.find(config.method, _nominal(config)) for config in configs]
+    by_key = {(config.method, _nominal(config)): config for config in configs}
+    run_missing(
+        model, processor, batches, results, by_key, lambda key: nullcontext(by_key[key]),
+        lambda key, readings: _cell(by_key[key], readings, environment(model.device)),
+        max_new_tokens=max_new_tokens, progress=progress,
+    )  # fmt: skip
+    return [results.find(*key) for key in by_key]
 
 
 _PER_CELL = ("method", "budget", "head_scores")
@@ -120,57 +183,22 @@ def _nominal(config: CompressionConfig) -> int | None:
     return config.budget if get_method(config.method).compresses else None
 
 
-# -- one cell -------------------------------------------------------------------------------------------------------
-
-
-def _run_cell(
-    model: nn.Module, processor: Any, batches: PageBatches, config: CompressionConfig, max_new_tokens: int, bar: Any
-) -> Cell:
-    pages: list[Page] = []
-    texts: list[str] = []
-    kept: list[float] = []
-    step_seconds: list[float] = []
-    prompt_tokens = cache_bytes = full_bytes = tokens = 0
-    prefill = 0.0
-    for reading in read(model, processor, batches, config, max_new_tokens, bar):
-        stats, timing = reading.stats, reading.timing
-        pages += reading.pages
-        texts += reading.texts
-        kept += stats.effective_budgets
-        prompt_tokens += sum(stats.prompt_tokens)
-        cache_bytes += stats.cache_bytes
-        full_bytes += stats.full_cache_bytes
-        tokens += reading.num_tokens
-        prefill += timing.prefill_seconds
-        if timing.decode_steps:
-            step_seconds.append(timing.decode_seconds / timing.decode_steps)
-    whole = mean_metrics(texts, [page.answer for page in pages])
-    bar.set_postfix(accuracy=f"{whole['accuracy']:.3f}")
+def _cell(config: CompressionConfig, readings: Sequence[BatchReading], place: dict[str, Any]) -> Cell:
+    stats, timings = [reading.stats for reading in readings], [reading.timing for reading in readings]
+    kept = [budget for each in stats for budget in each.effective_budgets]
+    seconds = [timing.decode_seconds / timing.decode_steps for timing in timings if timing.decode_steps]
     return Cell(
         method=config.method,
         nominal_budget=_nominal(config),
         effective_budget=sum(kept) / len(kept),
-        prompt_tokens=prompt_tokens / len(pages),
-        documents=len(pages),
-        **whole,
-        groups=_by_group(pages, texts),
-        cache_bytes=cache_bytes / len(pages),
-        full_cache_bytes=full_bytes / len(pages),
-        ms_per_token=1000 * statistics.median(step_seconds) if step_seconds else None,
-        prefill_ms=1000 * prefill / len(pages),
-        tokens=tokens,
+        prompt_tokens=sum(sum(each.prompt_tokens) for each in stats) / len(kept),
+        documents=len(kept),
+        cache_bytes=sum(each.cache_bytes for each in stats) / len(kept),
+        full_cache_bytes=sum(each.full_cache_bytes for each in stats) / len(kept),
+        ms_per_token=1000 * statistics.median(seconds) if seconds else None,
+        prefill_ms=1000 * sum(timing.prefill_seconds for timing in timings) / len(kept),
+        tokens=sum(reading.num_tokens for reading in readings),
         config=config.to_dict(),
-        environment=environment(model.device),
+        environment=place,
+        **page_scores(readings),
     )
-
-
-def _by_group(pages: list[Page], texts: list[str]) -> dict[str, dict[str, float]]:
-    """The metrics of each task, and of each task and number of words."""
-    members: dict[str, list[tuple[str, str]]] = {}
-    for page, text in zip(pages, texts, strict=True):
-        unit = "words" if page.task == "read" else "lines"
-        for name in (page.task, f"{page.task}/{page.num_words} {unit}"):
-            members.setdefault(name, []).append((text, page.answer))
-    return {
-        name: {**mean_metrics(*zip(*pairs, strict=True)), "documents": len(pairs)} for name, pairs in members.items()
-    }

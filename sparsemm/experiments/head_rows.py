@@ -8,6 +8,7 @@ method and `rows` at the mean budget, which heads the method starves.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +20,21 @@ from torch import LongTensor, Tensor, nn
 
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError, DataError
-from sparsemm.experiments.session import PageBatches, describe_head_scores, read, read_scores, reading_session
+from sparsemm.experiments.session import (
+    BatchReading,
+    PageBatches,
+    PageScores,
+    describe_head_scores,
+    page_scores,
+    read,
+    run_missing,
+)
 from sparsemm.head_scores import HeadScores, rank_correlation
 from sparsemm.methods import METHODS, BudgetRequest, get_method, register_method
 from sparsemm.methods.method import ModelBudgetRule
 from sparsemm.models import family_of
 from sparsemm.runs.markdown import markdown_table
-from sparsemm.runs.results import Run, RunFile, environment
+from sparsemm.runs.results import RunFile, environment
 
 if TYPE_CHECKING:
     from sparsemm.documents import Page
@@ -34,25 +43,19 @@ Head = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class HeadRowsRun(Run):
+class HeadRowsRun(PageScores):
     """What a model read with the rows of one kv head changed.
 
     Attributes:
         layer, head: The kv head; None in the run that changes nothing.
         usual_rows: Prompt rows that the method keeps for it, mean over the pages.
         rows: Prompt rows it got instead; a shorter prompt has no more than its length.
-        accuracy, exact_match, anls: Means over the pages, 0..1.
-        tasks: Accuracy on the pages of each task.
     """
 
     layer: int | None
     head: int | None
     usual_rows: float | None
     rows: int | None
-    accuracy: float
-    exact_match: float
-    anls: float
-    tasks: dict[str, float]
 
     @property
     def key(self) -> tuple[int | None, int | None]:
@@ -63,6 +66,7 @@ class HeadRowsResults(RunFile[HeadRowsRun]):
     """The experiment: the run that changes nothing, then one per kv head."""
 
     FORMAT = "sparsemm-head-rows"
+    VERSION = 2
     SUBJECT = "a head-rows experiment"
     RUN = HeadRowsRun
 
@@ -134,25 +138,26 @@ def head_rows_experiment(
         "environment": environment(model.device),
     }
     results = HeadRowsResults.open(output, settings, fresh=fresh)
-    missing = [key for key in ((None, None), *heads) if results.find(*key) is None]
-    if not missing:
-        return results
-    with reading_session(model, batches, len(missing) + 1, progress=progress) as bar:
-        usual = _usual_rows(model, processor, batches, config, bar)
-        for key in missing:
-            changed = None if key == (None, None) else key
-            bar.set_description("as it is" if changed is None else f"kv head {key[0]}-{key[1]}")
-            with _changed_method(config, usual, changed, rows) as variant:
-                scores = read_scores(model, processor, batches, variant, max_new_tokens, bar)
-            given = (None, None) if changed is None else (float(usual[key]), rows)
-            results.add(HeadRowsRun(*key, *given, **scores))
+
+    @functools.cache
+    def usual() -> Tensor:
+        """Prompt rows that each kv head keeps, mean over the pages: float64 `[num_layers, num_kv_heads]`."""
+        kept = [reading.stats.kept_rows for reading in read(model, processor, batches, config, 1)]
+        return torch.cat(kept).double().mean(0)
+
+    def make_run(key: Head, readings: Sequence[BatchReading]) -> HeadRowsRun:
+        given = (None, None) if key == _UNCHANGED else (float(usual()[key]), rows)
+        return HeadRowsRun(*key, *given, **page_scores(readings))
+
+    run_missing(
+        model, processor, batches, results, [_UNCHANGED, *heads],
+        lambda key: _changed_method(config, usual(), None if key == _UNCHANGED else key, rows), make_run,
+        max_new_tokens=max_new_tokens, progress=progress,
+    )  # fmt: skip
     return results
 
 
-def _usual_rows(model: nn.Module, processor: Any, batches: PageBatches, config: CompressionConfig, bar: Any) -> Tensor:
-    """Prompt rows that each kv head keeps, mean over the pages: float64 `[num_layers, num_kv_heads]`."""
-    kept = [reading.stats.kept_rows for reading in read(model, processor, batches, config, 1, bar)]
-    return torch.cat(kept).double().mean(0)
+_UNCHANGED = (None, None)
 
 
 @contextmanager
@@ -194,42 +199,35 @@ def changes(results: HeadRowsResults, task: str | None = None) -> Tensor:
     Raises:
         DataError: The run that changes nothing is missing, or the task is.
     """
-    base = results.base
-    if task is not None and task not in base.tasks:
-        raise DataError(f"the results hold no run of task {task!r}")
-
-    def accuracy(run: HeadRowsRun) -> float:
-        return run.accuracy if task is None else run.tasks[task]
-
+    base = results.base.mean("accuracy", task)
     table = torch.full(results.settings["shape"], float("nan"), dtype=torch.float64)
     for run in results.runs:
         if run.layer is not None:
-            table[run.layer, run.head] = accuracy(run) - accuracy(base)
+            table[run.layer, run.head] = run.mean("accuracy", task) - base
     return table
 
 
 def format_head_rows(results: HeadRowsResults, head_scores: HeadScores | None = None, most: int = 10) -> str:
     """A Markdown table of the heads whose rows change most, and how the changes go with the head scores."""
-    base = results.base
-    overall = changes(results)
-    tasks = list(base.tasks)
+    base, overall = results.base, changes(results)
+    tasks = base.tasks
+    by_task = {task: changes(results, task) for task in tasks}
     shares = None
     if head_scores is not None:
         shares = head_scores.to_kv_heads(overall.shape[1])
         shares = shares / shares.sum()
     header = ["kv head", "score", "rows", "accuracy", *(f"accuracy: {task}" for task in tasks)]
-    lines = [["as it is", "", "", f"{base.accuracy:.3f}", *(f"{base.tasks[task]:.3f}" for task in tasks)]]
+    lines = [["as it is", "", "", f"{base.accuracy:.3f}", *(f"{base.mean('accuracy', task):.3f}" for task in tasks)]]
     runs = [run for run in results.runs if run.layer is not None]
-    runs.sort(key=lambda run: -max(abs(run.tasks[task] - base.tasks[task]) for task in tasks))
+    runs.sort(key=lambda run: -max(abs(float(table[run.key])) for table in by_task.values()))
     for run in runs[:most]:
-        score = "" if shares is None else f"{100 * shares[run.layer, run.head]:.1f} %"
-        cells = [run.accuracy - base.accuracy, *(run.tasks[task] - base.tasks[task] for task in tasks)]
-        rows = f"{run.usual_rows:.1f} to {run.rows}"
-        lines.append([f"{run.layer}-{run.head}", score, rows, *(f"{value:+.3f}" for value in cells)])
+        score = "" if shares is None else f"{100 * shares[run.key]:.1f} %"
+        cells = [f"{table[run.key]:+.3f}" for table in (overall, *by_task.values())]
+        lines.append([f"{run.layer}-{run.head}", score, f"{run.usual_rows:.1f} to {run.rows}", *cells])
     text = markdown_table(header, lines)
     measured = ~overall.isnan()
     for task in tasks if shares is not None and int(measured.sum()) > 2 else []:
-        sizes = changes(results, task)[measured].abs()
+        sizes = by_task[task][measured].abs()
         if sizes.std() > 0 and shares[measured].std() > 0:
             found = rank_correlation(sizes, shares[measured])
             text += f"\nrank correlation of the change with the head scores, {task}: {found:.2f}"

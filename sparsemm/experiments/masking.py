@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,12 @@ from torch import nn
 
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError
-from sparsemm.experiments.session import PageBatches, read_scores, reading_session
+from sparsemm.experiments.session import PageBatches, PageScores, page_scores, run_missing
 from sparsemm.models import family_of
 from sparsemm.plan import Plan
-from sparsemm.runs.markdown import markdown_table
+from sparsemm.runs.markdown import table_of
 from sparsemm.runs.metrics import METRICS
-from sparsemm.runs.results import Run, RunFile, environment
+from sparsemm.runs.results import RunFile, environment
 
 if TYPE_CHECKING:
     from sparsemm.documents import Page
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MaskedRun(Run):
+class MaskedRun(PageScores):
     """What a model read with some heads masked.
 
     Attributes:
@@ -33,18 +34,12 @@ class MaskedRun(Run):
         num_heads: How many query heads were masked.
         share: `num_heads` / all query heads.
         seed: Of a random choice, else None.
-        accuracy, exact_match, anls: Means over the pages, 0..1.
-        tasks: Accuracy on the pages of each task.
     """
 
     kind: str
     num_heads: int
     share: float
     seed: int | None
-    accuracy: float
-    exact_match: float
-    anls: float
-    tasks: dict[str, float]
 
     @property
     def key(self) -> tuple[str, int, int | None]:
@@ -55,6 +50,7 @@ class MaskingResults(RunFile[MaskedRun]):
     """A masking experiment: its runs, one per choice of heads."""
 
     FORMAT = "sparsemm-masking"
+    VERSION = 2
     SUBJECT = "a masking experiment"
     RUN = MaskedRun
 
@@ -113,13 +109,12 @@ def masking_experiment(
         "environment": environment(model.device),
     }
     results = MaskingResults.open(output, settings, fresh=fresh)
-    missing = [key for key in configs if results.find(*key) is None]
-    with reading_session(model, batches, len(missing), progress=progress) as bar:
-        for key in missing:
-            bar.set_description(f"{key[0]} {key[1]}")
-            scores = read_scores(model, processor, batches, configs[key], max_new_tokens, bar)
-            kind, count, seed = key
-            results.add(MaskedRun(kind, count, count / head_scores.values.numel(), seed, **scores))
+    total = head_scores.values.numel()
+    run_missing(
+        model, processor, batches, results, configs, lambda key: nullcontext(configs[key]),
+        lambda key, readings: MaskedRun(*key[:2], key[1] / total, key[2], **page_scores(readings)),
+        max_new_tokens=max_new_tokens, progress=progress,
+    )  # fmt: skip
     return [results.find(*key) for key in configs]
 
 
@@ -185,18 +180,17 @@ def summarise(runs: Sequence[MaskedRun], metric: str = "accuracy") -> list[dict[
 
 def format_masking(runs: Sequence[MaskedRun]) -> str:
     """A Markdown table, one row per number of masked heads: accuracy and exact match, visual against random heads."""
-    accuracy, exact = summarise(runs), summarise(runs, "exact_match")
-    names = ("heads masked", "share", "visual: accuracy", "random: accuracy", "random: range", "visual: exact")
-    header = [*names, "random: exact"]
-    rows = []
-    for row, other in zip(accuracy, exact, strict=True):
-        drawn, span = "", ""
-        if row["mean"] is not None:
-            drawn, span = f"{row['mean']:.3f} ± {row['std']:.3f}", f"{row['low']:.3f}–{row['high']:.3f}"
-        figures = [str(row["num_heads"]), f"{100 * row['share']:.1f} %", _number(row["visual"]), drawn, span]
-        rows.append([*figures, _number(other["visual"]), _number(other["mean"])])
-    return markdown_table(header, rows, left=0)
 
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.3f}"
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+    columns = {
+        "heads masked": lambda pair: str(pair[0]["num_heads"]),
+        "share": lambda pair: f"{100 * pair[0]['share']:.1f} %",
+        "visual: accuracy": lambda pair: number(pair[0]["visual"]),
+        "random: accuracy": lambda pair: "{mean:.3f} ± {std:.3f}".format(**pair[0]) if pair[0]["seeds"] else "",
+        "random: range": lambda pair: "{low:.3f}–{high:.3f}".format(**pair[0]) if pair[0]["seeds"] else "",
+        "visual: exact": lambda pair: number(pair[1]["visual"]),
+        "random: exact": lambda pair: number(pair[1]["mean"]),
+    }
+    return table_of(zip(summarise(runs), summarise(runs, "exact_match"), strict=True), columns, left=0)

@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from sparsemm.errors import DataError
-from sparsemm.runs.markdown import markdown_table
+from sparsemm.experiments.evaluate import Cell, Results
+from sparsemm.runs.lines import Panel, draw_panels
+from sparsemm.runs.markdown import table_of
 from sparsemm.runs.metrics import METRIC_LABELS
-from sparsemm.runs.plots import log2_axis, method_lines, new_figure, plain_axes, save_figure
-from sparsemm.runs.results import Cell, Results
-
-
-def _tasks(cells: list[Cell]) -> list[str]:
-    """Names of the whole tasks, without their parts by number of words."""
-    return sorted({name for cell in cells for name in cell.groups if "/" not in name}, reverse=True)
-
-
-def _rows(cells: list[Cell]) -> tuple[list[str], list[list[str]]]:
-    tasks = _tasks(cells)
-    header = ["method", "budget", "effective", "accuracy", "exact match", "ANLS"]
-    header += [f"accuracy: {task}" for task in tasks] if len(tasks) > 1 else []
-    header += ["cache bytes", "% of full", "ms/token"]
-    rows = []
-    for cell in cells:
-        row = [cell.method, "-" if cell.nominal_budget is None else str(cell.nominal_budget)]
-        row += [f"{cell.effective_budget:.2f}", f"{cell.accuracy:.3f}", f"{cell.exact_match:.3f}", f"{cell.anls:.3f}"]
-        if len(tasks) > 1:
-            row += [f"{cell.groups[task]['accuracy']:.3f}" if task in cell.groups else "" for task in tasks]
-        row += [f"{cell.cache_bytes:,.0f}", f"{100 * cell.cache_share:.1f}"]
-        row += ["" if cell.ms_per_token is None else f"{cell.ms_per_token:.2f}"]
-        rows.append(row)
-    return header, rows
 
 
 def format_table(cells: list[Cell]) -> str:
@@ -44,8 +23,23 @@ def format_table(cells: list[Cell]) -> str:
     """
     if not cells:
         raise DataError("there is no result to show; run the evaluation first")
-    header, rows = _rows(cells)
-    return markdown_table(header, rows)
+    tasks = sorted({task for cell in cells for task in cell.tasks}, reverse=True)
+    columns: dict[str, Callable[[Cell], str]] = {
+        "method": lambda cell: cell.method,
+        "budget": lambda cell: "-" if cell.nominal_budget is None else str(cell.nominal_budget),
+        "effective": lambda cell: f"{cell.effective_budget:.2f}",
+        "accuracy": lambda cell: f"{cell.accuracy:.3f}",
+        "exact match": lambda cell: f"{cell.exact_match:.3f}",
+        "ANLS": lambda cell: f"{cell.anls:.3f}",
+    }
+    for task in tasks if len(tasks) > 1 else []:
+        columns[f"accuracy: {task}"] = lambda cell, task=task: f"{cell.mean('accuracy', task):.3f}"
+    columns |= {
+        "cache bytes": lambda cell: f"{cell.cache_bytes:,.0f}",
+        "% of full": lambda cell: f"{100 * cell.cache_share:.1f}",
+        "ms/token": lambda cell: "" if cell.ms_per_token is None else f"{cell.ms_per_token:.2f}",
+    }
+    return table_of(cells, columns)
 
 
 def describe(results: Results) -> str:
@@ -78,26 +72,7 @@ def plot_accuracy(
     """
     if metric not in METRIC_LABELS:
         raise DataError(f"metric={metric!r} is unknown; use one of {', '.join(METRIC_LABELS)}")
-    lines: dict[str, list[tuple[int, float]]] = {}
-    levels: dict[str, float] = {}
+    panel = Panel(METRIC_LABELS[metric] + (f" ({task})" if task else ""), title)
     for cell in cells:
-        if task is not None and task not in cell.groups:
-            raise DataError(f"task={task!r} is not in the results; use one of {', '.join(cell.groups)}")
-        value = cell.groups[task][metric] if task else getattr(cell, metric)
-        if cell.nominal_budget is None:
-            levels[cell.method] = value
-        else:
-            lines.setdefault(cell.method, []).append((cell.nominal_budget, value))
-    if not lines:
-        raise DataError("no result has a budget, so there is nothing to draw a line through")
-
-    figure = new_figure(7.2, 4.2)
-    axes = figure.add_subplot()
-    method_lines(axes, lines, levels)
-    budgets = [budget for points in lines.values() for budget, _ in points]
-    log2_axis(axes, budgets, "Budget (prompt rows kept per kv head)")
-    axes.set_ylabel(METRIC_LABELS[metric] + (f" ({task})" if task else ""))
-    plain_axes(axes, title)
-    # Beside the axes, so that it covers no line whatever the data.
-    figure.legend(loc="outside right center", frameon=False, fontsize=9)
-    save_figure(figure, path)
+        panel.add(cell.method, cell.nominal_budget, cell.mean(metric, task))
+    draw_panels([[panel]], path, x_label="Budget (prompt rows kept per kv head)", size=(7.2, 4.6))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,8 @@ from sparsemm.decoding.generation import Timing, generate_greedy, remember_image
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.models import family_of
 from sparsemm.models.identity import weights_digest
-from sparsemm.runs.metrics import mean_metrics
+from sparsemm.runs.metrics import mean_metrics, score_metrics
+from sparsemm.runs.results import Run, RunFile
 
 if TYPE_CHECKING:
     from sparsemm.cache import CacheStats
@@ -137,20 +139,39 @@ def describe_head_scores(head_scores: HeadScores | str | Path | None) -> dict[st
     return table.describe()
 
 
-@contextmanager
-def reading_session(model: nn.Module, batches: PageBatches, num_runs: int, *, progress: bool) -> Iterator[Any]:
-    """For `num_runs` readings of all pages: evaluation mode, no gradients, images encoded once. Yields tqdm's bar."""
+def run_missing(
+    model: nn.Module,
+    processor: Any,
+    batches: PageBatches,
+    results: RunFile,
+    keys: Iterable[Any],
+    config_of: Callable[[Any], AbstractContextManager[CompressionConfig]],
+    make_run: Callable[[Any, Sequence[BatchReading]], Run],
+    *,
+    max_new_tokens: int,
+    progress: bool,
+) -> None:
+    """Read all pages under the configuration of every key that has no run in `results` yet, and add what `make_run`
+    makes of each. In evaluation mode, without gradients, images encoded once."""
     from tqdm.auto import tqdm
 
+    missing = results.missing(keys)
     was_training = model.training
     model.eval()
     try:
         with (
             torch.inference_mode(),
             remember_image_features(model, capacity=len(batches.batches)),
-            tqdm(total=num_runs * len(batches), unit="page", disable=not progress, smoothing=0.05) as bar,
+            tqdm(total=len(missing) * len(batches), unit="page", disable=not progress, smoothing=0.05) as bar,
         ):
-            yield bar
+            for key in missing:
+                bar.set_description(" ".join(str(part) for part in key if part is not None) or "as it is")
+                with config_of(key) as config:
+                    readings = []
+                    for reading in read(model, processor, batches, config, max_new_tokens):
+                        bar.update(len(reading.pages))
+                        readings.append(reading)
+                results.add(make_run(key, readings))
     finally:
         model.train(was_training)
 
@@ -175,25 +196,61 @@ class BatchReading:
 
 
 def read(
-    model: nn.Module, processor: Any, batches: PageBatches, config: CompressionConfig, max_new_tokens: int, bar: Any
+    model: nn.Module, processor: Any, batches: PageBatches, config: CompressionConfig, max_new_tokens: int
 ) -> Iterator[BatchReading]:
-    """Answer every batch greedily under `config`; the model is patched until the last. `bar` is tqdm's."""
+    """Answer every batch greedily under `config`; the model is patched until the last."""
     with sparsemm.patch(model, config, reserve=max_new_tokens) as handle:
+        # Lazy set-up, of the process or of the method, is no document's cost.
+        generate_greedy(model, batches.batches[0].inputs, min(3, max_new_tokens))
         for batch in batches.batches:
             tokens, timing = generate_greedy(model, batch.inputs, max_new_tokens)
             texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            bar.update(len(batch.pages))
             yield BatchReading(batch.pages, texts, tokens.numel(), handle.stats, timing)
 
 
-def read_scores(*arguments: Any) -> dict[str, Any]:
-    """What all batches of `read`, which takes the same arguments, score: the mean of every metric over the pages, and
-    `tasks`, the mean character accuracy of each task's pages."""
-    readings = list(read(*arguments))
-    pages = [page for each in readings for page in each.pages]
-    texts = [text for each in readings for text in each.texts]
-    tasks = {}
-    for task in sorted({page.task for page in pages}):
-        pairs = [(text, page.answer) for text, page in zip(texts, pages, strict=True) if page.task == task]
-        tasks[task] = mean_metrics(*zip(*pairs, strict=True))["accuracy"]
-    return {**mean_metrics(texts, [page.answer for page in pages]), "tasks": tasks}
+@dataclass(frozen=True, kw_only=True)
+class PageScores(Run):
+    """How well pages were read; every run of an experiment is one.
+
+    Attributes:
+        accuracy, exact_match, anls: Means over the documents, between 0 and 1 (`sparsemm.runs.metrics`).
+        scores: The three of every document, by task and number of words: `{"read/3 words": {"accuracy": [...], ...}}`.
+    """
+
+    accuracy: float
+    exact_match: float
+    anls: float
+    scores: dict[str, dict[str, list[float]]]
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks that were read."""
+        return sorted({name.partition("/")[0] for name in self.scores})
+
+    def documents_of(self, metric: str, group: str | None = None) -> list[float]:
+        """The scores of all documents, or of those of a task, or of a task and number of words ("read/3 words").
+
+        Raises:
+            DataError: There is no such group.
+        """
+        names = [name for name in self.scores if group in (None, name, name.partition("/")[0])]
+        if not names:
+            known = ", ".join([*self.tasks, *self.scores])
+            raise DataError(f"task={group!r} is not in the results; use one of {known}")
+        return [value for name in names for value in self.scores[name][metric]]
+
+    def mean(self, metric: str, group: str | None = None) -> float:
+        """Of `documents_of`."""
+        return statistics.fmean(self.documents_of(metric, group))
+
+
+def page_scores(readings: Sequence[BatchReading]) -> dict[str, Any]:
+    """The fields of `PageScores` for what was read."""
+    parts: dict[str, list[tuple[str, str]]] = {}
+    for reading in readings:
+        for page, text in zip(reading.pages, reading.texts, strict=True):
+            unit = "words" if page.task == "read" else "lines"
+            parts.setdefault(f"{page.task}/{page.num_words} {unit}", []).append((text, page.answer))
+    scores = {name: score_metrics(*zip(*pairs, strict=True)) for name, pairs in sorted(parts.items())}
+    means = mean_metrics(*zip(*(pair for pairs in parts.values() for pair in pairs), strict=True))
+    return {**means, "scores": scores}

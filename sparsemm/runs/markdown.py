@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
@@ -19,3 +20,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left
 
     rule = ["-" * width if column < left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
     return "\n".join([shown(lines[0]), shown(rule), *map(shown, lines[1:])])
+
+
+def table_of(items: Iterable[Any], columns: Mapping[str, Callable[[Any], str]], *, left: int = 1) -> str:
+    """`markdown_table` of one row an item; `columns` are the headings and what stands below them."""
+    return markdown_table(list(columns), [[show(item) for show in columns.values()] for item in items], left=left)

@@ -5,7 +5,8 @@ All three compare `clean_text` of both sides: ends stripped, runs of white space
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 
 from rapidfuzz.distance import Levenshtein
 
@@ -59,8 +60,8 @@ METRICS: dict[str, Callable[[str, str], float]] = {
 }
 
 
-def mean_metrics(predictions: Iterable[str], references: Iterable[str]) -> dict[str, float]:
-    """Mean of every metric of `METRICS` over pairs of texts.
+def score_metrics(predictions: Iterable[str], references: Iterable[str]) -> dict[str, list[float]]:
+    """Every metric of `METRICS`, pair by pair.
 
     Raises:
         ValueError: No pair is given, or the two differ in number.
@@ -68,4 +69,14 @@ def mean_metrics(predictions: Iterable[str], references: Iterable[str]) -> dict[
     pairs = list(zip(predictions, references, strict=True))
     if not pairs:
         raise ValueError("there is no prediction to score")
-    return {name: sum(metric(*pair) for pair in pairs) / len(pairs) for name, metric in METRICS.items()}
+    return {name: [metric(*pair) for pair in pairs] for name, metric in METRICS.items()}
+
+
+def mean_metrics(predictions: Iterable[str], references: Iterable[str]) -> dict[str, float]:
+    """Mean of every metric over pairs of texts; raises as `score_metrics`."""
+    return {name: statistics.fmean(values) for name, values in score_metrics(predictions, references).items()}
+
+
+def standard_error(scores: Sequence[float]) -> float | None:
+    """Of the mean of independent scores: sample deviation / sqrt(number); None of fewer than two."""
+    return statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else None

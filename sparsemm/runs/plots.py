@@ -1,9 +1,8 @@
-"""What all pictures share: size, saving, colours, and the lines of methods over budgets."""
+"""What all pictures share: size, saving, colours, names of methods."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,17 +32,6 @@ LABELS = {
     "mask_random": "Random heads masked",
 }
 """Methods as figures name them."""
-
-# A colour of the palette and a marker each, for print without colour.
-_STYLES = {
-    "sparsemm": ("#D55E00", "o"),
-    "snapkv": ("#0072B2", "s"),
-    "pyramidkv": ("#009E73", "^"),
-    "adakv": ("#CC79A7", "D"),
-    "random": ("#7A7A7A", "v"),
-}
-_OTHER_STYLES = (("#E69F00", "P"), ("#56B4E9", "X"), ("#000000", "*"), ("#F0A58A", "p"))
-_LEVELS = {"fullkv": ("black", "--"), "mask": ("#56B4E9", "-."), "mask_random": ("#56B4E9", ":")}
 
 _LARGEST_SIDE = 60.0  # inches; at 150 dots an inch still less than PNG writers take
 
@@ -88,43 +76,3 @@ def plain_axes(axes: Any, title: str | None = None, *, grid: str = "both") -> No
     axes.spines[["top", "right"]].set_visible(False)
     if title:
         axes.set_title(title, fontsize=11)
-
-
-def log2_axis(axes: Any, values: Sequence[int], label: str, form: Callable[[float], str] = "{:g}".format) -> None:
-    """A logarithmic x axis with a tick at each value, left out where labels would run into one another."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    ticks: list[int] = []
-    for value in sorted(set(values)):
-        if not ticks or value >= 1.25 * ticks[-1]:
-            ticks.append(value)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(label)
-
-
-def method_lines(
-    axes: Any,
-    lines: dict[str, Sequence[tuple[float, float]]],
-    levels: dict[str, float],
-    labels: dict[str, str] = LABELS,
-) -> None:
-    """One line a method through its (x, y) points, and a horizontal line for each method that has a single value."""
-    for method in sorted(levels, key=lambda name: list(_LEVELS).index(name)):
-        colour, dashes = _LEVELS[method]
-        axes.axhline(levels[method], color=colour, linestyle=dashes, linewidth=1.4, label=labels[method])
-    others = iter(_OTHER_STYLES * len(lines))
-    for method in sorted(lines, key=lambda name: list(_STYLES).index(name) if name in _STYLES else len(_STYLES)):
-        colour, marker = _STYLES[method] if method in _STYLES else next(others)
-        own = method == "sparsemm"
-        axes.plot(
-            *zip(*sorted(lines[method]), strict=True),
-            color=colour,
-            marker=marker,
-            markersize=6 if own else 5,
-            linewidth=2.4 if own else 1.5,
-            zorder=3 if own else 2,
-            label=labels.get(method, method),
-        )

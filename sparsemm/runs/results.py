@@ -1,10 +1,10 @@
-"""Result files of experiments, complete after every run; those of an evaluation, one cell per method and budget."""
+"""Result files of experiments, benchmarks and collections of cells: complete after every run, taken up again."""
 
 from __future__ import annotations
 
 import dataclasses
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -31,15 +31,16 @@ class Run:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The inverse of `to_dict`. Raises `DataError` when a field is missing."""
-        names = [each.name for each in dataclasses.fields(cls)]
+        """The inverse of `to_dict`. Raises `DataError` when a field is missing that has no default."""
+        known = {each.name for each in dataclasses.fields(cls)}
         try:
-            return cls(**{name: values[name] for name in names})
-        except KeyError as error:
-            raise DataError(f"a result lacks {error}; delete the file or run again with --fresh") from None
+            return cls(**{name: value for name, value in values.items() if name in known})
+        except TypeError as error:
+            raise DataError(f"a result is not complete ({error}); delete the file or run again with --fresh") from None
 
 
 AnyRun = TypeVar("AnyRun", bound=Run)
+Key = TypeVar("Key", bound=tuple)
 
 
 @dataclass
@@ -73,7 +74,7 @@ class RunFile(Generic[AnyRun]):
                 f"{path} has format version {document.get('version')!r}, not {cls.VERSION}; run again with --fresh"
             )
         runs = [cls.RUN.from_dict(values) for values in document[cls.LISTED]]
-        return cls(document["settings"], runs, Path(path))
+        return cls(document.get("settings", {}), runs, Path(path))
 
     @classmethod
     def open(cls, path: str | Path | None, settings: dict[str, Any], *, fresh: bool = False) -> Self:
@@ -104,83 +105,23 @@ class RunFile(Generic[AnyRun]):
         """The finished run of that key, if there is one."""
         return next((run for run in self.runs if run.key == key), None)
 
+    def missing(self, keys: Iterable[Key]) -> list[Key]:
+        """Those of `keys` that have no run yet."""
+        return [key for key in keys if self.find(*key) is None]
+
     def add(self, run: AnyRun) -> None:
         """Append a finished run and write the whole file at once."""
         self.runs.append(run)
+        self.write()
+
+    def write(self) -> None:
+        """Write the whole file, if there is one."""
         if self.path is not None:
             write_json_atomic(self.path, self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         runs = [run.to_dict() for run in self.runs]
         return {"format": self.FORMAT, "version": self.VERSION, "settings": self.settings, self.LISTED: runs}
-
-
-@dataclass(frozen=True)
-class Cell(Run):
-    """What one method reached at one budget.
-
-    Attributes:
-        method: Name of the method.
-        nominal_budget: The budget asked for, in rows per kv head; None for methods that keep every row.
-        effective_budget: Prompt rows really kept / (layers * kv heads), mean over the documents.
-        prompt_tokens: Prompt length in tokens, mean over the documents.
-        documents: Number of documents.
-        accuracy, exact_match, anls: Means over the documents, between 0 and 1 (`sparsemm.runs.metrics`).
-        groups: The same three and the number of documents of each part: `{"read": {...}, "read/3 words": {...}}`.
-        cache_bytes: Bytes the cache held at the end, a document: prompt and generated rows, slack, index tensors.
-        full_cache_bytes: Bytes of the keys and values of every token, a document.
-        ms_per_token: Wall time of one decoding step of a whole batch, in ms, the median of the batches; None when
-            nothing was decoded.
-        prefill_ms: Wall time of the prompt's forward a document, in ms; image features already at hand.
-        tokens: Tokens generated, summed over the documents (to the end of the longest answer of each batch).
-        config: The settings of the run (`CompressionConfig.to_dict`).
-        environment: Versions and hardware (`environment`).
-    """
-
-    method: str
-    nominal_budget: int | None
-    effective_budget: float
-    prompt_tokens: float
-    documents: int
-    accuracy: float
-    exact_match: float
-    anls: float
-    groups: dict[str, dict[str, float]]
-    cache_bytes: float
-    full_cache_bytes: float
-    ms_per_token: float | None
-    prefill_ms: float
-    tokens: int
-    config: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def cache_share(self) -> float:
-        """`cache_bytes / full_cache_bytes`; above 1 for a full cache with slack."""
-        return self.cache_bytes / self.full_cache_bytes
-
-    @property
-    def key(self) -> tuple[str, int | None]:
-        """What tells a cell from the others of its file."""
-        return self.method, self.nominal_budget
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values, `cache_share` included for readers of the file."""
-        return {**super().to_dict(), "cache_share": self.cache_share}
-
-
-class Results(RunFile[Cell]):
-    """An evaluation: its cells, one per method and budget."""
-
-    FORMAT = "sparsemm-evaluation"
-    SUBJECT = "an evaluation"
-    RUN = Cell
-    LISTED = "cells"
-
-    @property
-    def cells(self) -> list[Cell]:
-        """The runs, in the order they were finished."""
-        return self.runs
 
 
 def environment(device: Any = "cpu") -> dict[str, Any]:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sparsemm.errors import ConfigError
+from sparsemm.runs.plots import LABELS
 from sparsemm.tables.measurements import Measurement
-from sparsemm.tables.paper import Benchmark, benchmark_of, benchmarks, main_figure, paper, paper_model
+from sparsemm.tables.paper import (
+    ALL_TABLES,
+    Benchmark,
+    benchmark_of,
+    benchmarks,
+    paper_model,
+    printed,
+    printed_places,
+)
 
-METHOD_NAMES = {
-    "sparsemm": "SparseMM",
-    "snapkv": "SnapKV",
-    "pyramidkv": "PyramidKV",
-    "adakv": "AdaKV",
-    "random": "Random",
-    "fullkv": "FullKV",
-    "mask": "Visual heads masked",
-    "mask_random": "Random heads masked",
-}
 PARTS = {
     "window": "Local window",
     "window+uniform": "Local window, uniform",
     "window+uniform+score": "Local window, uniform, score-preferred",
 }
-ALL_TABLES = ("1", "2", "3", "4")
 FULL = "all rows"
 
 
@@ -49,14 +47,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Table:
-    """Entries by row label and column label.
+    """Entries by row and column.
 
     Attributes:
         number: "1" to "4" as in the paper; benchmarks it does not have stand with "3".
         title: Of this part: one benchmark and model.
         benchmark: What the entries measure.
         model: The model, as it was named.
-        corner: What the rows are; the columns are budgets, or ratios in Table 1.
+        columns: Budgets, or ratios in Table 1.
+        rows: By method, in Table 2 by part of the cache.
         notes: How the cells were measured.
         variant: What tells a part from others of its benchmark and model: the window, where there were several.
     """
@@ -65,14 +64,23 @@ class Table:
     title: str
     benchmark: Benchmark
     model: str
-    corner: str
     columns: tuple[str, ...]
     rows: dict[str, dict[str, Entry]]
     notes: tuple[str, ...] = ()
     variant: str = ""
 
+    @property
+    def corner(self) -> str:
+        """What stands above the rows' labels."""
+        return {"1": "ratio", "2": "cache"}.get(self.number, "budget")
+
     def entry(self, row: str, column: str) -> Entry:
-        return self.rows[row].get(column, Entry())
+        return self.rows.get(row, {}).get(column, Entry())
+
+
+def row_label(row: str) -> str:
+    """A row as tables show it."""
+    return PARTS.get(row) or LABELS.get(row, row)
 
 
 def build_tables(
@@ -98,11 +106,7 @@ def build_tables(
     numbers = list(numbers)
     if unknown := [number for number in numbers if number not in ALL_TABLES]:
         raise ConfigError(f"table {unknown[0]!r} is unknown; use {', '.join(ALL_TABLES)}")
-    builder = _Builder(list(measurements), ratio, metric)
-    tables = []
-    for number, build in (("1", builder.ratios), ("2", builder.parts), ("3", builder.main), ("4", builder.main)):
-        if number in numbers:
-            tables += build(number)
+    tables = [table for n in ALL_TABLES if n in numbers for table in _parts(n, measurements, ratio, metric)]
     return [table for table in tables if whole or _was_measured(table)]
 
 
@@ -110,174 +114,108 @@ def _was_measured(table: Table) -> bool:
     return any(entry.measured is not None or entry.failed for row in table.rows.values() for entry in row.values())
 
 
-class _Builder:
-    def __init__(self, measurements: list[Measurement], ratio: float, metric: str | None) -> None:
-        self.measurements, self.ratio, self.metric = measurements, ratio, metric
+def _parts(number: str, measurements: Sequence[Measurement], ratio: float, metric: str | None) -> Iterator[Table]:
+    """Every part of one table: the paper's, then others that were measured."""
+    cells: dict[tuple[str, str, int | None], list[Measurement]] = {place: [] for place in printed_places(number)}
+    others: dict[tuple[str, str, int | None], list[Measurement]] = {}
+    for m in measurements:
+        if _row(number, m, ratio):
+            name = benchmark_of(m.task, m.metrics).name
+            place = (paper_model(m.model) or m.model, name, m.budget if number == "1" else None)
+            (cells if place in cells else others).setdefault(place, []).append(m)
+    cells |= {place: others[place] for place in sorted(others) if _is_part(number, place[1], others[place], ratio)}
+    for place, here in cells.items():
+        for window, chosen in _by_window(here):
+            rows = {(_row(number, m, ratio), _column(number, m)): m for m in chosen}
+            if number != "2" or not window or any(row == "window+uniform" for row, _ in rows):
+                yield _table(number, place, rows, metric, window)
 
-    # -- tables -------------------------------------------------------------------------------------------------------
 
-    def ratios(self, number: str) -> list[Table]:
-        """Table 1: one part a (model, task, budget), the paper's first."""
-        data = paper()["table_1"]
-        cells = [m for m in self.measurements if m.method == "sparsemm" and not _window_only(m)]
-        known = next(each for each in benchmarks().values() if each.name == data["benchmark"])
-        places = [(name, known.task, data["budget"]) for name in data["by_ratio"]]
-        for place in sorted({(_shown(m.model), m.task, m.budget) for m in cells}):
-            # Two ratios are no sweep where they are the two of Table 2.
-            several = {m.ratio for m in cells if (_shown(m.model), m.task, m.budget) == place}
-            if place not in places and several - {self.ratio, 1.0}:
-                places.append(place)
-        tables = []
-        for model, task, budget in places:
-            here = [m for m in cells if (_shown(m.model), m.task, m.budget) == (model, task, budget)]
-            for window, chosen in _by_window(here):
-                benchmark = self._benchmark(task, chosen)
-                printed = data["by_ratio"].get(model, {}) if (benchmark.name, budget) == (known.name, 256) else {}
-                measured = {f"{m.ratio:g}": m for m in chosen}
-                columns = sorted({*printed, *measured}, key=float)
-                rows = {"SparseMM": {c: self._entry(benchmark, measured.get(c), printed.get(c)) for c in columns}}
-                title = f"Ratio of the uniform part, {benchmark.name}, budget {budget}, {model}"
-                tables.append(self._table(number, title, benchmark, model, "ratio", columns, rows, chosen, window))
-        return tables
-
-    def parts(self, number: str) -> list[Table]:
-        """Table 2: one part a (model, task)."""
-        data = paper()["table_2"]
-        known = next(each for each in benchmarks().values() if each.name == data["benchmark"])
-        cells = [(part, m) for m in self.measurements if (part := self._part(m))]
-        places = [(data["model"], known.task)]
-        for place in sorted({(_shown(m.model), m.task) for part, m in cells if part == "window"}):
-            if place not in places:
-                places.append(place)
-        tables = []
-        for place in places:
-            printed = data["by_parts"] if place == (data["model"], known.task) else {}
-            for window, used in _by_window([m for _, m in cells if (_shown(m.model), m.task) == place]):
-                chosen = {(self._part(m), str(m.budget)): m for m in used}
-                if window and "window+uniform" not in {part for part, _ in chosen}:
-                    continue
-                benchmark = self._benchmark(place[1], used)
-                budgets = {column for row in printed.values() for column in row} | {budget for _, budget in chosen}
-                columns = sorted(budgets, key=int, reverse=True)
-                rows = {
-                    label: {
-                        c: self._entry(benchmark, chosen.get((part, c)), printed.get(part, {}).get(c)) for c in columns
-                    }
-                    for part, label in PARTS.items()
-                }
-                title = f"Parts of the cache, {benchmark.name}, {place[0]}"
-                tables.append(self._table(number, title, benchmark, place[0], "cache", columns, rows, used, window))
-        return tables
-
-    def main(self, number: str) -> list[Table]:
-        """Tables 3 and 4: one part a (benchmark, model), methods against budgets."""
-        data = paper()[f"table_{number}"]
-        names = list(data["by_benchmark"])
-        models = [data["model"]] if "model" in data else list(dict.fromkeys(paper()["models"].values()))
-        tasks = {each.name: each.task for each in benchmarks().values()}
-        places = [(model, tasks[name]) for name in names for model in models]
-        in_paper = {tasks[name] for key in ("table_3", "table_4") for name in paper()[key]["by_benchmark"]}
-        for place in sorted({(_shown(m.model), m.task) for m in self.measurements}):
-            belongs = place[1] in {tasks[name] for name in names} or (number == "3" and place[1] not in in_paper)
-            if place not in places and belongs:
-                places.append(place)
-        tables = []
-        for model, task in places:
-            here = [m for m in self.measurements if (_shown(m.model), m.task) == (model, task) and self._is_main(m)]
-            for window, chosen in _by_window(here):
-                if table := self._main_part(number, model, task, window, chosen):
-                    tables.append(table)
-        return tables
-
-    def _main_part(
-        self, number: str, model: str, task: str, window: str, chosen: Sequence[Measurement]
-    ) -> Table | None:
-        benchmark = self._benchmark(task, chosen)
-        measured = {(m.method, FULL if m.budget is None else str(m.budget)): m for m in chosen}
-        columns = {column for _, column in measured if column != FULL} | set(_printed_budgets(benchmark.name, model))
-        ordered = sorted(columns, key=int, reverse=True)
-        if not ordered and not measured:
-            return None
-        ordered.insert(0, FULL)
-        rows = {}
-        for method in dict.fromkeys((*METHOD_NAMES, *(method for method, _ in measured))):
-            entries = {
-                c: self._entry(
-                    benchmark,
-                    measured.get((method, c)),
-                    None if c == FULL else main_figure(benchmark.name, model, method, int(c)),
-                )
-                for c in ordered
-            }
-            entries = {column: entry for column, entry in entries.items() if not entry.is_empty}
-            if entries:
-                rows[METHOD_NAMES.get(method, method)] = entries
-        title = f"{benchmark.name} ({benchmark.unit}), {model}"
-        return self._table(number, title, benchmark, model, "budget", ordered, rows, chosen, window)
-
-    # -- cells --------------------------------------------------------------------------------------------------------
-
-    def _part(self, m: Measurement) -> str | None:
+def _row(number: str, m: Measurement, ratio: float) -> str | None:
+    """The row of a table that a cell stands in; None where it has no place there."""
+    window_only = m.budget is not None and m.budget == m.window_size  # Table 2's first row: no row but the window's
+    if number == "1":
+        return m.method if m.method == "sparsemm" and not window_only else None
+    if number == "2":
         if m.method != "sparsemm" or m.budget is None:
             return None
-        if _window_only(m):
-            return "window"
-        return {1.0: "window+uniform", self.ratio: "window+uniform+score"}.get(m.ratio)
-
-    def _is_main(self, m: Measurement) -> bool:
-        return m.method not in ("sparsemm", "random") or (m.ratio == self.ratio and not _window_only(m))
-
-    def _benchmark(self, task: str, chosen: Sequence[Measurement]) -> Benchmark:
-        metrics = next((m.metrics for m in chosen if m.metrics), None)
-        found = benchmark_of(task, metrics)
-        if self.metric is None or not metrics or self.metric not in metrics or self.metric == found.metric:
-            return found
-        return Benchmark(found.name, task, self.metric, self.metric.replace("_", " "), digits=found.digits)
-
-    def _entry(self, benchmark: Benchmark, m: Measurement | None, printed: float | None) -> Entry:
-        if benchmark.metric != benchmark_of(benchmark.task, {benchmark.metric: 0.0}).metric:
-            printed = None  # the paper's figures are of its own metric
-        if m is None:
-            return Entry(paper=printed)
-        value = m.metrics.get(benchmark.metric)
-        measured = None if value is None else value * benchmark.scale
-        return Entry(measured, printed, m.effective_budget, failed=m.error is not None or value is None)
-
-    def _table(
-        self,
-        number: str,
-        title: str,
-        benchmark: Benchmark,
-        model: str,
-        corner: str,
-        columns: Sequence[str],
-        rows: dict[str, dict[str, Entry]],
-        chosen: Sequence[Measurement],
-        variant: str,
-    ) -> Table:
-        finished = [m for m in chosen if m.error is None]
-        notes = []
-        if finished:
-            compressing = [m for m in finished if m.budget is not None]
-            roundings = sorted({m.rounding for m in compressing})
-            windows = sorted({m.window_size for m in finished if not _of_any_window(m)})
-            documents = sorted({m.documents for m in finished if m.documents is not None})
-            notes.append(f"rounding {', '.join(roundings) or 'of no effect'}")
-            notes.append(f"window {', '.join(map(str, windows))}" if windows else "")
-            notes.append(f"{', '.join(map(str, documents))} documents a cell" if documents else "")
-        notes += [f"failed: {m.method} {m.budget or ''}: {m.error}" for m in chosen if m.error is not None]
-        shown = tuple(note for note in notes if note)
-        heading = f"{title}, {variant}" if variant else title
-        return Table(number, heading, benchmark, model, corner, tuple(columns), rows, shown, variant)
+        return "window" if window_only else {1.0: "window+uniform", ratio: "window+uniform+score"}.get(m.ratio)
+    other_ratio = m.method in ("sparsemm", "random") and (m.ratio != ratio or window_only)
+    return None if other_ratio else m.method
 
 
-def _shown(model: str) -> str:
-    return paper_model(model) or model
+def _column(number: str, m: Measurement) -> str:
+    if number == "1":
+        return f"{m.ratio:g}"
+    return FULL if m.budget is None else str(m.budget)
 
 
-def _window_only(m: Measurement) -> bool:
-    """Table 2's first row: no row but the window's."""
-    return m.budget is not None and m.budget == m.window_size
+def _is_part(number: str, benchmark: str, cells: Sequence[Measurement], ratio: float) -> bool:
+    """Whether cells of a place that the paper's table does not have make a part of it."""
+    if number == "1":  # two ratios are no sweep where they are the two of Table 2
+        return bool({m.ratio for m in cells} - {ratio, 1.0})
+    if number == "2":
+        return any(_row(number, m, ratio) == "window" for m in cells)
+    own, *both = ({name for _, name, _ in printed_places(each)} for each in (number, "3", "4"))
+    return benchmark in own or (number == "3" and benchmark not in set.union(*both))
+
+
+def _table(
+    number: str,
+    place: tuple[str, str, int | None],
+    measured: dict[tuple[str, str], Measurement],
+    metric: str | None,
+    variant: str,
+) -> Table:
+    model, name, budget = place
+    chosen = list(measured.values())
+    benchmark = own = _benchmark(name, chosen)
+    if metric not in (None, own.metric) and any(metric in m.metrics for m in chosen):
+        benchmark = Benchmark(own.name, own.task, metric, metric.replace("_", " "), digits=own.digits)
+    figures = printed(number, name, model, budget)
+    columns = {column for row in figures.values() for column in row} | {column for _, column in measured}
+    ordered = sorted(columns - {FULL}, key=float, reverse=number != "1")
+    if number in ("3", "4"):
+        ordered.insert(0, FULL)
+    rows: dict[str, dict[str, Entry]] = {}
+    for row in dict.fromkeys((*PARTS, *LABELS, *(row for row, _ in measured))):
+        for column in ordered:
+            # The paper's figures are of its own metric.
+            paper = figures.get(row, {}).get(column) if benchmark is own else None
+            entry = _entry(benchmark, measured.get((row, column)), paper)
+            if not entry.is_empty:
+                rows.setdefault(row, {})[column] = entry
+    title = {
+        "1": f"Ratio of the uniform part, {name}, budget {budget}, {model}",
+        "2": f"Parts of the cache, {name}, {model}",
+    }.get(number, f"{name} ({benchmark.unit}), {model}")
+    heading = f"{title}, {variant}" if variant else title
+    return Table(number, heading, benchmark, model, tuple(ordered), rows, _notes(chosen), variant)
+
+
+def _benchmark(name: str, chosen: Sequence[Measurement]) -> Benchmark:
+    known = next((each for each in benchmarks().values() if each.name == name), None)
+    return known or benchmark_of(name, next((m.metrics for m in chosen if m.metrics), None))
+
+
+def _entry(benchmark: Benchmark, m: Measurement | None, paper: float | None) -> Entry:
+    if m is None:
+        return Entry(paper=paper)
+    value = m.metrics.get(benchmark.metric)
+    measured = None if value is None else value * benchmark.scale
+    return Entry(measured, paper, m.effective_budget, failed=m.error is not None or value is None)
+
+
+def _notes(cells: Sequence[Measurement]) -> tuple[str, ...]:
+    """How they were measured, and which failed."""
+    finished = [m for m in cells if m.error is None]
+    roundings = sorted({m.rounding for m in finished if m.budget is not None})
+    windows = sorted({m.window_size for m in finished if not _of_any_window(m)})
+    documents = sorted({m.documents for m in finished if m.documents is not None})
+    notes = [f"rounding {', '.join(roundings) or 'of no effect'}"] if finished else []
+    notes += [f"window {', '.join(map(str, windows))}"] if windows else []
+    notes += [f"{', '.join(map(str, documents))} documents a cell"] if documents else []
+    return (*notes, *(f"failed: {m.method} {m.budget or ''}: {m.error}" for m in cells if m.error is not None))
 
 
 def _by_window(cells: Sequence[Measurement]) -> list[tuple[str, list[Measurement]]]:
@@ -292,12 +230,4 @@ def _by_window(cells: Sequence[Measurement]) -> list[tuple[str, list[Measurement
 
 
 def _of_any_window(m: Measurement) -> bool:
-    return m.budget is None or (m.method == "sparsemm" and _window_only(m))
-
-
-def _printed_budgets(benchmark: str, model: str) -> list[str]:
-    data = paper()
-    found = data["table_3"]["by_benchmark"].get(benchmark, {}).get(model, {})
-    if not found and model == data["table_4"]["model"]:
-        found = data["table_4"]["by_benchmark"].get(benchmark, {})
-    return [budget for row in found.values() for budget in row]
+    return m.budget is None or (m.method == "sparsemm" and m.budget == m.window_size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import re
 from collections.abc import Iterable, Mapping
@@ -11,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from sparsemm.errors import DataError
-from sparsemm.io import read_json, write_json_atomic
+from sparsemm.io import read_json
 from sparsemm.methods import get_method
+from sparsemm.runs.results import Run, RunFile
 
 logger = logging.getLogger(__name__)
 
-FORMAT, FORMAT_VERSION = "sparsemm-measurements", 1
 _RESULTS = re.compile(r"\d{8}_\d{6}_results\.json|failed\.json")
 _ARGUMENT = re.compile(r"(?:^|,)(\w+)=")
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measurement(Run):
     """One cell as it was measured, or that it failed.
 
     Attributes:
@@ -42,7 +41,7 @@ class Measurement:
     model: str
     task: str
     method: str
-    budget: int | None
+    budget: int | None = None
     ratio: float = 0.1
     window_size: int = 32
     rounding: str = "exact"
@@ -62,6 +61,19 @@ class Measurement:
         relevant = self.ratio if self.method in ("sparsemm", "random") else None
         window = self.window_size if self.budget is not None else None
         return self.model, self.task, self.method, self.budget, relevant, window
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, without those that are None."""
+        return {name: value for name, value in super().to_dict().items() if value is not None}
+
+
+class Measurements(RunFile[Measurement]):
+    """A collection of cells, without their samples: small enough to keep in a repository."""
+
+    FORMAT = "sparsemm-measurements"
+    SUBJECT = "measured cells"
+    RUN = Measurement
+    LISTED = "cells"
 
 
 def read_measurements(paths: Iterable[str | Path], *, rounding: str | None = None) -> list[Measurement]:
@@ -96,10 +108,9 @@ def read_measurements(paths: Iterable[str | Path], *, rounding: str | None = Non
 
 
 def write_measurements(measurements: Iterable[Measurement], path: str | Path) -> None:
-    """One file of all cells, without the samples: small enough to keep in a repository."""
+    """One file of all cells, in the order of their keys."""
     ordered = sorted(measurements, key=lambda each: [(part is not None, part) for part in each.key])
-    cells = [{k: v for k, v in dataclasses.asdict(each).items() if v is not None} for each in ordered]
-    write_json_atomic(path, {"format": FORMAT, "version": FORMAT_VERSION, "cells": cells})
+    Measurements({}, ordered, Path(path)).write()
 
 
 def _read(file: Path) -> list[Measurement]:
@@ -107,8 +118,8 @@ def _read(file: Path) -> list[Measurement]:
     if not isinstance(document, dict):
         raise DataError(f"{file} is not a result file; choose another path")
     try:
-        if document.get("format") == FORMAT:
-            return [Measurement(**{"budget": None, **values}) for values in document["cells"]]
+        if document.get("format") == Measurements.FORMAT:
+            return Measurements.load(file).runs
         if "error" in document and "cell" in document:
             cell = document["cell"]
             return [_measurement(cell["model"], cell["task"], cell["settings"], error=document["error"])]

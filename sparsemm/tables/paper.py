@@ -11,6 +11,8 @@ from sparsemm.io import read_json
 
 DATA = Path(__file__).with_name("paper.json")
 
+ALL_TABLES = ("1", "2", "3", "4")
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -66,10 +68,27 @@ def paper_model(model: str) -> str | None:
     return paper()["models"].get(Path(model).name.lower())
 
 
-def main_figure(benchmark: str, model: str, method: str, budget: int) -> float | None:
-    """Tables 3 and 4: the printed figure, None where there is none."""
-    data = paper()
-    found = data["table_3"]["by_benchmark"].get(benchmark, {}).get(model)
-    if found is None and model == data["table_4"]["model"]:
-        found = data["table_4"]["by_benchmark"].get(benchmark)
-    return (found or {}).get(method, {}).get(str(budget))
+def printed(number: str, benchmark: str, model: str, budget: int | None = None) -> dict[str, dict[str, float]]:
+    """One part of a table as the paper has it, by row and column; empty where it has none.
+
+    Rows are methods, in Table 2 parts of the cache; columns are budgets, in Table 1 ratios (of one `budget`).
+    """
+    table = paper()[f"table_{number}"]
+    if number == "1":
+        found = table["by_ratio"].get(model) if (benchmark, budget) == (table["benchmark"], table["budget"]) else None
+        return {} if found is None else {table["method"]: found}
+    if number == "2":
+        return table["by_parts"] if (benchmark, model) == (table["benchmark"], table["model"]) else {}
+    if number == "3":
+        return table["by_benchmark"].get(benchmark, {}).get(model, {})
+    return table["by_benchmark"].get(benchmark, {}) if model == table["model"] else {}
+
+
+def printed_places(number: str) -> list[tuple[str, str, int | None]]:
+    """(model, benchmark, budget) of every part of a table, in the paper's order; a budget in Table 1 only."""
+    table = paper()[f"table_{number}"]
+    if number == "1":
+        return [(model, table["benchmark"], table["budget"]) for model in table["by_ratio"]]
+    models = [table["model"]] if "model" in table else list(dict.fromkeys(paper()["models"].values()))
+    names = [table["benchmark"]] if number == "2" else list(table["by_benchmark"])
+    return [(model, name, None) for name in names for model in models]

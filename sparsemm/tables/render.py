@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from sparsemm.errors import ConfigError
 from sparsemm.runs.markdown import markdown_table
-from sparsemm.tables.build import Entry, Table
+from sparsemm.tables.build import Entry, Table, row_label
 
 MINUS = "\N{MINUS SIGN}"
 LEGEND = "A cell reads: measured [effective budget] / paper / difference; a part that is not there is left empty."
@@ -29,50 +30,53 @@ def render_tables(tables: Sequence[Table], form: str = "markdown") -> str:
 
 
 def _number(value: float | None, digits: int, *, sign: bool = False) -> str:
-    if value is None:
-        return ""
-    text = f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+    text = "" if value is None else f"{value:{'+' if sign else ''}.{digits}f}"
     return text.replace("-", MINUS)
 
 
 def _measured(entry: Entry, digits: int) -> str:
     if entry.failed:
         return "failed"
-    if entry.measured is None or entry.effective_budget is None:
-        return _number(entry.measured, digits)
-    return f"{_number(entry.measured, digits)} [{entry.effective_budget:.4g}]"
+    budget = "" if None in (entry.measured, entry.effective_budget) else f" [{entry.effective_budget:.4g}]"
+    return _number(entry.measured, digits) + budget
+
+
+def _paper(entry: Entry, digits: int) -> list[str]:
+    """The paper's figure and the difference."""
+    return [_number(entry.paper, digits), _number(entry.difference, digits, sign=True)]
 
 
 def _has_paper(table: Table) -> bool:
     return any(entry.paper is not None for row in table.rows.values() for entry in row.values())
 
 
-def _text(entry: Entry, digits: int, beside: bool) -> str:
-    if entry.is_empty:
-        return ""
-    parts = [_measured(entry, digits)]
-    if beside:
-        parts += [_number(entry.paper, digits), _number(entry.difference, digits, sign=True)]
-    return " / ".join(parts).strip()
+def _heading(table: Table) -> str:
+    # A part without a figure of the paper has the form of its table, but is not that table.
+    return f"Table {table.number}: {table.title}" if _has_paper(table) else f"As Table {table.number}: {table.title}"
+
+
+def _lines(table: Table, show: Callable[[Entry], str]) -> list[list[str]]:
+    """A row of strings a row, its label first."""
+    return [[row_label(row), *(show(table.entry(row, column)) for column in table.columns)] for row in table.rows]
 
 
 def _markdown(tables: Sequence[Table]) -> str:
     blocks = []
     for table in tables:
-        beside = _has_paper(table)
-        digits = table.benchmark.digits
-        rows = [[label, *(_text(table.entry(label, c), digits, beside) for c in table.columns)] for label in table.rows]
-        heading = f"**{_heading(table)}**"
+        beside, digits = _has_paper(table), table.benchmark.digits
+
+        def show(entry: Entry, beside: bool = beside, digits: int = digits) -> str:
+            if entry.is_empty:
+                return ""
+            parts = [_measured(entry, digits), *(_paper(entry, digits) if beside else [])]
+            return " / ".join(parts).strip()
+
         notes = LEGEND if beside else LEGEND_ALONE
         if table.notes:
             notes += f" {'; '.join(table.notes)}."
-        blocks.append("\n".join([heading, "", markdown_table([table.corner, *table.columns], rows), "", notes]))
+        grid = markdown_table([table.corner, *table.columns], _lines(table, show))
+        blocks.append("\n".join([f"**{_heading(table)}**", "", grid, "", notes]))
     return "\n\n".join(blocks) + "\n"
-
-
-def _heading(table: Table) -> str:
-    # A part without a figure of the paper has the form of its table, but is not that table.
-    return f"Table {table.number}: {table.title}" if _has_paper(table) else f"As Table {table.number}: {table.title}"
 
 
 _LATEX_SPECIAL = {"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$", MINUS: "$-$"}
@@ -85,62 +89,49 @@ def _escape(text: str) -> str:
 def _latex(tables: Sequence[Table]) -> str:
     blocks = []
     for table in tables:
-        beside, digits = _has_paper(table), table.benchmark.digits
+        digits = table.benchmark.digits
+
+        def show(entry: Entry, digits: int = digits) -> str:
+            text = _escape(_measured(entry, digits))
+            inner = _escape(", ".join(filter(None, _paper(entry, digits))))
+            return f"{text} {{\\scriptsize({inner})}}".strip() if inner else text
+
         lines = [r"\begin{table}", r"\centering", rf"\caption{{{_escape(_heading(table))}}}"]
         lines += [rf"\begin{{tabular}}{{l{'r' * len(table.columns)}}}", r"\toprule"]
         lines += [" & ".join(map(_escape, (table.corner, *table.columns))) + r" \\", r"\midrule"]
-        for label in table.rows:
-            cells = [_latex_cell(table.entry(label, column), digits, beside) for column in table.columns]
-            lines.append(" & ".join([_escape(label), *cells]) + r" \\")
-        lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
-        blocks.append("\n".join(lines))
+        lines += [" & ".join([_escape(label), *cells]) + r" \\" for label, *cells in _lines(table, show)]
+        blocks.append("\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]))
     return "\n\n".join(blocks) + "\n"
 
 
-def _latex_cell(entry: Entry, digits: int, beside: bool) -> str:
-    text = _escape(_measured(entry, digits))
-    if beside and entry.paper is not None:
-        inner = [_number(entry.paper, digits), _number(entry.difference, digits, sign=True)]
-        text += rf" {{\scriptsize({_escape(', '.join(part for part in inner if part))})}}"
-    return text.strip()
-
-
 def _records(tables: Sequence[Table]) -> list[dict[str, Any]]:
-    records = []
-    for table in tables:
-        for row in table.rows:
-            for column in table.columns:
-                entry = table.entry(row, column)
-                if entry.is_empty:
-                    continue
-                records.append(
-                    {
-                        "table": table.number,
-                        "benchmark": table.benchmark.name,
-                        "task": table.benchmark.task,
-                        "metric": table.benchmark.metric,
-                        "unit": table.benchmark.unit,
-                        "model": table.model,
-                        "row": row,
-                        table.corner if table.corner == "ratio" else "budget": column,
-                        "measured": entry.measured,
-                        "paper": entry.paper,
-                        "difference": entry.difference,
-                        "effective_budget": entry.effective_budget,
-                        "failed": entry.failed,
-                        "title": table.title,
-                    }
-                )
-    return records
+    return [
+        {
+            "table": table.number,
+            "benchmark": table.benchmark.name,
+            "task": table.benchmark.task,
+            "metric": table.benchmark.metric,
+            "unit": table.benchmark.unit,
+            "model": table.model,
+            "row": row_label(row),
+            "budget": None if table.corner == "ratio" else column,
+            "ratio": column if table.corner == "ratio" else None,
+            **dataclasses.asdict(entry),
+            "difference": entry.difference,
+            "title": table.title,
+        }
+        for table in tables
+        for row, entries in table.rows.items()
+        for column, entry in entries.items()
+    ]
 
 
 def _csv(tables: Sequence[Table]) -> str:
-    names = "table benchmark task metric unit model row budget ratio measured paper difference".split()
-    names += ["effective_budget", "failed", "title"]
+    records = _records(tables)
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, names, lineterminator="\n")
+    writer = csv.DictWriter(buffer, list(records[0]) if records else [], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_records(tables))
+    writer.writerows(records)
     return buffer.getvalue()
 
 

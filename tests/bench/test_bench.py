@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import statistics
 
 import pytest
 import torch
@@ -14,16 +14,25 @@ from typer.testing import CliRunner
 import sparsemm
 from sparsemm.bench import e2e
 from sparsemm.bench.baselines import CopyingLoop, kvpress_snapkv
+from sparsemm.bench.cells import BenchCell, BenchResults
 from sparsemm.bench.efficiency import PAPER_SPEEDUP, format_tables, plot_efficiency
 from sparsemm.bench.host import VICUNA, layer_costs, token_overhead
-from sparsemm.bench.measure import copy_bandwidth, full_cache_bytes, measure, row_bytes, step_weight_bytes, weight_bytes
-from sparsemm.bench.memory import peak_new_bytes
-from sparsemm.bench.shapes import SHAPES, prompt_inputs, random_model
+from sparsemm.bench.measure import measure
+from sparsemm.bench.memory import copy_bandwidth, peak_new_bytes, row_bytes, step_weight_bytes, weight_bytes
+from sparsemm.bench.shapes import (
+    AttentionShape,
+    attention_shape,
+    prompt_inputs,
+    random_model,
+    shape_config,
+    skewed_head_scores,
+)
 from sparsemm.bench.throughput import largest_batch
 from sparsemm.cli import app
 from sparsemm.decoding import DecodeLoop
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.models import family_of
+from sparsemm.runs.spread import spread_of
 
 CPU = torch.device("cpu")
 
@@ -51,7 +60,8 @@ def snapkv(budget=48):
 def test_shapes_are_those_of_the_checkpoints(name, shape, billions):
     import transformers
 
-    config = SHAPES[name]()
+    config = shape_config(name)
+    assert attention_shape(config) == AttentionShape(*shape)
     with torch.device("meta"):
         model = getattr(transformers, family_of(config).model_class)._from_config(config, dtype=torch.bfloat16)
     text = config.get_text_config()
@@ -60,6 +70,18 @@ def test_shapes_are_those_of_the_checkpoints(name, shape, billions):
     assert sum(parameter.numel() for parameter in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
     layers, _, kv_heads, head_dim = shape
     assert row_bytes(model) == 2 * layers * kv_heads * head_dim * 2
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (28, 28)])
+def test_skewed_scores_are_as_concentrated_as_the_release(shape):
+    values = skewed_head_scores(*shape).values.flatten()
+    count = values.numel()
+    ranked = values.sort(descending=True).values / values.sum()
+    assert float(ranked[: round(0.05 * count)].sum()) == pytest.approx(0.55, abs=0.005)
+    assert float(ranked[0] * count) == pytest.approx(26, abs=0.5)
+    assert int((values == 0).sum()) == round(0.01 * count)
+    assert torch.equal(values, skewed_head_scores(*shape).values.flatten())
+    assert int(values.argmax()) > 0, "places are drawn"
 
 
 @pytest.mark.parametrize("model_name", ["tiny", "qwen2-vl", "llava-mistral"])
@@ -84,22 +106,21 @@ def test_prompts_have_exactly_the_tokens_asked_for(model_name, tiny):
 
 def test_bytes_and_operators_of_a_measurement_are_exact(tiny):
     inputs, steps, warmup = prompt_inputs(tiny, 120), 6, 2
-    found = measure(tiny, inputs, "snapkv", snapkv(), steps=steps, warmup=warmup)
+    times, found = measure(tiny, inputs, "snapkv", snapkv(), steps=steps, warmup=warmup)
     lists, row, layers = 8, 2 * 32 * 4, 4
     slots = layers * lists * (48 + steps + warmup + 1 + 8)
-    assert found.cache_bytes == slots * row + layers * 4 * (2 * lists + 2)
-    assert found.full_cache_bytes == (120 + steps + warmup) * layers * lists * row
-    assert found.effective_budget == 48
-    assert len(found.steps) == steps
-    assert len(found.prefill) == 1
-    assert min(found.steps) > 0
-    longer = measure(tiny, prompt_inputs(tiny, 300), "snapkv", snapkv(), steps=2, warmup=0, repeats=2)
-    assert (longer.operators, longer.launches) == (found.operators, found.launches)
-    assert len(longer.prefill) == 2
-    stock = measure(tiny, inputs, "hf", sparsemm.CompressionConfig("fullkv"), steps=3, warmup=1)
-    assert stock.launches > found.launches
-    assert stock.cache_bytes is None
-    assert weight_bytes(tiny) + found.cache_bytes < found.peak_bytes < stock.peak_bytes
+    assert found["cache_bytes"] == slots * row + layers * 4 * (2 * lists + 2)
+    assert found["full_cache_bytes"] == (120 + steps + warmup) * layers * lists * row
+    assert found["effective_budget"] == 48
+    assert len(times["step"]) == steps and min(times["step"]) > 0
+    assert len(times["first_token"]) == 1
+    times, longer = measure(tiny, prompt_inputs(tiny, 300), "snapkv", snapkv(), steps=2, warmup=0, repeats=2)
+    assert (longer["operators"], longer["launches"]) == (found["operators"], found["launches"])
+    assert len(times["first_token"]) == 2
+    _, stock = measure(tiny, inputs, "hf", sparsemm.CompressionConfig("fullkv"), steps=3, warmup=1)
+    assert stock["launches"] > found["launches"]
+    assert stock["cache_bytes"] is None
+    assert weight_bytes(tiny) + found["cache_bytes"] < found["peak_bytes"] < stock["peak_bytes"]
     assert not hasattr(tiny.model.language_model.layers[0].self_attn, "_old_forward")
 
 
@@ -110,7 +131,7 @@ def test_bytes_that_a_step_reads(tiny):
     assert step_weight_bytes(tiny) == language + head
     buffers = sum(buffer.nbytes for buffer in tiny.buffers())
     assert weight_bytes(tiny) == sum(p.nbytes for p in parameters.values()) + buffers
-    assert full_cache_bytes(tiny, 3, 10) == 3 * 10 * 2 * 32 * 8 * 4 * 4
+    assert row_bytes(tiny) == 2 * 32 * 8 * 4 * 4
     assert copy_bandwidth(CPU, 1 << 20) > 1e8
 
 
@@ -157,12 +178,14 @@ def test_the_largest_batch_is_what_the_limit_holds(tiny, method):
     inputs = prompt_inputs(tiny, 200)
     config = snapkv() if method == "snapkv" else sparsemm.CompressionConfig("fullkv")
     weights = weight_bytes(tiny)
-    found = largest_batch(tiny, inputs, method, config, steps=2, limit_bytes=weights + 8_000_000)
-    assert found.largest_batch == int(0.9 * 8_000_000 / found.bytes_per_sequence)
-    assert found.tokens_per_second == pytest.approx(1000 * found.largest_batch / found.ms_per_step)
+    limit = weights + 8_000_000
+    times, found = largest_batch(tiny, inputs, method, config, steps=2, limit_bytes=limit)
+    assert found["largest_batch"] == int(0.9 * 8_000_000 / found["bytes_per_sequence"])
+    assert found["tokens_per_second"] == pytest.approx(found["largest_batch"] / statistics.median(times["step"]))
     if method == "snapkv":  # rows kept, slots for the steps, and the index tensors
-        assert found.bytes_per_sequence == 4 * 8 * (48 + 6) * 2 * 32 * 4 + 4 * 4 * 18
-    assert largest_batch(tiny, inputs, method, config, steps=2, limit_bytes=weights + 1000) is None
+        assert found["bytes_per_sequence"] == 4 * 8 * (48 + 6) * 2 * 32 * 4 + 4 * 4 * 18
+    with pytest.raises(ConfigError, match="does not fit"):
+        largest_batch(tiny, inputs, method, config, steps=2, limit_bytes=weights + 1000)
 
 
 def test_a_repeated_cache_decodes_each_copy_as_the_one(tiny):
@@ -193,9 +216,9 @@ def small_run(model, path, methods=("hf", "fullkv", "sparsemm", "original"), **o
 
 def test_the_grid():
     pairs = e2e.make_workloads(["hf", "mask", "snapkv", "kvpress"], [32, 64], [128], [1], [128])
-    latency = [(each.method, each.budget) for each in pairs if each.kind == "latency"]
+    latency = [(each["method"], each["budget"]) for each in pairs if each["kind"] == "latency"]
     assert latency == [("hf", None), ("mask", None), ("snapkv", 32), ("snapkv", 64), ("kvpress", 32), ("kvpress", 64)]
-    throughput = [(each.method, each.budget) for each in pairs if each.kind == "throughput"]
+    throughput = [(each["method"], each["budget"]) for each in pairs if each["kind"] == "throughput"]
     assert throughput == [("hf", None), ("mask", None), ("snapkv", 32), ("snapkv", 64)]
     with pytest.raises(ConfigError, match="'snap' is unknown"):
         e2e.make_workloads(["snap"], [32], [128], [1], [])
@@ -205,33 +228,30 @@ def test_the_grid():
 
 def test_finished_cells_are_kept(tiny, tmp_path, monkeypatch):
     path = tmp_path / "results.json"
-    document = small_run(tiny, path)
-    assert json.loads(path.read_text()) == document
-    assert len(document["cells"]) == 4 * 2 * 2 + 3
-    assert {cell["status"] for cell in document["cells"]} == {"ok"}
-    keys = [
-        tuple(cell[name] for name in ("kind", "method", "budget", "prompt_tokens", "batch"))
-        for cell in document["cells"]
-    ]
-    assert len(set(keys)) == len(keys)
-    for cell in document["cells"]:
-        if cell["kind"] == "latency":
-            assert cell["floor_share"] == pytest.approx(cell["floor_ms"] / cell["ms_per_token"])
-            assert cell["ms_p10"] <= cell["ms_per_token"] <= cell["ms_p90"]
-            if cell["method"] == "sparsemm":
-                assert cell["effective_budget"] == 40
-                assert cell["launches"] > 0
+    results = small_run(tiny, path)
+    assert BenchResults.load(path) == results
+    assert len(results.runs) == len({cell.key for cell in results.runs}) == 4 * 2 * 2 + 3
+    assert {cell.status for cell in results.runs} == {"ok"}
+    for cell in results.runs:
+        times, figures = cell.times["step"], cell.figures
+        assert times["q25"] <= times["median"] <= times["q75"] and times["count"] == 3
+        if cell.place["kind"] == "latency":
+            assert figures["floor_share"] == pytest.approx(figures["floor_seconds"] / times["median"])
+            assert figures["tokens_per_second"] == pytest.approx(cell.place["batch"] / times["median"])
+            if cell.place["method"] == "sparsemm":
+                assert figures["effective_budget"] == 40
+                assert figures["launches"] > 0
     # an interrupted run: the last cells are missing
-    shorter = copy.deepcopy(document)
-    del shorter["cells"][-3:]
-    path.write_text(json.dumps(shorter))
+    document = json.loads(path.read_text())
+    del document["cells"][-3:]
+    path.write_text(json.dumps(document))
     measured = []
     original = e2e.largest_batch
     monkeypatch.setattr(e2e, "largest_batch", lambda *args, **kw: measured.append(args[2]) or original(*args, **kw))
     again = small_run(tiny, path)
     assert measured == ["hf", "fullkv", "sparsemm"]
-    assert again["cells"][:-3] == document["cells"][:-3]
-    assert len(again["cells"]) == len(document["cells"])
+    assert again.runs[:-3] == results.runs[:-3]
+    assert len(again.runs) == len(results.runs)
     with pytest.raises(DataError, match="other settings"):
         e2e.run(tiny, [], model_name="another", output=path)
     path.write_text("{}")
@@ -243,31 +263,35 @@ def test_a_baseline_that_is_missing_does_not_end_the_run(tiny):
     with pytest.raises(ConfigError, match="not installed"), kvpress_snapkv(tiny, 40, 32, 64):
         pass
     workloads = e2e.make_workloads(["kvpress", "snapkv"], [40], [64], [1], [])
-    cells = e2e.run(tiny, workloads, model_name="tiny", steps=2, warmup=0, progress=False)["cells"]
-    assert "not installed" in cells[0]["status"]
-    assert cells[1]["status"] == "ok"
+    cells = e2e.run(tiny, workloads, model_name="tiny", steps=2, warmup=0, progress=False).runs
+    assert "not installed" in cells[0].status
+    assert cells[1].status == "ok"
 
 
 def test_tables_and_figure(tiny, tmp_path):
-    document = small_run(tiny, None)
-    text = format_tables(document)
+    results = small_run(tiny, None)
+    text = format_tables(results)
     assert text.count("\n") + 1 == 2 + 16 + 1 + 2 + 3
     assert "paper" not in text
-    plot_efficiency(document, tmp_path / "efficiency.svg")
+    plot_efficiency(results, tmp_path / "efficiency.svg")
     assert "<svg" in (tmp_path / "efficiency.svg").read_text()
     with pytest.raises(DataError, match="image format"):
-        plot_efficiency(document, tmp_path / "efficiency.txt")
+        plot_efficiency(results, tmp_path / "efficiency.txt")
+    results.runs.append(BenchCell(results.runs[0].place, "out of memory"))
+    assert "out of memory" in format_tables(results)
+    results.runs.clear()
     with pytest.raises(DataError, match="nothing to draw"):
-        plot_efficiency({**document, "cells": []}, tmp_path / "efficiency.svg")
+        plot_efficiency(results, tmp_path / "efficiency.svg")
     with pytest.raises(DataError, match="no result"):
-        format_tables({**document, "cells": []})
+        format_tables(results)
 
 
 def test_measured_figures_stand_beside_the_papers():
     def cell(method, prompt, ms, peak, budget=None):
-        numbers = dict(ttft_ms=1.0, tokens_per_second=1.0, graph=True, floor_share=0.5, cache_bytes=1, rest_bytes=1)
-        place = dict(kind="latency", method=method, budget=budget, prompt_tokens=prompt, batch=1, status="ok")
-        return {**place, **numbers, "ms_per_token": ms, "peak_bytes": peak, "kernels": 9, "launches": 9}
+        figures = dict(tokens_per_second=1.0, graph=True, floor_share=0.5, cache_bytes=1, rest_bytes=1, kernels=9)
+        place = dict(kind="latency", method=method, budget=budget, prompt_tokens=prompt, batch=1)
+        times = {"first_token": spread_of([1.0]), "step": spread_of([ms / 1000])}
+        return BenchCell(place, "ok", times, {**figures, "peak_bytes": peak, "launches": 9})
 
     cells = [
         cell("hf", 32768, 40.0, 33_000_000_000),
@@ -275,7 +299,7 @@ def test_measured_figures_stand_beside_the_papers():
         cell("sparsemm", 32768, 8.0, 16_000_000_000, 256),
         cell("snapkv", 16384, 9.0, 15_000_000_000, 256),
     ]
-    text = format_tables({"cells": cells, "settings": {"model": "vicuna-7b"}})
+    text = format_tables(BenchResults({"model": "vicuna-7b"}, cells))
     rows = {
         line.split("|")[1].strip(): [part.strip() for part in line.split("|")[2:4]]
         for line in text.splitlines()
@@ -293,12 +317,13 @@ def test_measured_figures_stand_beside_the_papers():
 
 
 def test_layer_costs_keep_the_rows_of_the_plain_way():
-    figures = layer_costs(
+    times, figures = layer_costs(
         **{**VICUNA, "num_heads": 4, "num_kv_heads": 2, "prompt_tokens": 300, "budget": 64}, repeats=1
     )
     assert figures["rows_kept"] == figures["rows_by_formula"] == 128
     assert figures["bytes_held"] == figures["bytes_by_formula"]
-    assert all(figures[name] > 0 for name in ("compress_ratio", "append_ratio", "append_flat_ratio"))
+    assert figures["compress_ratio"] == times["compress_per_head"][0] / times["compress"][0]
+    assert all(figures[name] > 0 for name in ("append_ratio", "append_flat_ratio"))
 
 
 def test_the_plain_way_chooses_the_rows_of_the_package():
@@ -314,9 +339,9 @@ def test_the_plain_way_chooses_the_rows_of_the_package():
 
 
 def test_token_overhead_reports_every_way(tiny):
-    figures = token_overhead(tiny, prompt_tokens=40, tokens=4, rounds=1, budget=16)
+    times, figures = token_overhead(tiny, prompt_tokens=40, tokens=4, rounds=1, budget=16)
     for name in ("patched", "patched_full_cache", "own_loop"):
-        assert figures[f"{name}_ratio"] == pytest.approx(figures[f"{name}_ms"] / figures["unpatched_ms"])
+        assert figures[f"{name}_ratio"] == times[name][0] / times["unpatched"][0]
 
 
 # -- the program ---------------------------------------------------------------------------------------------------
@@ -335,6 +360,6 @@ def test_the_host_command(tmp_path):
     arguments = ["bench", "host", "--model", "tiny", "--rounds", "1", "--prompt-tokens", "128", "--budget", "48"]
     result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "host.json")], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    figures = json.loads((tmp_path / "host.json").read_text())
-    assert figures["layer"]["rows_kept"] == 48 * 32
-    assert figures["token"]["model"] == "tiny"
+    layer, token = BenchResults.load(tmp_path / "host.json").runs
+    assert layer.figures["rows_kept"] == 48 * 32 and layer.times["compress"]["count"] == 9
+    assert json.loads(result.stdout)["token"]["own_loop_ratio"] == token.figures["own_loop_ratio"]

@@ -14,13 +14,14 @@ from toy_models import TINY_MINIATURE
 import sparsemm.experiments.evaluate as engine
 from sparsemm.decoding.generation import generate_greedy, remember_image_features
 from sparsemm.errors import ConfigError, DataError
+from sparsemm.experiments import session
+from sparsemm.experiments.evaluate import Cell, Results
 from sparsemm.experiments.report import describe, format_table, plot_accuracy
 from sparsemm.experiments.session import PageBatches, heldout_pages
 from sparsemm.head_scores import HeadScores
 from sparsemm.miniatures.architectures import build_model, build_processor
 from sparsemm.models import family_of
 from sparsemm.runs.metrics import mean_metrics
-from sparsemm.runs.results import Cell, Results
 
 SCORES = HeadScores(torch.arange(1.0, 9.0).view(2, 4), source="test")
 NEW_TOKENS = 4
@@ -65,10 +66,7 @@ def test_cells_hold_what_was_run(reader: tuple[Any, Any], pages: list[Any], tmp_
         assert cell.ms_per_token > 0 and cell.prefill_ms > 0
         assert cell.environment["torch"] == torch.__version__
         assert cell.config["window_size"] == 4
-        assert {name: part["documents"] for name, part in cell.groups.items() if "/" not in name} == {
-            "read": 3,
-            "field": 2,
-        }
+        assert {task: len(cell.documents_of("anls", task)) for task in cell.tasks} == {"read": 3, "field": 2}
     small, full = cells[1], cells[0]
     rows = small.effective_budget + NEW_TOKENS
     row_bytes = 2 * 32 * 4 * TINY_MINIATURE.num_layers * TINY_MINIATURE.num_kv_heads
@@ -92,10 +90,10 @@ def test_scores_are_those_of_the_text_the_unpatched_model_gives(reader: tuple[An
     assert {name: getattr(cell, name) for name in whole} == pytest.approx(whole)
     read = [index for index, page in enumerate(pages) if page.task == "read"]
     part = mean_metrics([texts[index] for index in read], [pages[index].answer for index in read])
-    assert {name: cell.groups["read"][name] for name in part} == pytest.approx(part)
+    assert {name: cell.mean(name, "read") for name in part} == pytest.approx(part)
 
 
-def test_a_perfect_reader_scores_one_in_every_group(
+def test_a_perfect_reader_scores_one_on_every_page(
     reader: tuple[Any, Any], pages: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, processor = reader
@@ -114,35 +112,29 @@ def test_a_perfect_reader_scores_one_in_every_group(
         return processor.tokenizer(texts, padding=True, return_tensors="pt")["input_ids"], clock
 
     monkeypatch.setattr(PageBatches, "of", remember)
-    monkeypatch.setattr(engine, "generate_greedy", generate)
     monkeypatch.setattr("sparsemm.experiments.session.generate_greedy", generate)
     (cell,) = run(reader, pages, methods=["fullkv"])
     assert cell.accuracy == cell.exact_match == cell.anls == 1.0
-    assert all(part["exact_match"] == 1.0 for part in cell.groups.values())
+    assert cell.documents_of("exact_match") == [1.0] * 5
 
 
 def test_interrupted_runs_resume(
     reader: tuple[Any, Any], pages: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "results.json"
-    real, started = engine._run_cell, []
+    real, started, most = session.read, [], 2
 
-    def interrupted(model: Any, processor: Any, batches: Any, config: Any, *rest: Any) -> Cell:
-        if len(started) == 2:
+    def counted(model: Any, processor: Any, batches: Any, config: Any, tokens: int) -> Any:
+        if len(started) == most:
             raise KeyboardInterrupt
         started.append((config.method, config.budget))
-        return real(model, processor, batches, config, *rest)
+        return real(model, processor, batches, config, tokens)
 
-    monkeypatch.setattr(engine, "_run_cell", interrupted)
+    monkeypatch.setattr(session, "read", counted)
     with pytest.raises(KeyboardInterrupt):
         run(reader, pages, output=path)
     assert [cell.key for cell in Results.load(path).cells] == started == [("fullkv", None), ("snapkv", 16)]
-
-    def counted(model: Any, processor: Any, batches: Any, config: Any, *rest: Any) -> Cell:
-        started.append((config.method, config.budget))
-        return real(model, processor, batches, config, *rest)
-
-    monkeypatch.setattr(engine, "_run_cell", counted)
+    most = 100
     started.clear()
     cells = run(reader, pages, output=path)
     assert started == [("snapkv", 1000), ("sparsemm", 16), ("sparsemm", 1000), ("mask", None)]
@@ -235,7 +227,7 @@ def test_heldout_pages_spread_tasks_and_words() -> None:
 
 
 def cell(method: str, budget: int | None, accuracy: float) -> Cell:
-    part = {"accuracy": accuracy, "exact_match": 0.25, "anls": 0.5, "documents": 4}
+    part = {"accuracy": [accuracy] * 4, "exact_match": [0.0, 0.0, 0.0, 1.0], "anls": [0.5] * 4}
     return Cell(
         method=method,
         nominal_budget=budget,
@@ -245,7 +237,7 @@ def cell(method: str, budget: int | None, accuracy: float) -> Cell:
         accuracy=accuracy,
         exact_match=0.25,
         anls=0.5,
-        groups={"read": part, "field": part, "read/1 words": part},
+        scores={"field/2 lines": part, "read/1 words": part},
         cache_bytes=2048.0 * (budget or 220),
         full_cache_bytes=2048.0 * 220,
         ms_per_token=None if method == "mask" else 1.5,

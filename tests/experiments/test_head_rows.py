@@ -16,6 +16,7 @@ import sparsemm
 from sparsemm import CompressionConfig
 from sparsemm.decoding.generation import generate_greedy
 from sparsemm.errors import ConfigError, DataError
+from sparsemm.experiments import session
 from sparsemm.experiments.head_rows import (
     HeadRowsResults,
     _changed_method,
@@ -68,7 +69,8 @@ def test_runs_equal_a_method_written_by_hand() -> None:
         del METHODS["by_hand"]
     run = results.find(1, 0)
     assert run.accuracy == pytest.approx(sum(expected) / 3)
-    assert run.tasks == {"field": pytest.approx((expected[0] + expected[2]) / 2), "read": pytest.approx(expected[1])}
+    assert run.mean("accuracy", "field") == pytest.approx((expected[0] + expected[2]) / 2)
+    assert run.documents_of("accuracy", "read") == pytest.approx([expected[1]])
     table = changes(results)
     assert float(table[1, 0]) == pytest.approx(sum(expected) / 3 - 1.0)
     assert float(changes(results, "read")[1, 0]) == pytest.approx(expected[1] - 1.0)
@@ -131,11 +133,9 @@ def test_what_cannot_be_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_results_are_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sparsemm.experiments.head_rows as engine
-
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
     expected = experiment(output=whole)
-    original, calls = engine.read_scores, []
+    original, calls = session.read, []
 
     def counting(*arguments):
         if len(calls) == 3:
@@ -143,7 +143,7 @@ def test_results_are_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         calls.append(arguments)
         return original(*arguments)
 
-    monkeypatch.setattr(engine, "read_scores", counting)
+    monkeypatch.setattr(session, "read", counting)
     with pytest.raises(KeyboardInterrupt):
         experiment(output=parts)
     assert len(HeadRowsResults.load(parts).runs) == 3 and "head_rows" not in METHODS
@@ -161,7 +161,7 @@ def test_table_and_map(tmp_path: Path) -> None:
     lines = format_head_rows(results, SCORES, most=3).splitlines()
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == 2 + 1 + 3 and len({len(line) for line in table}) == 1
-    largest = min(results.runs[1:], key=lambda run: min(run.tasks.values()))
+    largest = min(results.runs[1:], key=lambda run: min(run.mean("accuracy", task) for task in run.tasks))
     assert f"{largest.layer}-{largest.head}" in table[3]
     kv_scores = SCORES.values.view(2, 2, 2).sum(-1) / SCORES.values.sum()
     assert f"{100 * kv_scores[largest.layer, largest.head]:.1f} %" in table[3]

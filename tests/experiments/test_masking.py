@@ -14,6 +14,7 @@ import sparsemm
 from sparsemm import CompressionConfig
 from sparsemm.decoding.generation import generate_greedy
 from sparsemm.errors import ConfigError, DataError, HeadScoreError
+from sparsemm.experiments import session
 from sparsemm.experiments.masking import (
     MaskedRun,
     MaskingResults,
@@ -53,7 +54,8 @@ def test_runs_equal_generation_with_the_same_heads_masked() -> None:
             text = processor.tokenizer.decode(generate_greedy(model, inputs, 8)[0][0], skip_special_tokens=True)
             accuracies.append(character_accuracy(text, page.answer))
     assert visual.accuracy == pytest.approx(sum(accuracies) / 3) and visual.accuracy < 1.0
-    assert visual.tasks == {"field": pytest.approx((accuracies[0] + accuracies[2]) / 2), "read": accuracies[1]}
+    assert visual.mean("accuracy", "field") == pytest.approx((accuracies[0] + accuracies[2]) / 2)
+    assert visual.documents_of("accuracy", "read") == [accuracies[1]] and visual.tasks == ["field", "read"]
     assert visual.share == 3 / 8
 
 
@@ -92,12 +94,10 @@ def test_shares_and_impossible_numbers() -> None:
 
 
 def test_results_are_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sparsemm.experiments.masking as engine
-
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
     expected = experiment(output=whole)
     calls = []
-    original = engine.read_scores
+    original = session.read
 
     def counting(*args):
         if len(calls) == 4:
@@ -105,11 +105,11 @@ def test_results_are_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         calls.append(args[3])
         return original(*args)
 
-    monkeypatch.setattr(engine, "read_scores", counting)
+    monkeypatch.setattr(session, "read", counting)
     with pytest.raises(KeyboardInterrupt):
         experiment(output=parts)
     assert len(MaskingResults.load(parts).runs) == 4
-    monkeypatch.setattr(engine, "read_scores", original)
+    monkeypatch.setattr(session, "read", original)
     assert experiment(output=parts) == expected
     assert json.loads(parts.read_text())["runs"] == json.loads(whole.read_text())["runs"]
     with pytest.raises(DataError, match="mask_mode"):
@@ -124,7 +124,8 @@ def test_results_are_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def by_hand() -> list[MaskedRun]:
     def run(kind: str, count: int, seed: int | None, accuracy: float) -> MaskedRun:
-        return MaskedRun(kind, count, count / 32, seed, accuracy, accuracy / 2, accuracy, {})
+        means = dict(accuracy=accuracy, exact_match=accuracy / 2, anls=accuracy)
+        return MaskedRun(kind, count, count / 32, seed, **means, scores={})
 
     return [
         run("none", 0, None, 0.9), run("visual", 2, None, 0.4), run("random", 2, 0, 0.8), run("random", 2, 1, 0.6),

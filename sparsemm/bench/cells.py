@@ -1,0 +1,128 @@
+"""What every benchmark here writes: cells of times and figures in one form of file, each in it as soon as it ends."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from sparsemm.errors import ConfigError
+from sparsemm.runs.results import Run, RunFile, environment
+from sparsemm.runs.spread import Spread, spread_of
+
+Times = dict[str, list[float]]
+"""Seconds measured, by what took them."""
+
+OK = "ok"
+
+
+@dataclass(frozen=True)
+class BenchCell(Run):
+    """One point of a benchmark's grid.
+
+    Attributes:
+        place: What was measured: operation or kind, method, prompt, ...
+        status: "ok", or in words why there are no figures.
+        times: Seconds, by what took them.
+        figures: Everything else that was measured or counted.
+    """
+
+    place: dict[str, Any]
+    status: str = OK
+    times: dict[str, Spread] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str]:
+        return place_key(self.place)
+
+    def ms(self, name: str) -> float:
+        """Median milliseconds of `name`."""
+        return 1000 * self.times[name]["median"]
+
+
+class BenchResults(RunFile[BenchCell]):
+    """The cells of one benchmark; its settings name it."""
+
+    FORMAT = "sparsemm-benchmark"
+    SUBJECT = "a benchmark"
+    RUN = BenchCell
+    LISTED = "cells"
+
+
+def place_key(place: dict[str, Any]) -> tuple[str]:
+    """What tells cells apart, whatever the order of the names."""
+    return (json.dumps(place, sort_keys=True),)
+
+
+def run_benchmark(
+    name: str,
+    places: Iterable[dict[str, Any]],
+    measure: Callable[[dict[str, Any]], tuple[Times, dict[str, Any]]],
+    *,
+    device: torch.device,
+    settings: dict[str, Any],
+    output: Path | None = None,
+    fresh: bool = False,
+    time_limit: float | None = None,
+    progress: bool = True,
+) -> BenchResults:
+    """Measure the places that `output` does not hold yet; each finished one is in the file at once.
+
+    What does not fit into memory, or cannot be run here (`ConfigError`), becomes a cell that says so.
+
+    Args:
+        name: Of the benchmark.
+        places: Points of its grid.
+        measure: Seconds and figures of a place.
+        device: Its memory is given back after every cell.
+        settings: What cells of one file have to agree in; what is in "environment" may differ.
+        output: Result file (JSON).
+        fresh: Forget what it holds.
+        time_limit: Seconds after which no further cell is begun; the next run with the same settings goes on.
+        progress: Show a progress bar.
+
+    Raises:
+        DataError: `output` holds results of other settings.
+    """
+    place = {**environment(device), **settings.get("environment", {})}
+    results = BenchResults.open(output, {"benchmark": name, **settings, "environment": place}, fresh=fresh)
+    by_key = {place_key(each): each for each in places}
+    began = time.monotonic()
+    with tqdm(results.missing(by_key), unit="cell", disable=not progress) as bar:
+        for key in bar:
+            if time_limit is not None and time.monotonic() - began > time_limit:
+                break
+            bar.set_description(" ".join(str(value) for value in by_key[key].values() if value is not None))
+            try:
+                times, figures = measure(by_key[key])
+                spreads = {what: spread_of(values) for what, values in times.items()}
+                cell = BenchCell(by_key[key], OK, spreads, figures)
+            except torch.cuda.OutOfMemoryError:
+                cell = BenchCell(by_key[key], "out of memory")
+            except ConfigError as error:  # a baseline that is not installed, a budget below the window
+                cell = BenchCell(by_key[key], str(error))
+            release_memory(device)
+            results.add(cell)
+    return results
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what finished runs held on a GPU; a CPU's peak is not measured."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()

@@ -1,0 +1,131 @@
+"""Pictures of methods as lines, over budgets or prompt lengths: one panel or many, one legend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparsemm.errors import DataError
+from sparsemm.runs.plots import LABELS, new_figure, plain_axes, save_figure
+
+# A colour of the palette and a marker each, for print without colour.
+_STYLES = {
+    "sparsemm": ("#D55E00", "o"),
+    "snapkv": ("#0072B2", "s"),
+    "pyramidkv": ("#009E73", "^"),
+    "adakv": ("#CC79A7", "D"),
+    "random": ("#7A7A7A", "v"),
+}
+_OTHER_STYLES = (("#E69F00", "P"), ("#56B4E9", "X"), ("#000000", "*"), ("#F0A58A", "p"))
+_LEVELS = {"fullkv": ("black", "--"), "mask": ("#56B4E9", "-."), "mask_random": ("#B8860B", ":")}
+
+
+@dataclass
+class Panel:
+    """One pair of axes.
+
+    Attributes:
+        y_label: What is drawn.
+        title: Above it.
+        lines: By method: (x, y).
+        levels: Of methods that have one value only: a horizontal line.
+    """
+
+    y_label: str
+    title: str | None = None
+    lines: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    levels: dict[str, float] = field(default_factory=dict)
+
+    def add(self, method: str, x: float | None, y: float) -> None:
+        """One value; without an `x` that of a level."""
+        if x is None:
+            self.levels[method] = y
+        else:
+            self.lines.setdefault(method, []).append((x, y))
+
+    @property
+    def places(self) -> list[float]:
+        """All x."""
+        return sorted({x for points in self.lines.values() for x, *_ in points})
+
+
+def draw_panels(
+    rows: Sequence[Sequence[Panel]],
+    path: str | Path,
+    *,
+    x_label: str,
+    x_form: Callable[[float], str] = "{:g}".format,
+    labels: Mapping[str, str] = LABELS,
+    title: str | None = None,
+    size: tuple[float, float] = (4.6, 3.4),
+) -> None:
+    """Draw the panels, row by row, with one legend below them.
+
+    Args:
+        rows: Panels; rows may differ in number.
+        path: Image file; its ending chooses the format (png, svg, pdf).
+        x_label, x_form: Of the logarithmic x axes: what, and how ticks are written.
+        labels: Names of methods.
+        title: Above all.
+        size: Inches of one panel.
+
+    Raises:
+        DataError: No panel holds a line, or the file ending is unknown.
+    """
+    if not any(panel.lines for row in rows for panel in row):
+        raise DataError("no result has a budget, so there is nothing to draw a line through")
+    width = max(map(len, rows))
+    figure = new_figure(size[0] * width, size[1] * len(rows) + 0.5)
+    legend: dict[str, Any] = {}
+    for row, all_axes in zip(rows, figure.subplots(len(rows), width, squeeze=False), strict=True):
+        for axes in all_axes[len(row) :]:
+            axes.set_axis_off()
+        for panel, axes in zip(row, all_axes, strict=False):
+            _draw(axes, panel, labels)
+            _log2_axis(axes, panel.places, x_label, x_form)
+            plain_axes(axes, panel.title)
+            axes.set_ylim(bottom=0)
+            axes.set_ylabel(panel.y_label)
+            handles, names = axes.get_legend_handles_labels()
+            legend |= dict(zip(names, handles, strict=True))
+    if title:
+        figure.suptitle(title, fontsize=11)
+    columns = max(2, int(size[0] * width / 1.9))
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    save_figure(figure, path)
+
+
+def _draw(axes: Any, panel: Panel, labels: Mapping[str, str]) -> None:
+    for method in sorted(panel.levels, key=list(_LEVELS).index):
+        colour, dashes = _LEVELS[method]
+        axes.axhline(panel.levels[method], color=colour, linestyle=dashes, linewidth=1.4, label=labels[method])
+    others = iter(_OTHER_STYLES * len(panel.lines))
+    for method in sorted(panel.lines, key=lambda name: list(_STYLES).index(name) if name in _STYLES else len(_STYLES)):
+        colour, marker = _STYLES[method] if method in _STYLES else next(others)
+        own = method == "sparsemm"
+        axes.plot(
+            *zip(*sorted(panel.lines[method]), strict=True),
+            color=colour,
+            marker=marker,
+            markersize=6 if own else 5,
+            linewidth=2.4 if own else 1.5,
+            zorder=3 if own else 2,
+            label=labels.get(method, method),
+        )
+
+
+def _log2_axis(axes: Any, values: Sequence[float], label: str, form: Callable[[float], str]) -> None:
+    """A logarithmic x axis with a tick at each value, left out where labels would run into one another."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    ticks: list[float] = []
+    for value in values:
+        if not ticks or value >= 1.25 * ticks[-1]:
+            ticks.append(value)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel(label)
