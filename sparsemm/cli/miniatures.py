@@ -9,51 +9,68 @@ from typing import Annotated, Literal
 import typer
 
 from sparsemm.cli.common import DEFAULT_MODEL, MINIATURES, resolve_model
-from sparsemm.cli.options import JsonOption
+from sparsemm.cli.options import FreshOption, JsonOption, QuietOption
 from sparsemm.cli.program import Program
 
 app = Program(help="Train and evaluate the miniatures.")
 FamilyOption = Annotated[Literal[MINIATURES], typer.Option(help="Which miniature.")]
-FolderOption = Annotated[Path | None, typer.Option(help="Checkpoints [default: runs/miniatures/<family>].")]
+FolderOption = Annotated[Path | None, typer.Option(help="Checkpoint [default: runs/miniatures/<family>].")]
+ExportOption = Annotated[Path | None, typer.Option(help="Folder to write the model to [default: <folder>/<family>].")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of weights and pages.")]
+ThreadsOption = Annotated[int, typer.Option(min=1, help="CPU threads; another number gives slightly other weights.")]
+PagesOption = Annotated[int, typer.Option(min=1, help="Held-out pages for each number of words.")]
 
 
 @app.command()
 def train(
     family: FamilyOption,
     folder: FolderOption = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights and pages.")] = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the folder's checkpoint.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    output: ExportOption = None,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = 1,
+    steps: Annotated[int | None, typer.Option(min=1, help="End this run after so many; the next goes on.")] = None,
+    fresh: FreshOption = False,
+    pages: PagesOption = 50,
+    no_progress: QuietOption = False,
 ) -> None:
-    """Train a miniature from nothing; stop it at any time and go on with --resume."""
-    import torch
-
+    """Train a miniature from nothing to a folder that every command takes; run it again to go on where it stopped."""
+    from sparsemm.miniatures.export import export as write
     from sparsemm.miniatures.train import train as run
 
     logging.getLogger("sparsemm").setLevel(logging.INFO)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    typer.echo(run(family, folder=folder, seed=seed, resume=resume))
+    folder = folder or Path("runs/miniatures") / family
+    trainer = run(family, folder, seed=seed, threads=threads, steps=steps, fresh=fresh, progress=not no_progress)
+    if trainer.stage is None:
+        typer.echo(write(trainer, output or folder / family, pages=pages)["summary"])
+    else:
+        typer.echo(
+            f"{trainer.progress.total_steps} steps done, in stage {trainer.stage.name}; the same command goes on"
+        )
 
 
 @app.command()
 def export(
     family: FamilyOption,
     folder: FolderOption = None,
-    output: Annotated[Path | None, typer.Option(help="Folder to write [default: <folder>/export].")] = None,
-    pages: Annotated[int, typer.Option(min=1, help="Held-out pages for each number of words.")] = 50,
+    output: ExportOption = None,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = 1,
+    pages: PagesOption = 50,
 ) -> None:
-    """Write a run's weights, its reading of held-out pages and its card as a folder that every command takes."""
-    from sparsemm.miniatures.export import export as run
+    """Write an unfinished run's weights as they are, with their reading of held-out pages and a card."""
+    from sparsemm.miniatures.export import export as write
+    from sparsemm.miniatures.train import Trainer
 
-    source = folder or Path("runs/miniatures") / family
-    typer.echo(run(family, source, output or source / "export", pages=pages)["summary"])
+    folder = folder or Path("runs/miniatures") / family
+    trainer = Trainer(family, folder, seed=seed, threads=threads)
+    trainer.load()
+    typer.echo(write(trainer, output or folder / family, pages=pages)["summary"])
 
 
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Option("--model", help="A miniature's name or folder.")] = DEFAULT_MODEL,
-    pages: Annotated[int, typer.Option(min=1, help="Pages for each number of words.")] = 50,
+    pages: PagesOption = 50,
     split: Annotated[str, typer.Option(help="heldout or train.")] = "heldout",
     output: JsonOption = None,
 ) -> None:

@@ -28,16 +28,16 @@ class Dimensions:
     num_heads: int = 8
     num_kv_heads: int = 4
     vision_layers: int = 2
-    vision_size: int = 96
-    vision_heads: int = 3
-    vision_intermediate: int = 384
+    vision_size: int = 192
+    vision_heads: int = 6
+    vision_intermediate: int = 768
     patch_size: int = 8
     page_size: int = 224
     cell: int = 16
     rope_theta: float = 10000.0
 
 
-_CLIP = dict(vision_layers=3, vision_size=128, vision_heads=4, vision_intermediate=320, patch_size=16)
+_CLIP = dict(vision_layers=3, patch_size=16)
 DIMENSIONS = {
     "llava-vicuna": Dimensions(num_kv_heads=8, **_CLIP),
     "llava-mistral": Dimensions(num_kv_heads=4, **_CLIP),

@@ -8,8 +8,9 @@ from functools import cache, lru_cache
 import numpy as np
 import torch
 
-from sparsemm.documents.layout import Layout, make_layout, max_words
+from sparsemm.documents.layout import Layout, field_prompt, make_layout, max_words
 from sparsemm.documents.render import render
+from sparsemm.documents.words import ALPHABET
 from sparsemm.miniatures.tokenizer import CHAT_TEMPLATES, build_tokenizer
 
 IGNORE = -100
@@ -17,7 +18,11 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Mix:
-    """Pages of `rows` x `columns` cells: `fewest_words`..`most_words` words, or forms of up to `most_fields` fields."""
+    """Pages of `rows` x `columns` cells: `fewest_words`..`most_words` words, or forms of up to `most_fields` fields.
+
+    `slips` is the share of an answer's characters that the model sees written wrong when it goes on: it learns not to
+    lose its place after an error of its own.
+    """
 
     rows: int = 14
     columns: int = 14
@@ -25,6 +30,7 @@ class Mix:
     most_words: int = 8
     most_fields: int = 6
     field_share: float = 0.3
+    slips: float = 0.05
 
 
 @dataclass
@@ -57,6 +63,48 @@ def prompt_ids(family: str, prompt: str) -> tuple[tuple[int, ...], tuple[int, ..
     )
     before, after = text.split(tokenizer.image_token)
     return tuple(tokenizer.encode(before)), tuple(tokenizer.encode(after))
+
+
+@lru_cache(maxsize=4096)
+def next_turn_ids(family: str, prompt: str) -> tuple[int, ...]:
+    """Token ids between an answer and the next in a conversation that goes on with `prompt`, as the template writes."""
+    tokenizer = tokenizer_of(family)
+    answered = "0000" + tokenizer.eos_token
+    turns = [("user", prompt), ("assistant", "0000"), ("user", prompt)]
+    text = tokenizer.apply_chat_template(
+        [{"role": role, "content": content} for role, content in turns],
+        chat_template=CHAT_TEMPLATES[family], add_generation_prompt=True, tokenize=False,
+    )  # fmt: skip
+    return tuple(tokenizer.encode(text.partition(answered)[2]))
+
+
+def questions(layout: Layout, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """What is asked about a page, with the answers: its own question, then a form's other fields in random order."""
+    asked = [(layout.prompt, layout.answer)]
+    if layout.task == "field":
+        texts = [word.text for word in layout.words]
+        fields = [
+            (field_prompt(label.rstrip(":")), value) for label, value in zip(texts[::2], texts[1::2], strict=True)
+        ]
+        asked += [fields[i] for i in rng.permutation(len(fields)) if fields[i] != asked[0]]
+    return asked
+
+
+def conversation(family: str, layout: Layout, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    """Token ids of a page's whole conversation, and the same with `IGNORE` wherever nothing is answered."""
+    tokenizer = tokenizer_of(family)
+    ids: list[int] = []
+    answers: list[int] = []
+    for prompt, answer in questions(layout, rng):
+        if ids:
+            turn = list(next_turn_ids(family, prompt))
+        else:
+            before, after = prompt_ids(family, prompt)
+            turn = [*before, *page_symbols(family, layout), *after]
+        reply = [*tokenizer.encode(answer), tokenizer.eos_token_id]
+        ids += turn + reply
+        answers += [IGNORE] * len(turn) + reply
+    return ids, answers
 
 
 def page_symbols(family: str, layout: Layout) -> list[int]:
@@ -108,20 +156,20 @@ def make_batch(
     rng = np.random.default_rng(list(seed))
     layouts = [draw_layout(rng, mix, split) for _ in range(batch_size)]
     pixels = np.stack([render(layout, rng, split)[0] for layout in layouts]) if draw else None
-    tokenizer = tokenizer_of(family)
-    sequences, starts = [], []
-    for layout in layouts:
-        before, after = prompt_ids(family, layout.prompt)
-        question = [*before, *page_symbols(family, layout), *after]
-        starts.append(len(question))
-        sequences.append([*question, *tokenizer.encode(layout.answer), tokenizer.eos_token_id])
+    conversations = [conversation(family, layout, rng) for layout in layouts]
     # Few different lengths: the CPU library compiles its kernels anew for every shape.
-    length = -(-(max(map(len, sequences)) - 1) // 32) * 32
-    input_ids = np.full((batch_size, length), tokenizer.pad_token_id, dtype=np.int64)
+    length = -(-(max(len(ids) for ids, _ in conversations) - 1) // 32) * 32
+    input_ids = np.full((batch_size, length), tokenizer_of(family).pad_token_id, dtype=np.int64)
     labels = np.full((batch_size, length), IGNORE, dtype=np.int64)
-    for row, (sequence, start) in enumerate(zip(sequences, starts, strict=True)):
-        input_ids[row, : min(length, len(sequence))] = sequence[:length]
-        labels[row, start - 1 : len(sequence) - 1] = sequence[start:]
+    for row, (ids, answers) in enumerate(conversations):
+        shown = np.array(ids[:-1])
+        if split == "train":
+            written = (np.array(answers[:-1]) != IGNORE) & (shown < len(ALPHABET))
+            wrong = written & (rng.random(len(shown)) < mix.slips)
+            shown[wrong] = rng.integers(len(ALPHABET), size=wrong.sum())
+        input_ids[row, : len(shown)] = shown
+        labels[row, : len(shown)] = answers[1:]
+    before, _ = prompt_ids(family, layouts[0].prompt)
     first = len(before)
     block, after_image = image_positions(family, first, mix.rows, mix.columns)
     image = slice(first, first + block.shape[1])

@@ -1,88 +1,123 @@
-"""Trains a miniature.
+"""Trains a miniature from nothing, stage after stage, and goes on after an interruption as if there had been none.
 
-Every batch is a function of (seed, stage, step), so a resumed run goes on exactly as an undisturbed one.
+A batch is a function of (seed, stage, step); the checkpoint is one file with all else that the next step depends on.
 """
 
 from __future__ import annotations
 
-import io
+import json
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
+from operator import mul
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparsemm.errors import DataError
-from sparsemm.io import read_json, write_bytes_atomic, write_json_atomic
+from sparsemm.io import write_bytes_atomic
 from sparsemm.miniatures.architectures import Dimensions, build_model
 from sparsemm.miniatures.batches import IGNORE, Batch, blank_ids, make_batch
-from sparsemm.miniatures.stages import CURRICULUM, Stage
+from sparsemm.miniatures.stages import CURRICULUM, SCHEDULE, Schedule, Stage
 from sparsemm.miniatures.vision import image_embeddings
 
 logger = logging.getLogger(__name__)
 
+LEARNING_RATE = 2e-3
+WARMUP = 50
+"""Steps over which the learning rate rises at the beginning of a stage."""
 GRADIENT_CLIP = 1.0
-AVERAGE_DECAY = 0.998
-"""Decay a step of the running mean of the weights, which is what gets exported."""
+AVERAGE_DECAY = 0.99
+"""Decay a step of the running mean of the weights, which is what is judged and exported."""
+NOISE = 0.3
+"""Length of the random vector added to a symbol's embedding, whose own length is 1."""
 
 
 @dataclass
 class Progress:
-    """Where a run stands: the stage being trained, the steps done in it, and its running training accuracy.
+    """Where a run stands: its stage, the steps done in it, how it was judged, and the steps of every stage so far.
 
-    `history` counts the steps of every stage.
+    `stale` counts the looks at held-out pages since the `best`. `curve` has (stage, steps of all stages, minutes,
+    held-out accuracy) of every look.
     """
 
     family: str
     seed: int
+    threads: int
     stage: int = 0
     step: int = 0
-    accuracy: float = 0.0
+    best: float = 0.0
+    stale: int = 0
+    halvings: int = 0
     total_steps: int = 0
     seconds: float = 0.0
     history: dict[str, int] = field(default_factory=dict)
+    curve: list[tuple[str, int, float, float]] = field(default_factory=list)
+
+
+@lru_cache(maxsize=1)
+def heldout_batches(family: str, stage: Stage, pages: int) -> tuple[Batch, ...]:
+    """The fixed held-out pages that `stage` is judged by: `pages` texts, and as many forms where it has forms."""
+    shares = (0.0, 1.0) if stage.mix.field_share else (0.0,)
+    mixes = [replace(stage.mix, field_share=share) for share in shares]
+    draw = stage.kind != "symbols"
+    return tuple(make_batch(family, mix, pages, (7, 7, 7), split="heldout", draw=draw) for mix in mixes)
 
 
 class Trainer:
-    """One run in `folder`: model, running mean of the weights, optimizer and progress.
-
-    A pages stage starts from the weights that the stages before left; each stage has its own optimizer state.
-    """
+    """One run in `folder`: model, running mean of the weights, optimizers (new for each stage) and progress."""
 
     def __init__(
-        self, family: str, folder: Path, *, seed: int = 0, stages: Sequence[Stage] = CURRICULUM,
-        dims: Dimensions | None = None,
+        self, family: str, folder: Path, *, seed: int = 0, threads: int = 1, stages: Sequence[Stage] = CURRICULUM,
+        schedule: Schedule = SCHEDULE, dims: Dimensions | None = None,
     ) -> None:  # fmt: skip
-        self.folder = folder
-        self.stages = tuple(stages)
-        self.progress = Progress(family, seed)
+        self.checkpoint = folder / "checkpoint.safetensors"
+        self.stages, self.schedule = tuple(stages), schedule
+        self.progress = Progress(family, seed, threads)
         self.model = build_model(family, seed=seed, dims=dims)
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        self.optimizer: torch.optim.Optimizer | None = None
+        self._begin_stage()
+
+    @property
+    def stage(self) -> Stage | None:
+        """The stage under way; None after the last."""
+        return self.stages[self.progress.stage] if self.progress.stage < len(self.stages) else None
+
+    def _begin_stage(self) -> None:
+        """Optimizers for what the stage trains: Muon for the linear layers, AdamW for embeddings and vectors."""
+        if self.stage is None:
+            self.trained, self.optimizers = [], []
+            return
+        language = set(self.model.model.language_model.parameters())
+        table = self.model.get_input_embeddings().weight
+        changed = {
+            "symbols": lambda p: p in language and p is not table,  # the table is common ground until the pages
+            "glyphs": lambda p: p not in language,
+            "pages": lambda p: True,
+        }[self.stage.kind]
+        self.trained = [p for p in self.model.parameters() if changed(p)]
+        linear = {m.weight for m in self.model.modules() if isinstance(m, nn.Linear)} - {table}
+        matrices = [p for p in self.trained if p in linear]
+        others = [p for p in self.trained if p not in linear]
+        self.optimizers = [
+            torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.05, fused=True),
+        ]
 
     # ---- one step ----------------------------------------------------------------------------------------------
 
-    def _trained(self, kind: str) -> list[torch.nn.Parameter]:
-        """The parameters that a stage of `kind` changes. The embedding table is common ground until the pages."""
-        language = set(self.model.model.language_model.parameters()) | set(self.model.lm_head.parameters())
-        table = self.model.get_input_embeddings().weight
-        if kind == "pages":
-            return list(self.model.parameters())
-        if kind == "symbols":
-            return [p for p in self.model.parameters() if p in language and p is not table]
-        return [p for p in self.model.parameters() if p not in language]
-
-    def _language_loss(self, batch: Batch, image: torch.Tensor | None, stage: Stage) -> tuple[torch.Tensor, float]:
-        """Cross-entropy of the answers' tokens, weighted by the stage's `balance`, and the share that is predicted."""
+    def _language_loss(self, batch: Batch, image: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of the answers' tokens, and which of them are predicted."""
         embeddings = F.embedding(batch.input_ids, self.model.get_input_embeddings().weight)
         if image is None:  # symbols: the embedding of each cell's character, disturbed as a vision tower would
             image = embeddings[:, batch.image]
             generator = torch.Generator().manual_seed(self.progress.seed * 1_000_003 + self.progress.total_steps)
-            spread = stage.noise / image.shape[-1] ** 0.5
-            image = image + spread * torch.randn(image.shape, generator=generator)
+            image = image + NOISE / image.shape[-1] ** 0.5 * torch.randn(image.shape, generator=generator)
         embeddings = torch.cat([embeddings[:, : batch.image.start], image, embeddings[:, batch.image.stop :]], dim=1)
         positions = batch.positions[:1]
         if self.progress.family == "qwen2-vl":
@@ -91,157 +126,185 @@ class Trainer:
             inputs_embeds=embeddings, position_ids=positions, use_cache=False
         ).last_hidden_state
         chosen = batch.labels != IGNORE
-        logits, targets = self.model.lm_head(hidden[chosen]), batch.labels[chosen]
-        lengths = chosen.sum(1, keepdim=True).expand_as(chosen)[chosen]
-        weights = lengths.float() ** -stage.balance
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        accuracy = (logits.argmax(-1) == targets).float().mean().item()
-        return (losses * weights).sum() / weights.sum(), accuracy
+        logits, targets = self.model.lm_head(hidden[chosen]).float(), batch.labels[chosen]
+        return F.cross_entropy(logits, targets), logits.argmax(-1) == targets
 
-    def _glyph_loss(self, batch: Batch, image: torch.Tensor) -> tuple[torch.Tensor, float]:
+    def _glyph_loss(self, batch: Batch, image: Tensor) -> tuple[Tensor, Tensor]:
         """Names the cells through the tied embedding table, and pulls each embedding onto its character's row.
 
-        Blank cells are most of a page: they and the inked ones weigh the same.
+        Blank cells are most of a page: they and the inked ones weigh the same; the hits are the inked ones'.
         """
         table = self.model.get_input_embeddings().weight.detach()
         targets = batch.input_ids[:, batch.image]
         inked = ~torch.isin(targets, torch.tensor(blank_ids(self.progress.family)))
         image = image.float()
         logits = image @ table.T * table.shape[1] ** 0.5
-        named = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        pulled = (image - table[targets]).square().sum(-1).flatten()
-        loss = named + pulled
-        mask = inked.flatten()
-        hit = logits.argmax(-1) == targets
-        return loss[mask].mean() + loss[~mask].mean(), hit[inked].float().mean().item()
+        named = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        loss = named + (image - table[targets]).square().sum(-1)
+        return loss[inked].mean() + loss[~inked].mean(), (logits.argmax(-1) == targets)[inked]
 
-    def loss(self, stage: Stage, batch: Batch) -> tuple[torch.Tensor, float]:
-        """Loss and accuracy (characters of the answers, or cells named) of one batch, bfloat16 where that is safe."""
+    def loss(self, stage: Stage, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss, and for each of the answers' tokens (or the cells) whether it is right; bfloat16 where that is safe."""
         with torch.autocast("cpu", torch.bfloat16):
             image = image_embeddings(self.model, batch.pixels) if stage.kind != "symbols" else None
-            if stage.kind == "glyphs":
-                return self._glyph_loss(batch, image)
-            return self._language_loss(batch, image, stage)
+            return self._glyph_loss(batch, image) if stage.kind == "glyphs" else self._language_loss(batch, image)
 
-    def step(self, stage: Stage) -> tuple[float, float]:
-        """One update; returns its loss and accuracy."""
-        state = self.progress
-        parameters = self._trained(stage.kind)
-        if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = stage.rate(state.step)
+    def step(self) -> float:
+        """One update; returns its loss."""
+        state, stage = self.progress, self.stage
         key = (state.seed, state.stage, state.step)
         batch = make_batch(state.family, stage.mix, stage.batch_size, key, draw=stage.kind != "symbols")
-        self.model.train()
-        loss, accuracy = self.loss(stage, batch)
+        loss, _ = self.loss(stage, batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_CLIP)
-        self.optimizer.step()
+        nn.utils.clip_grad_norm_(self.trained, GRADIENT_CLIP)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = LEARNING_RATE * min(1.0, (state.step + 1) / WARMUP) * 0.5**state.halvings
+            optimizer.step()
         self.model.zero_grad(set_to_none=True)
         # A young average forgets fast, so that it never lags a stage behind.
         decay = min(AVERAGE_DECAY, (1 + state.step) / (10 + state.step))
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 self.average[name].lerp_(parameter, 1 - decay)
-        return loss.item(), accuracy
+        state.step += 1
+        state.total_steps += 1
+        state.history[stage.name] = state.step
+        return loss.item()
 
     # ---- the run -----------------------------------------------------------------------------------------------
 
-    def run(self, *, log_every: int = 20, save_every: int = 50, max_steps: int | None = None) -> Progress:
-        """Trains to the end of the last stage, or for `max_steps` more steps; checkpoints as it goes and at the end."""
-        state = self.progress
-        done = 0
-        clock = time.perf_counter()
-        while state.stage < len(self.stages) and (max_steps is None or done < max_steps):
-            stage = self.stages[state.stage]
-            loss, accuracy = self.step(stage)
-            share = max(0.02, 1 / (state.step + 1))
-            state.accuracy += share * (accuracy - state.accuracy)
-            state.step += 1
-            state.total_steps += 1
-            state.history[stage.name] = state.history.get(stage.name, 0) + 1
-            done += 1
-            state.seconds += time.perf_counter() - clock
-            clock = time.perf_counter()
-            ended = state.step >= stage.steps or (state.accuracy >= stage.enough and state.step >= 50)
-            if state.step % log_every == 0 or ended:
-                logger.info(
-                    "%s %s %d/%d: loss %.3f, accuracy %.3f (mean %.3f), held out %.3f, %.0f s",
-                    state.family, stage.name, state.step, stage.steps, loss, accuracy, state.accuracy,
-                    self.heldout_accuracy(stage), state.seconds,
-                )  # fmt: skip
-            if ended:
-                state.stage, state.step, state.accuracy = state.stage + 1, 0, 0.0
-                self.optimizer = None
-            if ended or state.step % save_every == 0:
-                self.save()
-        self.save()
-        return state
+    @contextmanager
+    def mean_weights(self) -> Iterator[None]:
+        """The model has the running mean of its weights while the context lasts."""
+        own = {name: p.data for name, p in self.model.named_parameters()}
+        for name, parameter in self.model.named_parameters():
+            parameter.data = self.average[name]
+        try:
+            yield
+        finally:
+            for name, parameter in self.model.named_parameters():
+                parameter.data = own[name]
 
     @torch.no_grad()
-    def heldout_accuracy(self, stage: Stage) -> float:
-        """Accuracy on one fixed batch of held-out pages (teacher-forced for language)."""
-        self.model.eval()
-        batch = make_batch(
-            self.progress.family, stage.mix, 16, (7, 7, 7), split="heldout", draw=stage.kind != "symbols"
-        )
-        return self.loss(stage, batch)[1]
+    def heldout_accuracy(self) -> float:
+        """Teacher-forced accuracy of the mean weights on held-out pages: that of the task which is read worse."""
+        batches = heldout_batches(self.progress.family, self.stage, self.schedule.heldout_pages)
+        with self.mean_weights():
+            return min(self.loss(self.stage, batch)[1].float().mean().item() for batch in batches)
+
+    def judge(self) -> None:
+        """Looks at held-out pages: halves the learning rate, or ends the stage, when they say so."""
+        state, stage = self.progress, self.stage
+        accuracy = self.heldout_accuracy()
+        state.curve.append((stage.name, state.total_steps, round(state.seconds / 60, 2), round(accuracy, 4)))
+        state.stale = 0 if accuracy > state.best else state.stale + 1
+        state.best = max(state.best, accuracy)
+        if state.stale == self.schedule.patience:
+            state.stale, state.halvings = 0, state.halvings + 1
+        if accuracy >= stage.enough or state.halvings == self.schedule.halvings:
+            state.stage, state.step, state.best, state.stale, state.halvings = state.stage + 1, 0, 0.0, 0, 0
+            self._begin_stage()
+
+    def run(self, *, steps: int | None = None, progress: bool = False) -> None:
+        """Trains to the end of the last stage, or for `steps` more steps; saves as it goes and at the end.
+
+        `progress` shows a bar; its end is a guess from other runs, since held-out pages decide.
+        """
+        from tqdm import tqdm
+
+        state = self.progress
+        last = None if steps is None else state.total_steps + steps
+        saved = clock = time.monotonic()
+        done, to_come = self._cells()
+        bar = tqdm(initial=done, total=done + to_come, disable=not progress, unit="cell", unit_scale=True)
+        while self.stage is not None and state.total_steps != last:
+            bar.set_description(self.stage.name, refresh=False)
+            loss = self.step()
+            now = time.monotonic()
+            state.seconds, clock = state.seconds + now - clock, now
+            if state.step % self.schedule.judged_every == 0:
+                self.judge()
+                stage, total, minutes, accuracy = state.curve[-1]
+                logger.info(
+                    "%s: %d steps, %.1f minutes, loss %.3f, held out %.4f", stage, total, minutes, loss, accuracy
+                )
+            if now - saved > self.schedule.save_seconds:
+                self.save()
+                saved = now
+            done, to_come = self._cells()
+            bar.total = done + to_come
+            bar.update(done - bar.n)
+        bar.close()
+        self.save()
+
+    def _cells(self) -> tuple[int, int]:
+        """Cells of the pages read so far, and of those that other runs would still read."""
+        counts = [self.progress.history.get(stage.name, 0) for stage in self.stages]
+        to_come = [max(0, stage.usual_steps - count) for stage, count in zip(self.stages, counts, strict=True)]
+        to_come[: self.progress.stage] = [0] * self.progress.stage
+        cells = [stage.cells for stage in self.stages]
+        return sum(map(mul, counts, cells)), sum(map(mul, to_come, cells))
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Weights, running mean and optimizer states, by names that end in the parameter's."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        states = [item for optimizer in self.optimizers for item in optimizer.state.items()]
+        for parameter, name in names.items():
+            yield f"model.{name}", parameter.detach()
+            yield f"average.{name}", self.average[name]
+        for parameter, state in states:
+            for key, value in state.items():
+                yield f"{key}.{names[parameter]}", value
+
     def save(self) -> None:
-        """Writes weights, running mean, optimizer and progress; the progress names the files that belong to it."""
+        """Writes all of `_tensors` and the progress, in one file."""
         from safetensors.torch import save
 
-        weights = {name: p.detach().contiguous() for name, p in self.model.named_parameters()}
-        tensors = {f"model.{k}": v for k, v in weights.items()} | {f"average.{k}": v for k, v in self.average.items()}
-        number = self.progress.total_steps
-        buffer = io.BytesIO()
-        torch.save(self.optimizer.state_dict() if self.optimizer else None, buffer)
-        write_bytes_atomic(self.folder / f"step-{number}.safetensors", save(tensors))
-        write_bytes_atomic(self.folder / f"step-{number}.optimizer.pt", buffer.getvalue())
-        write_json_atomic(self.folder / "progress.json", asdict(self.progress))
-        for old in self.folder.glob("step-*"):
-            if not old.name.startswith(f"step-{number}."):
-                old.unlink()
+        tensors = {name: value.contiguous() for name, value in self._tensors()}
+        write_bytes_atomic(self.checkpoint, save(tensors, {"progress": json.dumps(asdict(self.progress))}))
 
     def load(self) -> None:
-        """Continues from the folder's checkpoint. Raises `DataError` when there is none, or it is of another run."""
-        from safetensors.torch import load_file
+        """Goes on from the folder's checkpoint. Raises `DataError` when it is of another run."""
+        from safetensors import safe_open
 
-        stored = Progress(**read_json(self.folder / "progress.json"))
-        if (stored.family, stored.seed) != (self.progress.family, self.progress.seed):
-            raise DataError(
-                f"{self.folder} holds a run of {stored.family} with seed {stored.seed}, not of {self.progress.family} "
-                f"with seed {self.progress.seed}; choose another folder"
-            )
-        tensors = load_file(self.folder / f"step-{stored.total_steps}.safetensors")
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(tensors[f"model.{name}"])
-                self.average[name].copy_(tensors[f"average.{name}"])
-        optimizer = torch.load(self.folder / f"step-{stored.total_steps}.optimizer.pt", weights_only=True)
+        with safe_open(self.checkpoint, "pt") as file:
+            stored = Progress(**json.loads(file.metadata()["progress"]))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        for name in ("family", "seed", "threads"):
+            if (there := getattr(stored, name)) != (here := getattr(self.progress, name)):
+                raise DataError(
+                    f"{self.checkpoint} is of a run with {name} {there}, not {here}; choose another folder, or --fresh"
+                )
         self.progress = stored
-        if optimizer is not None:
-            kind = self.stages[stored.stage].kind
-            self.optimizer = torch.optim.AdamW(self._trained(kind), betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-            self.optimizer.load_state_dict(optimizer)
+        self._begin_stage()
+        parameters = dict(self.model.named_parameters())
+        owners = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
+        for key, value in tensors.items():
+            part, _, name = key.partition(".")
+            if part == "model":
+                parameters[name].data.copy_(value)
+            elif part == "average":
+                self.average[name] = value
+            else:
+                owners[parameters[name]].state[parameters[name]][part] = value
 
 
 def train(
-    family: str, *, folder: str | Path | None = None, seed: int = 0, resume: bool = False,
-    save_every: int = 50,
-) -> Path:  # fmt: skip
-    """Trains `family` through the curriculum, checkpointing in `folder` (default `runs/miniatures/<family>`).
+    family: str, folder: Path, *, seed: int = 0, threads: int = 1, steps: int | None = None, fresh: bool = False,
+    progress: bool = False,
+) -> Trainer:  # fmt: skip
+    """Trains `family` from nothing, or goes on from the checkpoint in `folder` unless `fresh`.
 
-    Returns the folder. Raises `DataError` when it already holds a run and `resume` is False.
+    The result depends on `seed` and on the number of `threads` (which order sums are taken in), never on
+    interruptions or on `steps`, after which this run ends. Returns the trainer; its `stage` is None when all is done.
+    Raises `DataError` when the folder holds another run.
     """
-    target = Path(folder) if folder is not None else Path("runs/miniatures") / family
-    trainer = Trainer(family, target, seed=seed)
-    if (target / "progress.json").is_file():
-        if not resume:
-            raise DataError(f"{target} already holds a run; continue it with --resume or choose another folder")
+    torch.set_num_threads(threads)
+    trainer = Trainer(family, folder, seed=seed, threads=threads)
+    if trainer.checkpoint.is_file() and not fresh:
         trainer.load()
-    trainer.run(save_every=save_every)
-    return target
+    trainer.run(steps=steps, progress=progress)
+    return trainer

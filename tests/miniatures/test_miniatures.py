@@ -2,41 +2,35 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from tiny_miniatures import SCHEDULE, STAGES, tiny_dims, tiny_trainer
 
 from sparsemm.documents import LABELS, READ_PROMPT, field_prompt, make_page
 from sparsemm.errors import ConfigError, DataError
-from sparsemm.miniatures.architectures import DIMENSIONS, FAMILIES, build_config, build_model, build_processor
-from sparsemm.miniatures.batches import Mix, image_positions, make_batch, prompt_ids, tokenizer_of
-from sparsemm.miniatures.stages import CURRICULUM, Stage
+from sparsemm.miniatures import train as train_module
+from sparsemm.miniatures.architectures import FAMILIES, build_config, build_model, build_processor
+from sparsemm.miniatures.batches import IGNORE, Mix, draw_layout, image_positions, make_batch, prompt_ids, tokenizer_of
+from sparsemm.miniatures.batches import conversation as whole_conversation
+from sparsemm.miniatures.stages import CURRICULUM
+from sparsemm.miniatures.tokenizer import CHAT_TEMPLATES
 from sparsemm.miniatures.train import Trainer, train
 from sparsemm.miniatures.vision import image_embeddings, llava_inputs, qwen_inputs
 from sparsemm.runs.metrics import character_accuracy
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets" / "miniatures"
 SHIPPED = [family for family in FAMILIES if (ASSETS / family / "model.safetensors").is_file()]
-
-
-def tiny_dims(family):
-    """A model of the family that trains a step in milliseconds; its M-RoPE sections fix head_dim at 32."""
-    return replace(
-        DIMENSIONS[family],
-        num_layers=1,
-        hidden_size=64,
-        intermediate_size=32,
-        num_heads=2,
-        num_kv_heads=2 if family == "llava-vicuna" else 1,
-        vision_layers=1,
-        vision_size=32,
-        vision_heads=2,
-        vision_intermediate=32,
-    )
 
 
 def conversation(page):
@@ -122,58 +116,140 @@ def test_training_forward_equals_the_stock_model(family):
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def tiny_stages(family):
-    mix = Mix(14, 14, 1, 2, 1, 0.3)
-    # One stage of each kind, cut short; a run is interrupted inside one of them.
-    return (
-        Stage("symbols", "symbols", 3, 2, Mix(4, 9, 1, 1, 1, 0.3)),
-        Stage("glyphs", "glyphs", 1, 1, mix),
-        Stage("pages", "pages", 3, 1, mix, decay=True),
-    )
+class Killed(Exception):
+    """Stands for a process that is gone."""
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_resumed_run_equals_an_undisturbed_one(family, tmp_path):
-    def trainer(name):
-        return Trainer(family, tmp_path / name, stages=tiny_stages(family), dims=tiny_dims(family))
+def stored(trainer):
+    """The checkpoint as bytes, but for the clock."""
+    with safe_open(trainer.checkpoint, "pt") as file:
+        progress = json.loads(file.metadata()["progress"])
+        tensors = {name: file.get_tensor(name).numpy().tobytes() for name in sorted(file.keys())}
+    progress["curve"] = [(stage, steps, accuracy) for stage, steps, _, accuracy in progress["curve"]]
+    return {**progress, "seconds": None}, tensors
 
-    whole = trainer("whole")
+
+@pytest.mark.parametrize("family", ["llava-vicuna", "qwen2-vl"])
+def test_a_run_killed_at_any_moment_ends_as_an_undisturbed_one(family, tmp_path, monkeypatch):
+    whole = tiny_trainer(family, tmp_path / "whole")
     start = {name: p.detach().clone() for name, p in whole.model.named_parameters()}
     whole.run()
-    for steps in (2, 3):  # stops inside the first stage, then inside the last
-        part = trainer("parts")
-        if (tmp_path / "parts" / "progress.json").exists():
-            part.load()
-        part.run(max_steps=steps)
-    last = trainer("parts")
-    last.load()
-    assert last.progress.total_steps == 5
+    assert whole.stage is None and set(whole.progress.history) == {"symbols", "glyphs", "pages"}
+    moved = [name for name, p in whole.model.named_parameters() if not torch.equal(p, start[name])]
+    assert any("language_model" in name for name in moved) and any("vis" in name for name in moved)
+
+    places = [(Trainer, "judge"), (torch.optim.AdamW, "step"), (Trainer, "save"), (train_module, "write_bytes_atomic")]
+    for owner, name in places:
+        original, calls = getattr(owner, name), itertools.count()
+
+        def dying(*arguments, original=original, calls=calls, **options):
+            if next(calls) == 2:
+                raise Killed
+            return original(*arguments, **options)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(owner, name, dying)
+            tiny_trainer(family, tmp_path / "parts").run()
+    tiny_trainer(family, tmp_path / "parts").run(steps=1)
+    last = tiny_trainer(family, tmp_path / "parts")
+    assert 0 < last.progress.total_steps < whole.progress.total_steps
     last.run()
-    assert last.progress.total_steps == whole.progress.total_steps == 7
-    for (name, ours), (_, theirs) in zip(last.model.named_parameters(), whole.model.named_parameters(), strict=True):
-        assert torch.equal(ours, theirs), name
-        assert torch.equal(last.average[name], whole.average[name]), name
-    assert last.progress.history == {"symbols": 3, "glyphs": 1, "pages": 3}
-    changed = [name for name, p in whole.model.named_parameters() if not torch.equal(p, start[name])]
-    assert any("language_model" in name for name in changed) and any("vis" in name for name in changed)
+    assert stored(last) == stored(whole)
+
+
+def test_a_run_is_killed_and_goes_on(tmp_path):
+    killed = tiny_trainer("llava-mistral", tmp_path / "killed")
+    program = Path(inspect.getfile(tiny_trainer))
+    process = subprocess.Popen([sys.executable, program, "llava-mistral", str(tmp_path / "killed")])
+    try:
+        while not killed.checkpoint.is_file():
+            assert process.poll() is None
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    killed.load()
+    whole = tiny_trainer("llava-mistral", tmp_path / "whole")
+    for trainer in (killed, whole):
+        trainer.run()
+    assert stored(killed) == stored(whole)
 
 
 def test_stages_change_only_what_they_train(tmp_path):
-    trainer = Trainer("llava-mistral", tmp_path, stages=tiny_stages("llava-mistral"), dims=tiny_dims("llava-mistral"))
+    trainer = tiny_trainer("llava-mistral", tmp_path)
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    trainer.run(max_steps=2)
+    trainer.run(steps=2)
+    assert trainer.stage.kind == "symbols"
     for name, parameter in trainer.model.named_parameters():
         moved = not torch.equal(parameter, start[name])
         assert moved == ("language_model" in name and "embed_tokens" not in name), name
 
 
-def test_a_run_is_not_overwritten_by_accident(tmp_path):
-    trainer = Trainer("llava-mistral", tmp_path, stages=tiny_stages("llava-mistral"), dims=tiny_dims("llava-mistral"))
-    trainer.run(max_steps=1)
-    with pytest.raises(DataError, match="--resume"):
-        train("llava-mistral", folder=tmp_path)
-    with pytest.raises(DataError, match="holds a run of llava-mistral"):
-        train("qwen2-vl", folder=tmp_path, resume=True)
+def test_heldout_pages_end_stages_and_halve_the_learning_rate(tmp_path, monkeypatch):
+    looks = iter([0.1, 0.3, 0.2, 0.3, 0.4, 0.3, 0.3, 0.2, 0.6])
+    monkeypatch.setattr(Trainer, "heldout_accuracy", lambda self: next(looks))
+    trainer = tiny_trainer("llava-mistral", tmp_path)
+    trainer.stages = (replace(trainer.stages[0], enough=0.6), *trainer.stages[1:])
+    seen = []
+    while trainer.stage.name == "symbols":
+        trainer.judge()
+        seen.append((trainer.progress.best, trainer.progress.halvings))
+    # Two looks without a better one halve; the second halving ends the stage.
+    assert seen == [(0.1, 0), (0.3, 0), (0.3, 0), (0.3, 1), (0.4, 1), (0.4, 1), (0.0, 0)]
+    trainer = tiny_trainer("llava-mistral", tmp_path)
+    trainer.stages = (replace(trainer.stages[0], enough=0.6), *trainer.stages[1:])
+    looks = iter([0.5, 0.6])
+    trainer.judge()
+    assert trainer.stage.name == "symbols"
+    trainer.judge()
+    assert trainer.stage.name == "glyphs"
+
+
+def test_the_mean_weights_are_judged_and_put_back(tmp_path):
+    trainer = tiny_trainer("qwen2-vl", tmp_path)
+    trainer.run(steps=2)
+    own = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    with pytest.raises(Killed), trainer.mean_weights():
+        assert all(torch.equal(p, trainer.average[name]) for name, p in trainer.model.named_parameters())
+        raise Killed
+    assert all(torch.equal(p, own[name]) for name, p in trainer.model.named_parameters())
+    assert any(not torch.equal(p, trainer.average[name]) for name, p in trainer.model.named_parameters())
+
+
+def test_train_goes_on_from_its_own_checkpoint_only(tmp_path, monkeypatch):
+    def tiny(family, folder, *, seed, threads):
+        return Trainer(
+            family, folder, seed=seed, threads=threads, stages=STAGES, schedule=SCHEDULE, dims=tiny_dims(family)
+        )
+
+    monkeypatch.setattr(train_module, "Trainer", tiny)
+    assert train("llava-mistral", tmp_path, steps=1).progress.total_steps == 1
+    assert train("llava-mistral", tmp_path, steps=1).progress.total_steps == 2
+    assert train("llava-mistral", tmp_path, steps=1, fresh=True).progress.total_steps == 1
+    for other in ({"family": "qwen2-vl"}, {"seed": 1}, {"threads": 2}):
+        with pytest.raises(DataError, match="--fresh"):
+            train(**{"family": "llava-mistral", "folder": tmp_path, **other})
+    torch.set_num_threads(1)
+
+
+def test_export_writes_the_mean_weights(tmp_path, monkeypatch):
+    from sparsemm.miniatures import export as export_module
+
+    trainer = tiny_trainer("llava-vicuna", tmp_path / "run")
+    trainer.run()
+    monkeypatch.setattr(
+        export_module,
+        "read_pages",
+        lambda folder, pages: json.loads((ASSETS / "llava-vicuna" / "reading.json").read_text()),
+    )
+    export_module.export(trainer, tmp_path / "model", pages=1)
+    model = type(trainer.model).from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, trainer.average[name].bfloat16()), name
+    training = json.loads((tmp_path / "model" / "training.json").read_text())
+    assert training["stage_under_way"] is None and training["steps"] == sum(training["steps_by_stage"].values())
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "--family llava-vicuna --seed 0 --threads 1` from nothing" in card and "the whole curriculum" in card
 
 
 def test_an_unknown_family_is_an_error():
@@ -186,9 +262,45 @@ def test_batches_are_functions_of_their_seed():
     first, again, other = (make_batch("qwen2-vl", mix, 3, (0, 1, seed)) for seed in (2, 2, 3))
     assert torch.equal(first.input_ids, again.input_ids) and torch.equal(first.labels, again.labels)
     assert first.input_ids.shape != other.input_ids.shape or not torch.equal(first.input_ids, other.input_ids)
-    # Every label is the token that follows.
-    known = first.labels[:, :-1] != -100
-    assert torch.equal(first.labels[:, :-1][known], first.input_ids[:, 1:][known])
+
+
+def test_labels_are_the_tokens_that_follow_and_slips_are_seen_only():
+    mix = replace(CURRICULUM[-1].mix, slips=0.3)
+    heldout, train = (make_batch("llava-vicuna", mix, 8, (0, 0, 0), split=split) for split in ("heldout", "train"))
+    ends = tokenizer_of("llava-vicuna").eos_token_id  # the last one is answered, and goes nowhere
+    known = (heldout.labels[:, :-1] != IGNORE) & (heldout.labels[:, :-1] != ends)
+    assert torch.equal(heldout.labels[:, :-1][known], heldout.input_ids[:, 1:][known])
+    # In training some of the characters that an answer goes on from are wrong; nothing else is.
+    known = (train.labels[:, :-1] != IGNORE) & (train.labels[:, :-1] != ends)
+    labels, following = train.labels[:, :-1][known], train.input_ids[:, 1:][known]
+    wrong = labels != following
+    assert 0.2 < wrong.float().mean() < 0.4
+    assert max(labels[wrong].max(), following[wrong].max()) < 36
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_form_is_asked_for_all_its_fields_in_one_conversation(family):
+    tokenizer = tokenizer_of(family)
+    rng = np.random.default_rng(0)
+    layout = draw_layout(rng, Mix(14, 14, most_fields=4, field_share=1.0), "train")
+    ids, answers = whole_conversation(family, layout, rng)
+    values = {word.text[:-1]: value.text for word, value in zip(layout.words[::2], layout.words[1::2], strict=True)}
+    # What the family's own template makes of the same turns, a turn at a time.
+    _, *turns = tokenizer.decode(ids).split("What is the ")
+    assert len(turns) == len(values) == layout.num_words
+    assert turns[0].startswith(layout.prompt.removeprefix("What is the "))
+    messages, labelled = [], []
+    for number, turn in enumerate(turns):
+        label = turn.partition("?")[0]
+        text = {"type": "text", "text": field_prompt(label)}
+        messages.append({"role": "user", "content": [{"type": "image"}, text] if number == 0 else [text]})
+        messages.append({"role": "assistant", "content": values[label]})
+        labelled += [*tokenizer.encode(values[label]), tokenizer.eos_token_id]
+    text = tokenizer.apply_chat_template(messages, chat_template=CHAT_TEMPLATES[family], tokenize=False)
+    before, after = map(tokenizer.encode, text.split(tokenizer.image_token))
+    after = after[: len(after) - after[::-1].index(tokenizer.eos_token_id)]  # a template may close with a line break
+    assert ids[: len(before)] == before and ids[-len(after) :] == after
+    assert [token for token in answers if token != IGNORE] == labelled
 
 
 # ---- the committed checkpoints ---------------------------------------------------------------------------------------
@@ -204,7 +316,7 @@ def test_shipped_folder_is_complete_and_small(family):
     for name in ("config.json", "generation_config.json", "tokenizer.json", "processor_config.json", "README.md"):
         assert (folder / name).is_file(), name
     assert (folder / "chat_template.jinja").is_file()
-    assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= 6_000_000
+    assert sum(path.stat().st_size for path in folder.glob("*.safetensors")) <= 8_000_000
     config = json.loads((folder / "config.json").read_text())
     text = config["text_config"]
     assert text["num_hidden_layers"] >= 4 and text["num_attention_heads"] >= 8
