@@ -35,6 +35,9 @@ class ModelFamily(ABC):
     text_model_types: tuple[str, ...] = ()
     """`model_type` of the language models that are supported inside it; empty for any that patching can prove."""
 
+    nested_images: bool = False
+    """Whether the processor wants a list of images for each prompt, instead of all in one."""
+
     # -- models -------------------------------------------------------------------------------------------------------
 
     def check_config(self, config: PretrainedConfig) -> None:
@@ -132,10 +135,10 @@ class ModelFamily(ABC):
             conversation, found = self._conversation(entry, prompt)
             texts.append(_render(processor, conversation))
             for kind, values in found.items():
-                media[kind].extend(values)
+                media[kind].extend([values] if self.nested_images else values)
         bos = processor.tokenizer.bos_token
         inputs = processor(
-            **{kind: values for kind, values in media.items() if values},
+            **{kind: values for kind, values in media.items() if any(values)},
             text=texts,
             padding=True,
             padding_side="left",

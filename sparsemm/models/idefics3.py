@@ -19,6 +19,7 @@ class Idefics3(ModelFamily):
     name = "idefics3"
     model_class = "Idefics3ForConditionalGeneration"
     processor_class = "Idefics3Processor"
+    nested_images = True
 
     def text_model(self, model: nn.Module) -> nn.Module:
         return model.model.text_model
