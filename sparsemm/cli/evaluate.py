@@ -44,18 +44,17 @@ def _evaluate(
 ) -> None:  # fmt: skip
     """Evaluate into `folder`, then print the table and draw the plot."""
     import sparsemm.experiments.evaluate as engine
+    from sparsemm.experiments.session import PageReader
 
     default = MINIATURE_BUDGETS if model.is_miniature else BUDGETS
+    reader = PageReader(
+        network, processor, reading.pages(), output=folder / "results.json", model_name=model.name, **reading.how
+    )
     engine.evaluate(
-        network,
-        processor,
-        reading.pages(),
+        reader,
         methods=parse_list(ALL_METHODS if methods == "all" else methods),
         budgets=parse_integers(default if budgets is None else budgets, "--budgets"),
         head_scores=scores,
-        output=folder / "results.json",
-        model_name=model.name,
-        **reading.how,
         **settings.fields(model.model),
     )
     report(results=folder / "results.json")

@@ -33,6 +33,7 @@ def head_rows(
     """
     from sparsemm import HeadScores
     from sparsemm.experiments.head_rows import changes, format_head_rows, head_rows_experiment
+    from sparsemm.experiments.session import PageReader
     from sparsemm.viz.heads import draw_head_rows
     from sparsemm.viz.reading import choose_heads
 
@@ -45,9 +46,8 @@ def head_rows(
     text = network.config.get_text_config()
     shape = (text.num_hidden_layers, text.num_key_value_heads)
     chosen = choose_heads(None, shape, names=parse_list(heads)) if heads else None
-    results = head_rows_experiment(
-        network, processor, pages, config, rows=rows, heads=chosen, output=path, model_name=model.name, **reading.how
-    )
+    reader = PageReader(network, processor, pages, output=path, model_name=model.name, **reading.how)
+    results = head_rows_experiment(reader, config, rows=rows, heads=chosen)
     typer.echo(format_head_rows(results, None if scores is None else HeadScores.load(scores), top))
     title = f"{name}: one kv head at {results.settings['rows']} rows"
     draw_head_rows({task: changes(results, task) for task in results.base.tasks}, path.with_suffix(".png"), title=title)

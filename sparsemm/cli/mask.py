@@ -34,6 +34,7 @@ def mask(
 ) -> None:
     """Read held-out pages with the visual heads masked, and with as many random others. Table, JSON and plot."""
     from sparsemm.experiments.masking import format_masking, heads_of_shares, masking_experiment, summarise
+    from sparsemm.experiments.session import PageReader
     from sparsemm.runs.metrics import METRIC_LABELS
     from sparsemm.viz.heads import draw_masking
 
@@ -49,10 +50,8 @@ def mask(
     folder = output or Path("results") / "masking" / model.name
     random = parse_integers(seeds, "--seeds")
     pages = reading.pages(size=page_size)
-    runs = masking_experiment(
-        *model.load(), pages, table, num_heads=counts, seeds=random, mask_mode=mask_mode,
-        output=folder / "masking.json", model_name=model.name, **reading.how,
-    )  # fmt: skip
+    reader = PageReader(*model.load(), pages, output=folder / "masking.json", model_name=model.name, **reading.how)
+    runs = masking_experiment(reader, table, num_heads=counts, seeds=random, mask_mode=mask_mode)
     typer.echo(format_masking(runs))
     title = f"Masked heads, {model.name}: {reading.documents} held-out pages, {mask_mode}"
     draw_masking(summarise(runs, metric), folder / "masking.png", label=METRIC_LABELS[metric], title=title)

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError
 from sparsemm.experiments.session import (
     BatchReading,
-    PageBatches,
+    PageReader,
     PageScores,
     describe_head_scores,
     page_scores,
-    run_missing,
 )
 from sparsemm.methods import get_method
 from sparsemm.runs.results import RunFile, environment
 
 if TYPE_CHECKING:
-    from sparsemm.documents import Page
     from sparsemm.head_scores import HeadScores
+
+
+Key = tuple[str, int | None]
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ class Cell(PageScores):
         return self.cache_bytes / self.full_cache_bytes
 
     @property
-    def key(self) -> tuple[str, int | None]:
+    def key(self) -> Key:
         """What tells a cell from the others of its file."""
         return self.method, self.nominal_budget
 
@@ -93,38 +92,21 @@ class Results(RunFile[Cell]):
 
 
 def evaluate(
-    model: nn.Module,
-    processor: Any,
-    pages: Iterable[Page],
+    reader: PageReader,
     *,
     methods: Sequence[str],
     budgets: Sequence[int] = (),
     head_scores: HeadScores | str | Path | None = None,
-    batch_size: int = 16,
-    max_new_tokens: int = 48,
-    output: str | Path | None = None,
-    fresh: bool = False,
-    model_name: str | None = None,
-    progress: bool = True,
     **options: Any,
 ) -> list[Cell]:
     """Generate the answers to all pages with every method at every budget; greedy decoding.
 
-    Methods that keep every row (`fullkv`, `mask`, `mask_random`) run once. Each finished cell is in `output` at once;
-    a later call with the same settings and that `output` runs only what is missing.
+    Methods that keep every row (`fullkv`, `mask`, `mask_random`) run once.
 
     Args:
-        model, processor: From `sparsemm.load_model`; the model is not patched.
-        pages: Objects with `image`, `prompt`, `answer`, `task` and `num_words`.
         methods: Names of `sparsemm.methods.METHODS`.
         budgets: Mean rows kept per (layer, kv head), for the methods that compress.
         head_scores: For the methods that need given ones.
-        batch_size: Prompts generated together, left padded.
-        max_new_tokens: Longest answer.
-        output: Result file (JSON).
-        fresh: Forget what `output` holds.
-        model_name: Written in the results; by default the name of the folder it was loaded from.
-        progress: Show a progress bar.
         **options: Further fields of `CompressionConfig`: window_size, ratio, rounding, mask_ratio, seed, ...
 
     Returns:
@@ -132,24 +114,23 @@ def evaluate(
 
     Raises:
         ConfigError: A method or option is unknown, or a budget is too small; before anything runs.
-        DataError: There is no page, or `output` holds results of other settings.
+        DataError: The reader's output holds results of other settings.
     """
     configs = make_grid(methods, budgets, head_scores, options)
-    batches = PageBatches.of(model, processor, pages, batch_size)
+    some = next(iter(configs.values())).to_dict()
     settings = {
-        **batches.settings(model, model_name, max_new_tokens),
         "head_scores": describe_head_scores(head_scores),
         # Every cell repeats its whole configuration; these are the fields that no cell may differ in.
-        "options": {name: value for name, value in configs[0].to_dict().items() if name not in _PER_CELL},
+        "options": {name: value for name, value in some.items() if name not in _PER_CELL},
     }
-    results = Results.open(output, settings, fresh=fresh)
-    by_key = {(config.method, _nominal(config)): config for config in configs}
-    run_missing(
-        model, processor, batches, results, by_key, lambda key: nullcontext(by_key[key]),
-        lambda key, readings: _cell(by_key[key], readings, environment(model.device)),
-        max_new_tokens=max_new_tokens, progress=progress,
-    )  # fmt: skip
-    return [results.find(*key) for key in by_key]
+    results = reader.run(
+        Results,
+        settings,
+        configs,
+        lambda key: nullcontext(configs[key]),
+        lambda key, readings: _cell(key, configs[key], readings, environment(reader.model.device)),
+    )
+    return [results.find(*key) for key in configs]
 
 
 _PER_CELL = ("method", "budget", "head_scores")
@@ -157,15 +138,15 @@ _PER_CELL = ("method", "budget", "head_scores")
 
 def make_grid(
     methods: Sequence[str], budgets: Sequence[int], head_scores: Any, options: dict[str, Any]
-) -> list[CompressionConfig]:
-    """The configuration of every cell; methods that keep every row come once, without a budget.
+) -> dict[Key, CompressionConfig]:
+    """The configuration of every cell by method and budget; methods that keep every row come once, with budget None.
 
     Raises:
         ConfigError: No method is given, or a method, budget or option does not hold.
     """
     if not methods:
         raise ConfigError("methods is empty; name at least one, such as fullkv and sparsemm")
-    configs = []
+    configs: dict[Key, CompressionConfig] = {}
     for name in dict.fromkeys(methods):
         method = get_method(name)
         if method.compresses and not budgets:
@@ -173,23 +154,19 @@ def make_grid(
         scores = head_scores if method.head_scores == "given" else None
         for budget in dict.fromkeys(budgets) if method.compresses else (None,):
             try:
-                configs.append(CompressionConfig(method=name, budget=budget, head_scores=scores, **options))
+                configs[name, budget] = CompressionConfig(name, budget, scores, **options)
             except TypeError as error:
                 raise ConfigError(f"unknown option in {sorted(options)} ({error})") from None
     return configs
 
 
-def _nominal(config: CompressionConfig) -> int | None:
-    return config.budget if get_method(config.method).compresses else None
-
-
-def _cell(config: CompressionConfig, readings: Sequence[BatchReading], place: dict[str, Any]) -> Cell:
+def _cell(key: Key, config: CompressionConfig, readings: Sequence[BatchReading], place: dict[str, Any]) -> Cell:
     stats, timings = [reading.stats for reading in readings], [reading.timing for reading in readings]
     kept = [budget for each in stats for budget in each.effective_budgets]
     seconds = [timing.decode_seconds / timing.decode_steps for timing in timings if timing.decode_steps]
     return Cell(
-        method=config.method,
-        nominal_budget=_nominal(config),
+        method=key[0],
+        nominal_budget=key[1],
         effective_budget=sum(kept) / len(kept),
         prompt_tokens=sum(sum(each.prompt_tokens) for each in stats) / len(kept),
         documents=len(kept),

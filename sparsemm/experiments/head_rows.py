@@ -10,34 +10,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import LongTensor, Tensor, nn
+from torch import LongTensor, Tensor
 
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.experiments.session import (
     BatchReading,
-    PageBatches,
+    PageReader,
     PageScores,
     describe_head_scores,
     page_scores,
-    read,
-    run_missing,
 )
 from sparsemm.head_scores import HeadScores, rank_correlation
 from sparsemm.methods import METHODS, BudgetRequest, get_method, register_method
 from sparsemm.methods.method import ModelBudgetRule
 from sparsemm.models import family_of
 from sparsemm.runs.markdown import markdown_table
-from sparsemm.runs.results import RunFile, environment
-
-if TYPE_CHECKING:
-    from sparsemm.documents import Page
+from sparsemm.runs.results import RunFile
 
 Head = tuple[int, int]
 
@@ -80,47 +73,26 @@ class HeadRowsResults(RunFile[HeadRowsRun]):
 
 
 def head_rows_experiment(
-    model: nn.Module,
-    processor: Any,
-    pages: Sequence[Page],
-    config: CompressionConfig,
-    *,
-    rows: int | None = None,
-    heads: Sequence[Head] | None = None,
-    batch_size: int = 16,
-    max_new_tokens: int = 48,
-    output: str | Path | None = None,
-    fresh: bool = False,
-    model_name: str | None = None,
-    progress: bool = True,
+    reader: PageReader, config: CompressionConfig, *, rows: int | None = None, heads: Sequence[Head] | None = None
 ) -> HeadRowsResults:
-    """Read `pages` under `config`, then once for each kv head with the rows of that head changed.
+    """Read the pages under `config`, then once for each kv head with the rows of that head changed.
 
     AdaKV's budgets depend on the attention to each prompt: there every run, the first one too, has fixed budgets, the
     mean of what AdaKV gave each head over the pages.
 
     Args:
-        model, processor: From `sparsemm.load_model`; not patched.
-        pages: With `image`, `prompt`, `answer`, `task`, `num_words`.
         config: Any method.
         rows: Rows of the changed head; by default the window where all rows are kept, else the budget.
         heads: (layer, kv head) pairs; by default all.
-        batch_size: Pages generated together.
-        max_new_tokens: Longest answer.
-        output: Result file (JSON), complete after every run; a later call does only what is missing.
-        fresh: Forget what `output` holds.
-        model_name: Written in the results.
-        progress: Show a progress bar.
 
     Raises:
         ConfigError: `rows` is smaller than the window, or a head is none of the model.
-        DataError: There is no page, or `output` holds another experiment.
+        DataError: The reader's output holds another experiment.
     """
-    text_config = family_of(model).text_model(model).config
+    text_config = family_of(reader.model).text_model(reader.model).config
     shape = (text_config.num_hidden_layers, text_config.num_key_value_heads)
-    compresses = get_method(config.method).compresses
     if rows is None:
-        rows = config.budget if compresses else config.window_size
+        rows = config.budget if get_method(config.method).compresses else config.window_size
     if rows < config.window_size:
         raise ConfigError(f"rows={rows} is smaller than window_size={config.window_size}, whose rows are always kept")
     if heads is None:
@@ -128,33 +100,26 @@ def head_rows_experiment(
     for layer, head in heads:
         if not (0 <= layer < shape[0] and 0 <= head < shape[1]):
             raise ConfigError(f"kv head {layer}-{head} is none of the model's {shape[0]} layers of {shape[1]}")
-    batches = PageBatches.of(model, processor, pages, batch_size)
     settings = {
-        **batches.settings(model, model_name, max_new_tokens),
         "shape": list(shape),
         "rows": rows,
         "config": {name: value for name, value in config.to_dict().items() if name != "head_scores"},
         "head_scores": describe_head_scores(config.head_scores),
-        "environment": environment(model.device),
     }
-    results = HeadRowsResults.open(output, settings, fresh=fresh)
 
     @functools.cache
     def usual() -> Tensor:
         """Prompt rows that each kv head keeps, mean over the pages: float64 `[num_layers, num_kv_heads]`."""
-        kept = [reading.stats.kept_rows for reading in read(model, processor, batches, config, 1)]
-        return torch.cat(kept).double().mean(0)
+        return torch.cat([reading.stats.kept_rows for reading in reader.read(config, 1)]).double().mean(0)
 
     def make_run(key: Head, readings: Sequence[BatchReading]) -> HeadRowsRun:
         given = (None, None) if key == _UNCHANGED else (float(usual()[key]), rows)
         return HeadRowsRun(*key, *given, **page_scores(readings))
 
-    run_missing(
-        model, processor, batches, results, [_UNCHANGED, *heads],
-        lambda key: _changed_method(config, usual(), None if key == _UNCHANGED else key, rows), make_run,
-        max_new_tokens=max_new_tokens, progress=progress,
-    )  # fmt: skip
-    return results
+    def config_of(key: Head) -> AbstractContextManager[CompressionConfig]:
+        return _changed_method(config, usual(), None if key == _UNCHANGED else key, rows)
+
+    return reader.run(HeadRowsResults, settings, [_UNCHANGED, *heads], config_of, make_run)
 
 
 _UNCHANGED = (None, None)

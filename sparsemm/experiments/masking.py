@@ -6,22 +6,18 @@ import statistics
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from torch import nn
 
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError
-from sparsemm.experiments.session import PageBatches, PageScores, page_scores, run_missing
+from sparsemm.experiments.session import PageReader, PageScores, page_scores
 from sparsemm.models import family_of
 from sparsemm.plan import Plan
 from sparsemm.runs.markdown import table_of
 from sparsemm.runs.metrics import METRICS
-from sparsemm.runs.results import RunFile, environment
+from sparsemm.runs.results import RunFile
 
 if TYPE_CHECKING:
-    from sparsemm.documents import Page
     from sparsemm.head_scores import HeadScores
 
 
@@ -64,63 +60,38 @@ def heads_of_shares(shares: Sequence[float], num_heads: int) -> list[int]:
 
 
 def masking_experiment(
-    model: nn.Module,
-    processor: Any,
-    pages: Sequence[Page],
+    reader: PageReader,
     head_scores: HeadScores,
     *,
     num_heads: Sequence[int] = (0, 1, 2, 3, 4, 6, 8),
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     mask_mode: str = "zero_query",
-    batch_size: int = 16,
-    max_new_tokens: int = 48,
-    output: str | Path | None = None,
-    fresh: bool = False,
-    model_name: str | None = None,
-    progress: bool = True,
 ) -> list[MaskedRun]:
-    """Read `pages` with the highest-scoring heads masked, and with as many random other ones for each seed.
+    """Read the pages with the highest-scoring heads masked, and with as many random other ones for each seed.
 
     Args:
-        model, processor: From `sparsemm.load_model`; not patched.
-        pages: With `image`, `prompt`, `answer`, `task`; not those that the scores were chased on.
-        head_scores: Of this model.
+        reader: With other pages than those that the scores were chased on.
+        head_scores: Of its model.
         num_heads: How many heads to mask, in turn.
         seeds: Of the random choices.
         mask_mode: "zero_query" or "zero_output".
-        batch_size: Pages generated together.
-        max_new_tokens: Longest answer.
-        output: Result file (JSON), complete after every run; a later call does only what is missing.
-        fresh: Forget what `output` holds.
-        model_name: Written in the results.
-        progress: Show a progress bar.
 
     Raises:
         ConfigError: A number of heads cannot be masked, or at random outside of the visual ones.
-        DataError: There is no page, or `output` holds another experiment.
+        DataError: The reader's output holds another experiment.
     """
-    head_scores.check_shape(*_shape(model))
+    text_config = family_of(reader.model).text_model(reader.model).config
+    head_scores.check_shape(text_config.num_hidden_layers, text_config.num_attention_heads)
     configs = _configs(head_scores, num_heads, seeds, mask_mode)
-    batches = PageBatches.of(model, processor, pages, batch_size)
-    settings = {
-        **batches.settings(model, model_name, max_new_tokens),
-        "head_scores": head_scores.describe(),
-        "mask_mode": mask_mode,
-        "environment": environment(model.device),
-    }
-    results = MaskingResults.open(output, settings, fresh=fresh)
     total = head_scores.values.numel()
-    run_missing(
-        model, processor, batches, results, configs, lambda key: nullcontext(configs[key]),
+    results = reader.run(
+        MaskingResults,
+        {"head_scores": head_scores.describe(), "mask_mode": mask_mode},
+        configs,
+        lambda key: nullcontext(configs[key]),
         lambda key, readings: MaskedRun(*key[:2], key[1] / total, key[2], **page_scores(readings)),
-        max_new_tokens=max_new_tokens, progress=progress,
-    )  # fmt: skip
+    )
     return [results.find(*key) for key in configs]
-
-
-def _shape(model: nn.Module) -> tuple[int, int]:
-    config = family_of(model).text_model(model).config
-    return config.num_hidden_layers, config.num_attention_heads
 
 
 def _configs(

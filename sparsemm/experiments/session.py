@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,14 @@ from sparsemm.errors import ConfigError, DataError
 from sparsemm.models import family_of
 from sparsemm.models.identity import weights_digest
 from sparsemm.runs.metrics import mean_metrics, score_metrics
-from sparsemm.runs.results import Run, RunFile
+from sparsemm.runs.results import Run, RunFile, environment
 
 if TYPE_CHECKING:
     from sparsemm.cache import CacheStats
     from sparsemm.documents import Page
     from sparsemm.head_scores import HeadScores
+
+AnyResults = TypeVar("AnyResults", bound=RunFile)
 
 
 def heldout_pages(
@@ -64,119 +67,6 @@ def heldout_pages(
 
 
 @dataclass(frozen=True)
-class PageBatch:
-    """Pages that are read together, and the model's inputs for them."""
-
-    pages: list[Page]
-    inputs: dict[str, Tensor]
-
-
-@dataclass
-class PageBatches:
-    """Pages made into model inputs once, for all runs of an experiment.
-
-    Attributes:
-        batches: In the order they are read.
-        batch_size: Pages of all but the last.
-        digest: Of the pages' prompts, answers and pixels, in the order they were given.
-    """
-
-    batch_size: int
-    digest: str
-    batches: list[PageBatch] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, model: nn.Module, processor: Any, pages: Iterable[Page], batch_size: int) -> PageBatches:
-        """Prepare `pages`: objects with `image`, `prompt`, `answer`, `task` and `num_words`.
-
-        Raises:
-            DataError: There is no page.
-            ConfigError: `batch_size` is not positive.
-        """
-        pages = list(pages)
-        if not pages:
-            raise DataError("there is no page to read")
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size} is too small; it must be at least 1")
-        digest = hashlib.sha256()
-        for page in pages:
-            digest.update(f"{page.prompt}\0{page.answer}\0{page.image.size}\0".encode())
-            digest.update(page.image.tobytes())
-        # Answers of like length side by side: a batch decodes until its longest answer ends.
-        ordered = sorted(pages, key=lambda page: (page.task, page.num_words))
-        made = cls(batch_size, digest.hexdigest()[:16])
-        family = family_of(model)
-        for start in range(0, len(ordered), batch_size):
-            chosen = ordered[start : start + batch_size]
-            images, prompts = [page.image for page in chosen], [page.prompt for page in chosen]
-            made.batches.append(PageBatch(chosen, family.build_inputs(processor, images, prompts, device=model.device)))
-        return made
-
-    def __len__(self) -> int:
-        return sum(len(batch.pages) for batch in self.batches)
-
-    def settings(self, model: nn.Module, model_name: str | None, max_new_tokens: int) -> dict[str, Any]:
-        """What runs have to agree in to be compared, as JSON values: model, pages, batches, device."""
-        return {
-            "model": model_name or Path(model.config.name_or_path).name or type(model).__name__,
-            "weights": weights_digest(model),
-            "pages_digest": self.digest,
-            "documents": len(self),
-            "batch_size": self.batch_size,
-            "max_new_tokens": max_new_tokens,
-            "device": model.device.type,
-            "dtype": str(model.dtype).removeprefix("torch."),
-        }
-
-
-def describe_head_scores(head_scores: HeadScores | str | Path | None) -> dict[str, Any] | None:
-    """Shape, digest and provenance of the scores, the same for a table and for its file; wherever that lies."""
-    if head_scores is None:
-        return None
-    from sparsemm.head_scores import HeadScores
-
-    table = head_scores if isinstance(head_scores, HeadScores) else HeadScores.load(head_scores)
-    return table.describe()
-
-
-def run_missing(
-    model: nn.Module,
-    processor: Any,
-    batches: PageBatches,
-    results: RunFile,
-    keys: Iterable[Any],
-    config_of: Callable[[Any], AbstractContextManager[CompressionConfig]],
-    make_run: Callable[[Any, Sequence[BatchReading]], Run],
-    *,
-    max_new_tokens: int,
-    progress: bool,
-) -> None:
-    """Read all pages under the configuration of every key that has no run in `results` yet, and add what `make_run`
-    makes of each. In evaluation mode, without gradients, images encoded once."""
-    from tqdm.auto import tqdm
-
-    missing = results.missing(keys)
-    was_training = model.training
-    model.eval()
-    try:
-        with (
-            torch.inference_mode(),
-            remember_image_features(model, capacity=len(batches.batches)),
-            tqdm(total=len(missing) * len(batches), unit="page", disable=not progress, smoothing=0.05) as bar,
-        ):
-            for key in missing:
-                bar.set_description(" ".join(str(part) for part in key if part is not None) or "as it is")
-                with config_of(key) as config:
-                    readings = []
-                    for reading in read(model, processor, batches, config, max_new_tokens):
-                        bar.update(len(reading.pages))
-                        readings.append(reading)
-                results.add(make_run(key, readings))
-    finally:
-        model.train(was_training)
-
-
-@dataclass(frozen=True)
 class BatchReading:
     """What was read from one batch.
 
@@ -195,17 +85,134 @@ class BatchReading:
     timing: Timing
 
 
-def read(
-    model: nn.Module, processor: Any, batches: PageBatches, config: CompressionConfig, max_new_tokens: int
-) -> Iterator[BatchReading]:
-    """Answer every batch greedily under `config`; the model is patched until the last."""
-    with sparsemm.patch(model, config, reserve=max_new_tokens) as handle:
-        # Lazy set-up, of the process or of the method, is no document's cost.
-        generate_greedy(model, batches.batches[0].inputs, min(3, max_new_tokens))
-        for batch in batches.batches:
-            tokens, timing = generate_greedy(model, batch.inputs, max_new_tokens)
-            texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            yield BatchReading(batch.pages, texts, tokens.numel(), handle.stats, timing)
+@dataclass
+class PageReader:
+    """A model, the pages it is to read, and where what it reads is written: what every experiment starts from.
+
+    Attributes:
+        model, processor: From `sparsemm.load_model`; not patched.
+        pages: Objects with `image`, `prompt`, `answer`, `task` and `num_words`.
+        batch_size: Pages generated together, left padded.
+        max_new_tokens: Longest answer.
+        output: Result file (JSON), complete after every run; a later experiment does only what is missing.
+        fresh: Forget what `output` holds.
+        model_name: Written in the results; by default the name of the folder it was loaded from.
+        progress: Show a progress bar.
+
+    Raises:
+        DataError: There is no page.
+        ConfigError: `batch_size` is not positive.
+    """
+
+    model: nn.Module
+    processor: Any
+    pages: Iterable[Page]
+    _: KW_ONLY
+    batch_size: int = 16
+    max_new_tokens: int = 48
+    output: str | Path | None = None
+    fresh: bool = False
+    model_name: str | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        self.pages = list(self.pages)
+        if not self.pages:
+            raise DataError("there is no page to read")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size={self.batch_size} is too small; it must be at least 1")
+
+    @functools.cached_property
+    def batches(self) -> list[tuple[list[Page], dict[str, Tensor]]]:
+        """Pages that are read together and the model's inputs for them, made once for all runs.
+
+        Answers of like length lie side by side, as a batch decodes until its longest answer ends.
+        """
+        ordered = sorted(self.pages, key=lambda page: (page.task, page.num_words))
+        batches = []
+        for start in range(0, len(ordered), self.batch_size):
+            chosen = ordered[start : start + self.batch_size]
+            images, prompts = [page.image for page in chosen], [page.prompt for page in chosen]
+            build = family_of(self.model).build_inputs
+            batches.append((chosen, build(self.processor, images, prompts, device=self.model.device)))
+        return batches
+
+    def settings(self) -> dict[str, Any]:
+        """What runs have to agree in to be compared, as JSON values: model, pages, batches, device."""
+        model, digest = self.model, hashlib.sha256()
+        for page in self.pages:
+            digest.update(f"{page.prompt}\0{page.answer}\0{page.image.size}\0".encode())
+            digest.update(page.image.tobytes())
+        return {
+            "model": self.model_name or Path(model.config.name_or_path).name or type(model).__name__,
+            "weights": weights_digest(model),
+            "pages_digest": digest.hexdigest()[:16],
+            "documents": len(self.pages),
+            "batch_size": self.batch_size,
+            "max_new_tokens": self.max_new_tokens,
+            "device": model.device.type,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "environment": environment(model.device),
+        }
+
+    def read(self, config: CompressionConfig, max_new_tokens: int) -> Iterator[BatchReading]:
+        """Answer every batch greedily under `config`; the model is patched until the last."""
+        with sparsemm.patch(self.model, config, reserve=max_new_tokens) as handle:
+            # Lazy set-up, of the process or of the method, is no document's cost.
+            generate_greedy(self.model, self.batches[0][1], min(3, max_new_tokens))
+            for pages, inputs in self.batches:
+                tokens, timing = generate_greedy(self.model, inputs, max_new_tokens)
+                texts = self.processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+                yield BatchReading(pages, texts, tokens.numel(), handle.stats, timing)
+
+    def run(
+        self,
+        results_class: type[AnyResults],
+        settings: dict[str, Any],
+        keys: Iterable[Any],
+        config_of: Callable[[Any], AbstractContextManager[CompressionConfig]],
+        make_run: Callable[[Any, Sequence[BatchReading]], Run],
+    ) -> AnyResults:
+        """Read all pages under the configuration of every key that has no run in `output` yet, and add what `make_run`
+        makes of each. In evaluation mode, without gradients, images encoded once.
+
+        Raises:
+            DataError: `output` holds another experiment, or other settings than `settings` and the reader's own.
+        """
+        from tqdm.auto import tqdm
+
+        results = results_class.open(self.output, {**self.settings(), **settings}, fresh=self.fresh)
+        missing = results.missing(keys)
+        total = len(missing) * len(self.pages)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with (
+                torch.inference_mode(),
+                remember_image_features(self.model, capacity=len(self.batches)),
+                tqdm(total=total, unit="page", disable=not self.progress, smoothing=0.05) as bar,
+            ):
+                for key in missing:
+                    bar.set_description(" ".join(str(part) for part in key if part is not None) or "as it is")
+                    with config_of(key) as config:
+                        readings = []
+                        for reading in self.read(config, self.max_new_tokens):
+                            bar.update(len(reading.pages))
+                            readings.append(reading)
+                    results.add(make_run(key, readings))
+        finally:
+            self.model.train(was_training)
+        return results
+
+
+def describe_head_scores(head_scores: HeadScores | str | Path | None) -> dict[str, Any] | None:
+    """Shape, digest and provenance of the scores, the same for a table and for its file; wherever that lies."""
+    if head_scores is None:
+        return None
+    from sparsemm.head_scores import HeadScores
+
+    table = head_scores if isinstance(head_scores, HeadScores) else HeadScores.load(head_scores)
+    return table.describe()
 
 
 @dataclass(frozen=True, kw_only=True)

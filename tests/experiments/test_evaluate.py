@@ -14,10 +14,9 @@ from toy_models import TINY_MINIATURE
 import sparsemm.experiments.evaluate as engine
 from sparsemm.decoding.generation import generate_greedy, remember_image_features
 from sparsemm.errors import ConfigError, DataError
-from sparsemm.experiments import session
 from sparsemm.experiments.evaluate import Cell, Results
 from sparsemm.experiments.report import describe, format_table, plot_accuracy
-from sparsemm.experiments.session import PageBatches, heldout_pages
+from sparsemm.experiments.session import PageReader, heldout_pages
 from sparsemm.head_scores import HeadScores
 from sparsemm.miniatures.architectures import build_model, build_processor
 from sparsemm.models import family_of
@@ -39,18 +38,20 @@ def pages() -> list[Any]:
     return heldout_pages(5, num_words=(1, 3))
 
 
+READING = ("output", "fresh", "model_name", "batch_size")
+
+
 def run(reader: tuple[Any, Any], pages: list[Any], **settings: Any) -> list[Cell]:
+    how = dict(batch_size=2) | {name: settings.pop(name) for name in READING if name in settings}
     defaults = dict(
         methods=["fullkv", "snapkv", "sparsemm", "mask"],
         budgets=[16, 1000],
         head_scores=SCORES,
         window_size=4,
-        batch_size=2,
-        max_new_tokens=NEW_TOKENS,
         mask_ratio=0.25,
-        progress=False,
     )
-    return engine.evaluate(*reader, pages, **{**defaults, **settings})
+    page_reader = PageReader(*reader, pages, max_new_tokens=NEW_TOKENS, progress=False, **how)
+    return engine.evaluate(page_reader, **{**defaults, **settings})
 
 
 def test_cells_hold_what_was_run(reader: tuple[Any, Any], pages: list[Any], tmp_path: Path) -> None:
@@ -98,20 +99,20 @@ def test_a_perfect_reader_scores_one_on_every_page(
 ) -> None:
     _, processor = reader
     answers = {page.image.tobytes(): page.answer for page in pages}
-    real_batches = PageBatches.of
+    real_batches = PageReader.batches.func
 
-    def remember(*args: Any) -> Any:
-        batches = real_batches(*args)
-        for batch in batches.batches:
-            batch.inputs["answers"] = [answers[page.image.tobytes()] for page in batch.pages]
-        return batches
+    def remember(reader: PageReader) -> Any:
+        return [
+            (chosen, {**inputs, "answers": [answers[page.image.tobytes()] for page in chosen]})
+            for chosen, inputs in real_batches(reader)
+        ]
 
     def generate(model: Any, inputs: Any, max_new_tokens: int) -> Any:
         texts = inputs["answers"]
         _, clock = generate_greedy(model, {k: v for k, v in inputs.items() if k != "answers"}, 2)
         return processor.tokenizer(texts, padding=True, return_tensors="pt")["input_ids"], clock
 
-    monkeypatch.setattr(PageBatches, "of", remember)
+    monkeypatch.setattr(PageReader, "batches", property(remember))
     monkeypatch.setattr("sparsemm.experiments.session.generate_greedy", generate)
     (cell,) = run(reader, pages, methods=["fullkv"])
     assert cell.accuracy == cell.exact_match == cell.anls == 1.0
@@ -122,15 +123,15 @@ def test_interrupted_runs_resume(
     reader: tuple[Any, Any], pages: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "results.json"
-    real, started, most = session.read, [], 2
+    real, started, most = PageReader.read, [], 2
 
-    def counted(model: Any, processor: Any, batches: Any, config: Any, tokens: int) -> Any:
+    def counted(reader: PageReader, config: Any, tokens: int) -> Any:
         if len(started) == most:
             raise KeyboardInterrupt
         started.append((config.method, config.budget))
-        return real(model, processor, batches, config, tokens)
+        return real(reader, config, tokens)
 
-    monkeypatch.setattr(session, "read", counted)
+    monkeypatch.setattr(PageReader, "read", counted)
     with pytest.raises(KeyboardInterrupt):
         run(reader, pages, output=path)
     assert [cell.key for cell in Results.load(path).cells] == started == [("fullkv", None), ("snapkv", 16)]

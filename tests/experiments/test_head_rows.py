@@ -16,7 +16,6 @@ import sparsemm
 from sparsemm import CompressionConfig
 from sparsemm.decoding.generation import generate_greedy
 from sparsemm.errors import ConfigError, DataError
-from sparsemm.experiments import session
 from sparsemm.experiments.head_rows import (
     HeadRowsResults,
     _changed_method,
@@ -24,6 +23,7 @@ from sparsemm.experiments.head_rows import (
     format_head_rows,
     head_rows_experiment,
 )
+from sparsemm.experiments.session import PageReader
 from sparsemm.head_scores import rank_correlation
 from sparsemm.methods import METHODS, Method, register_method
 from sparsemm.models import family_of
@@ -34,9 +34,10 @@ FULL = CompressionConfig(method="fullkv", window_size=2)
 SNAP = CompressionConfig(method="snapkv", budget=6, window_size=2)
 
 
-def experiment(config: CompressionConfig = FULL, **options) -> HeadRowsResults:
-    settings: dict = dict(max_new_tokens=8, progress=False, **options)
-    return head_rows_experiment(toy_model("qwen2-vl"), toy_processor("qwen2-vl"), pages(), config, **settings)
+def experiment(config: CompressionConfig = FULL, *, output: Path | None = None, **options) -> HeadRowsResults:
+    model, processor = toy_model("qwen2-vl"), toy_processor("qwen2-vl")
+    reader = PageReader(model, processor, pages(), max_new_tokens=8, progress=False, output=output)
+    return head_rows_experiment(reader, config, **options)
 
 
 def accuracies(config: CompressionConfig) -> list[float]:
@@ -124,8 +125,6 @@ def test_what_cannot_be_run_is_refused(tmp_path: Path) -> None:
         experiment(rows=1)
     with pytest.raises(ConfigError, match="kv head 2-0"):
         experiment(heads=[(2, 0)])
-    with pytest.raises(DataError, match="no page"):
-        head_rows_experiment(toy_model("qwen2-vl"), None, [], FULL, progress=False)
     with pytest.raises(DataError, match="unchanged"):
         changes(HeadRowsResults({"shape": [2, 2]}))
     with pytest.raises(DataError, match="'sums'"):
@@ -135,15 +134,16 @@ def test_what_cannot_be_run_is_refused(tmp_path: Path) -> None:
 def test_results_are_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
     expected = experiment(output=whole)
-    original, calls = session.read, []
+    original, calls = PageReader.read, []
 
-    def counting(*arguments):
+    def counting(reader, config, tokens):
         if len(calls) == 3:
             raise KeyboardInterrupt
-        calls.append(arguments)
-        return original(*arguments)
+        if config.method == "head_rows":
+            calls.append(config)
+        return original(reader, config, tokens)
 
-    monkeypatch.setattr(session, "read", counting)
+    monkeypatch.setattr(PageReader, "read", counting)
     with pytest.raises(KeyboardInterrupt):
         experiment(output=parts)
     assert len(HeadRowsResults.load(parts).runs) == 3 and "head_rows" not in METHODS

@@ -14,7 +14,6 @@ import sparsemm
 from sparsemm import CompressionConfig
 from sparsemm.decoding.generation import generate_greedy
 from sparsemm.errors import ConfigError, DataError, HeadScoreError
-from sparsemm.experiments import session
 from sparsemm.experiments.masking import (
     MaskedRun,
     MaskingResults,
@@ -24,17 +23,21 @@ from sparsemm.experiments.masking import (
     masking_experiment,
     summarise,
 )
+from sparsemm.experiments.session import PageReader
 from sparsemm.models import family_of
 from sparsemm.plan import Plan
 from sparsemm.runs.metrics import character_accuracy
 from sparsemm.viz.heads import draw_masking
 
 
-def experiment(**options) -> list[MaskedRun]:
-    settings: dict = dict(num_heads=(0, 1, 3), seeds=(0, 1), max_new_tokens=8, progress=False)
-    return masking_experiment(
-        toy_model("qwen2-vl"), toy_processor("qwen2-vl"), pages(), SCORES, **{**settings, **options}
-    )
+def page_reader(model_options: dict | None = None, **how) -> PageReader:
+    model = toy_model("qwen2-vl", **(model_options or {}))
+    return PageReader(model, toy_processor("qwen2-vl"), pages(), **{"max_new_tokens": 8, "progress": False, **how})
+
+
+def experiment(*, output: Path | None = None, fresh: bool = False, **options) -> list[MaskedRun]:
+    settings: dict = {"num_heads": (0, 1, 3), "seeds": (0, 1), **options}
+    return masking_experiment(page_reader(output=output, fresh=fresh), SCORES, **settings)
 
 
 def test_runs_equal_generation_with_the_same_heads_masked() -> None:
@@ -88,28 +91,28 @@ def test_shares_and_impossible_numbers() -> None:
     with pytest.raises(ConfigError, match="mask_mode"):
         experiment(mask_mode="cut")
     with pytest.raises(DataError, match="no page"):
-        masking_experiment(toy_model("qwen2-vl"), None, [], SCORES, num_heads=(1,), progress=False)
+        PageReader(toy_model("qwen2-vl"), None, [])
     with pytest.raises(HeadScoreError):
-        masking_experiment(toy_model("qwen2-vl", num_layers=3), None, pages(1), SCORES, progress=False)
+        masking_experiment(page_reader({"num_layers": 3}), SCORES)
 
 
 def test_results_are_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, parts = tmp_path / "whole.json", tmp_path / "parts.json"
     expected = experiment(output=whole)
     calls = []
-    original = session.read
+    original = PageReader.read
 
     def counting(*args):
         if len(calls) == 4:
             raise KeyboardInterrupt
-        calls.append(args[3])
+        calls.append(args[1])
         return original(*args)
 
-    monkeypatch.setattr(session, "read", counting)
+    monkeypatch.setattr(PageReader, "read", counting)
     with pytest.raises(KeyboardInterrupt):
         experiment(output=parts)
     assert len(MaskingResults.load(parts).runs) == 4
-    monkeypatch.setattr(session, "read", original)
+    monkeypatch.setattr(PageReader, "read", original)
     assert experiment(output=parts) == expected
     assert json.loads(parts.read_text())["runs"] == json.loads(whole.read_text())["runs"]
     with pytest.raises(DataError, match="mask_mode"):
