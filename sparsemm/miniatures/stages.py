@@ -42,16 +42,16 @@ class Schedule:
 
     judged_every: int = 25
     heldout_pages: int = 32
-    patience: int = 8
+    patience: int = 6
     halvings: int = 4
     save_seconds: float = 45.0
 
 
 SCHEDULE = Schedule()
 CURRICULUM = (
-    Stage("symbols-small", "symbols", 64, Mix(4, 9, 1, 3, 3, 0.4), 500, enough=0.97),
-    Stage("symbols-middle", "symbols", 32, Mix(8, 11, 1, 8, 5, 0.4), 500, enough=0.97),
-    Stage("symbols-page", "symbols", 24, Mix(14, 14, 1, 20, 8, 0.4), 1000, enough=0.99),
-    Stage("glyphs", "glyphs", 8, Mix(14, 14, 16, 24, field_share=0.0), 2000, enough=0.99),
+    Stage("symbols-small", "symbols", 32, Mix(4, 9, 1, 3, 3, 0.4), 500, enough=0.97),
+    Stage("symbols-middle", "symbols", 24, Mix(8, 11, 1, 8, 5, 0.4), 500, enough=0.97),
+    Stage("symbols-page", "symbols", 16, Mix(14, 14, 1, 20, 8, 0.4), 1000, enough=0.98),
+    Stage("glyphs", "glyphs", 8, Mix(14, 14, 16, 24, field_share=0.0), 2000, enough=0.985),
     Stage("pages", "pages", 16, Mix(14, 14, 1, 20, 8, 0.4), 1500),
 )
