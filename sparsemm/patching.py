@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from sparsemm.attention import ROTARY, Observer, head_mask_for, sparse_attention
+from sparsemm.attention import Observer, head_mask_for, sparse_attention
 from sparsemm.cache import CacheRecord, CacheStats, SparseCache
 from sparsemm.config import CompressionConfig
-from sparsemm.errors import CacheError, ConfigError, PatchError, UnsupportedModelError
+from sparsemm.errors import CacheError, ConfigError, PatchError
 from sparsemm.models import family_of
 from sparsemm.models.instances import forward_name, set_on_instance
+from sparsemm.models.projections import Projections
+from sparsemm.models.proof import proved_projections
 from sparsemm.ops.backends import resolve_backend
 from sparsemm.plan import GROWTH_ROWS, Plan
 
@@ -58,7 +60,8 @@ def is_stock_cache(cache: Any) -> bool:
 
 
 class PatchHandle:
-    """An active patch. `stats` describes the most recent prompt, `observer` sees every attention forward."""
+    """An active patch. `stats` describes the most recent prompt, `observer` sees every attention forward; `projections`
+    of each layer are as proved."""
 
     def __init__(
         self, model: nn.Module, config: CompressionConfig, *, reserve: int = GROWTH_ROWS, decode_backend: str = "auto"
@@ -71,7 +74,8 @@ class PatchHandle:
         self.text_model = family_of(model).text_model(model)
         if self.text_model in _PATCHED:
             raise PatchError("this model is patched already; remove that handle (or leave its with block) first")
-        self.plan = _plan(model, self.text_model, config, reserve, decode_backend)
+        self.projections = proved_projections(self.text_model)
+        self.plan = _plan(self.text_model, config, reserve, decode_backend)
         self.observer: Observer | None = None
         self._record: CacheRecord | None = None
         self._undo: list[Callable[[], None]] = []
@@ -110,8 +114,9 @@ class PatchHandle:
     def _install(self) -> None:
         _PATCHED[self.text_model] = self
         self._undo.append(lambda: _PATCHED.pop(self.text_model, None))
-        for decoder_layer, masked_heads in zip(self.text_model.layers, self.plan.masked_heads, strict=True):
-            self._replace_forward(decoder_layer.self_attn, masked_heads)
+        layers = zip(self.text_model.layers, self.projections, self.plan.masked_heads, strict=True)
+        for decoder_layer, projections, masked_heads in layers:
+            self._replace_forward(decoder_layer.self_attn, projections, masked_heads)
         hook = self.text_model.register_forward_pre_hook(self._before_text_model, with_kwargs=True)
         self._undo.append(hook.remove)
         self._set(self.model, "_get_candidate_generator", _refuse_assisted_decoding)
@@ -121,10 +126,10 @@ class PatchHandle:
     def _set(self, owner: Any, name: str, value: Any) -> None:
         self._undo.append(set_on_instance(owner, name, value))
 
-    def _replace_forward(self, module: nn.Module, masked_heads: Tensor) -> None:
+    def _replace_forward(self, module: nn.Module, projections: Projections, masked_heads: Tensor) -> None:
         name = forward_name(module)
         original = getattr(module, name)
-        weight = module.q_proj.weight
+        weight = module.o_proj.weight
         dtype = weight.dtype if weight.dtype.is_floating_point else self.model.dtype
         head_mask = head_mask_for(masked_heads, dtype, "cpu" if weight.is_meta else weight.device)
 
@@ -138,6 +143,7 @@ class PatchHandle:
                 on_device = head_mask.to(device=hidden_states.device, dtype=hidden_states.dtype)
             return sparse_attention(
                 module,
+                projections,
                 *args,
                 past_key_values=past_key_values,
                 head_mask=on_device,
@@ -226,34 +232,18 @@ class PatchHandle:
         self._set(self.model, "_prepare_position_ids_for_generation", prepare_position_ids)
 
 
-def _plan(
-    model: nn.Module, text_model: nn.Module, config: CompressionConfig, reserve: int, decode_backend: str
-) -> Plan:
+def _plan(text_model: nn.Module, config: CompressionConfig, reserve: int, decode_backend: str) -> Plan:
     text_config = text_model.config
-    attentions = [layer.self_attn for layer in text_model.layers]
-    for attention in attentions:
-        if type(attention) not in ROTARY:
-            known = ", ".join(sorted(kind.__name__ for kind in ROTARY))
-            raise UnsupportedModelError(
-                f"attention of class {type(attention).__name__} is not supported; known: {known}"
-            )
-    uses_window = getattr(text_config, "use_sliding_window", True)  # Mistral has no switch: its window alone decides
-    layer_types = getattr(text_config, "layer_types", None)
-    slides = "sliding_attention" in layer_types if layer_types else uses_window
-    if getattr(text_config, "sliding_window", None) is not None and slides:
-        raise UnsupportedModelError(
-            f"the language model attends through a sliding window of {text_config.sliding_window} tokens, which a "
-            "cache of kept rows would not honour; load it with sliding_window=None if its prompts are shorter than that"
-        )
-    device = attentions[0].q_proj.weight.device
+    attention = text_model.layers[0].self_attn
+    device = attention.o_proj.weight.device
     if decode_backend != "auto" and device.type != "meta":  # better refused here than in the middle of a prompt
-        resolve_backend(decode_backend, device, model.dtype, attentions[0].head_dim)
+        resolve_backend(decode_backend, device, text_model.dtype, attention.head_dim)
     return Plan(
         config=config,
         num_layers=text_config.num_hidden_layers,
         num_query_heads=text_config.num_attention_heads,
         num_kv_heads=text_config.num_key_value_heads,
-        head_dim=attentions[0].head_dim,
+        head_dim=attention.head_dim,
         reserve=reserve,
         decode_backend=decode_backend,
     )

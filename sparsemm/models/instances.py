@@ -1,11 +1,14 @@
-"""Attributes set on single module instances, and taken off again without a trace."""
+"""Single module instances: attributes set and taken off again without a trace, and what was found out about them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, TypeVar
 
 from torch import nn
+
+T = TypeVar("T")
 
 _ABSENT = object()
 
@@ -31,3 +34,47 @@ def set_on_instance(owner: Any, name: str, value: Any) -> Callable[[], None]:
             setattr(owner, name, before)
 
     return undo
+
+
+class Findings(Generic[T]):
+    """What was found out about models, each remembered while forwards, weights and settings stay as they were then."""
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakKeyDictionary[nn.Module, tuple[list[_Trait], T]] = weakref.WeakKeyDictionary()
+
+    def about(self, model: nn.Module, parts: Iterable[nn.Module], find: Callable[[], T]) -> T:
+        """What `find` found about `model` when `parts` were last as they are now; otherwise it is asked again.
+
+        What it raises is not remembered. The finding must hold no reference to the model.
+        """
+        traits = [trait for part in parts for trait in _traits(part)]
+        known, finding = self._known.get(model, ([], None))
+        if len(known) != len(traits) or not all(map(_same, known, traits)):
+            finding = find()
+            self._known[model] = ([_weakly(trait) for trait in traits], finding)
+        return finding
+
+
+_Trait = tuple[Any, Any]
+
+
+def _traits(module: nn.Module) -> Iterator[_Trait]:
+    """Forward, weights and plain settings of a module and its parts, each with what changes in place."""
+    for part in module.modules():
+        forward = getattr(part, forward_name(part))
+        yield getattr(forward, "__func__", forward), None
+        for tensor in (*part._parameters.values(), *part._buffers.values()):
+            if tensor is not None:
+                yield tensor, None if tensor.is_inference() else tensor._version
+        settings = {
+            name: value for name, value in vars(part).items() if isinstance(value, (str, int, float, type(None)))
+        }
+        yield None, {**settings, "training": None}
+
+
+def _weakly(trait: _Trait) -> _Trait:
+    return None if trait[0] is None else weakref.ref(trait[0]), trait[1]
+
+
+def _same(known: _Trait, now: _Trait) -> bool:
+    return (None if known[0] is None else known[0]()) is now[0] and known[1] == now[1]

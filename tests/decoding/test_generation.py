@@ -428,7 +428,7 @@ def test_layers_on_several_devices_and_offloaded_ones(tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tiles_change_nothing_but_rounding(family, monkeypatch):
-    monkeypatch.setattr("sparsemm.attention.ROTARY_TILE", 8)
+    monkeypatch.setattr("sparsemm.models.projections.ROTARY_TILE", 8)
     model = toy_model(family)
     inputs = toy_inputs(model, 2)
     before = {name: set(vars(module)) for name, module in model.named_modules()}
@@ -452,13 +452,13 @@ def test_rotation_in_tiles_is_exact(monkeypatch):
     inputs = toy_inputs(model, 2)
     with sparsemm.patch(model, config("snapkv", 12)), torch.no_grad():
         whole = model(**inputs, use_cache=True).logits
-        monkeypatch.setattr("sparsemm.attention.ROTARY_TILE", 5)
+        monkeypatch.setattr("sparsemm.models.projections.ROTARY_TILE", 5)
         assert torch.equal(model(**inputs, use_cache=True).logits, whole)
 
 
 def test_no_prompt_wide_mlp_activation_and_no_second_layer_of_keys(monkeypatch):
     """Largest tensors alive and made during a tiled prompt of 600 tokens, by shape."""
-    monkeypatch.setattr("sparsemm.attention.ROTARY_TILE", 64)
+    monkeypatch.setattr("sparsemm.models.projections.ROTARY_TILE", 64)
     model = toy_model("llava-vicuna", num_layers=4)
     inputs = text_inputs(600)
     text_model, alive, mlp_rows = model.model.language_model, [], []
@@ -502,7 +502,7 @@ def test_peak_of_a_long_prompt(monkeypatch):
     unit = tokens * size * 4  # bytes of one tensor [tokens, hidden_size]
 
     def peak(tile):
-        monkeypatch.setattr("sparsemm.attention.ROTARY_TILE", tile or tokens)
+        monkeypatch.setattr("sparsemm.models.projections.ROTARY_TILE", tile or tokens)
         with sparsemm.patch(model, sparsemm.CompressionConfig("snapkv", 32)) as handle:
             run = DecodeLoop(handle, prompt_tile=tile)
             made = peak_new_bytes(
