@@ -87,8 +87,6 @@ class Projections:
             new_query, new_key = self._finish(module, query[:, part], key[:, part], position_embeddings, part)
             if columns <= tile:
                 return new_query, new_key, value
-            if new_query.dtype != query.dtype:  # a norm in a wider type than the projection
-                query, key = query.to(new_query.dtype), key.to(new_key.dtype)
             query[:, part], key[:, part] = new_query.transpose(1, 2), new_key.transpose(1, 2)
         return query.transpose(1, 2), key.transpose(1, 2), value
 

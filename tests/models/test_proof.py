@@ -1,0 +1,271 @@
+"""Attention modules as they read against their own forward: what is served, what is refused, what is left alone."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sparsemm.errors import UnsupportedModelError
+from sparsemm.models import projections, proof
+from sparsemm.models.proof import proved_projections
+
+SMALL: dict[str, Any] = dict(
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+ALL_FULL = {"layer_types": ["full_attention"] * 2}
+LATENT = dict(
+    q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, n_routed_experts=4,
+    moe_intermediate_size=16, first_k_dense_replace=2, num_key_value_heads=4,
+)  # fmt: skip
+GEMMA3N = dict(
+    intermediate_size=[32] * 2, vocab_size_per_layer_input=64, hidden_size_per_layer_input=8, laurel_rank=8,
+    activation_sparsity_pattern=[0.0] * 2, num_kv_shared_layers=1,
+)  # fmt: skip
+YARN_FREE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+
+
+def language_model(kind: str, **settings: Any) -> nn.Module:
+    """The decoder stack of a random toy, weights and norms far from their initial values."""
+    config = AutoConfig.for_model(kind, **{**SMALL, **settings})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+    return model.model
+
+
+SERVED = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {},
+    "qwen3_moe": {"num_experts": 2, "num_experts_per_tok": 1},
+    "olmo2": {},
+    "granite": {"attention_multiplier": 0.3},
+    "gemma": {},
+    "glm4": {},
+    "apertus": YARN_FREE,
+    "phi3": {"sliding_window": None, **YARN_FREE},
+    "smollm3": {"num_hidden_layers": 4},
+    "cohere2": {"sliding_window": None, **ALL_FULL},
+}
+
+
+@pytest.mark.parametrize("kind", SERVED)
+def test_what_is_served(kind: str) -> None:
+    text_model = language_model(kind, **SERVED[kind])
+    found = proved_projections(text_model)
+    assert len(found) == len(text_model.layers)
+    norms = {"qwen3": "head", "qwen3_moe": "head", "apertus": "head", "olmo2": "width"}.get(kind)
+    assert {each.norms for each in found} == {norms}
+    assert {each.scaling for each in found} == {0.3 if kind == "granite" else 0.25}
+    assert (found[0].fused == (64, 32, 32)) == (kind == "phi3")
+    rotated = {"smollm3": [True, True, True, False], "cohere2": [False, False]}.get(kind, [True] * len(found))
+    assert [each.rotary is not None for each in found] == rotated
+
+
+REFUSED = {
+    "soft cap": ("gemma2", ALL_FULL, "caps its attention logits at 50"),
+    "sinks": ("gpt_oss", {**ALL_FULL, **YARN_FREE, "num_local_experts": 2}, "attention sinks"),
+    "sliding window": ("mistral", {"sliding_window": 8}, "sliding window of 8 tokens"),
+    "some sliding layers": ("gemma2", {}, "layer 0 .*sliding window of 4096"),
+    "chunks": ("llama4_text", {"num_local_experts": 2, "intermediate_size_mlp": 32}, "chunked attention"),
+    "latent, V2": ("deepseek_v2", LATENT, "latent attention"),
+    "latent, V3": ("deepseek_v3", {**LATENT, "n_group": 1, "topk_group": 1}, "latent attention"),
+    "shared KV": ("gemma3n_text", {**GEMMA3N, **ALL_FULL}, "layer 1 .*shared KV"),
+    "linear": ("qwen3_next", {"num_experts": 2, "moe_intermediate_size": 16}, "linear attention"),
+    "an output gate": ("qwen3_next", {"num_experts": 2, "moe_intermediate_size": 16, **ALL_FULL}, "its query is"),
+    "norm before o_proj": ("bitnet", {}, "its output is not what o_proj would give"),
+    "norms after the rotation": ("nanochat", {}, "its query is not what"),
+    "queries scaled by position": ("ministral3", {"sliding_window": None}, "its query is not what"),
+    "a mask of its own": ("doge", {}, "mask of its own"),
+    "other names": ("phi", {}, "its parts are dense, k_proj"),
+    "one rotation a kind of layer": ("gemma3_text", ALL_FULL, "not one of positions alone"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_is_refused(why: str) -> None:
+    kind, settings, message = REFUSED[why]
+    with pytest.raises(UnsupportedModelError, match=message):
+        proved_projections(language_model(kind, **settings))
+
+
+class _Spoilt(nn.Module):
+    """A projection whose last feature is off by one unit in the last place."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        out = self.inner(hidden_states).clone()
+        out[..., -1] = torch.nextafter(out[..., -1], torch.tensor(torch.inf))
+        return out
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value", "output"])
+def test_one_unit_in_the_last_place_is_a_difference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module's own forward sees the spoilt projection, ours the sound one."""
+    text_model = language_model("llama")
+    attention = text_model.layers[1].self_attn
+    part = "o_proj" if name == "output" else f"{name[0]}_proj"
+    sound, spoilt = getattr(attention, part), _Spoilt(getattr(attention, part))
+    original = attention.forward
+
+    def forward(**kwargs: Any) -> Any:
+        setattr(attention, part, spoilt)
+        try:
+            return original(**kwargs)
+        finally:
+            setattr(attention, part, sound)
+
+    attention.forward = forward
+    with pytest.raises(UnsupportedModelError, match=f"layer 1 .*its {name} is not what"):
+        proved_projections(text_model)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda kwargs: kwargs | {"past_key_values": None}, "into its cache, once"),
+        (lambda kwargs: kwargs | {"softcap": 20.0}, "soft cap"),
+        (lambda kwargs: kwargs | {"is_causal": False}, "both directions"),
+        (lambda kwargs: kwargs | {"temperature": 2.0}, "hands temperature to its attention"),
+        (lambda kwargs: kwargs | {"hidden_states": kwargs["hidden_states"][..., :5]}, "does not run as decoder layers"),
+    ],
+)
+def test_what_a_forward_hands_on_is_seen(change: Any, message: str) -> None:
+    text_model = language_model("qwen2")
+    attention = text_model.layers[0].self_attn
+    original = attention.forward
+    attention.forward = lambda **kwargs: original(**change(kwargs))
+    with pytest.raises(UnsupportedModelError, match=message):
+        proved_projections(text_model)
+    del attention.forward
+    assert len(proved_projections(text_model)) == 2
+
+
+def test_nothing_is_disturbed() -> None:
+    text_model = language_model("qwen3", attention_dropout=0.5)
+    text_model.train()
+    text_model.layers[1].self_attn.q_proj.eval()
+    calls: list[nn.Module] = []
+    for module in (text_model, *text_model.layers, *(layer.self_attn for layer in text_model.layers)):
+        module.register_forward_hook(lambda module, *_: calls.append(module))
+    state = torch.get_rng_state()
+    modes = [module.training for module in text_model.modules()]
+    settings = copy.deepcopy(text_model.config.to_dict())
+    before = [dict(vars(layer.self_attn)) for layer in text_model.layers]
+    interface = dict(projections.Projections.of(text_model.layers[0].self_attn).interface)
+    proved_projections(text_model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in text_model.modules()] == modes
+    assert text_model.config.to_dict() == settings and text_model.config._attn_implementation == "sdpa"
+    assert [vars(layer.self_attn) for layer in text_model.layers] == before
+    assert dict(projections.Projections.of(text_model.layers[0].self_attn).interface) == interface
+    assert calls == [] and all(parameter.grad is None for parameter in text_model.parameters())
+
+
+def test_weights_kept_elsewhere_are_fetched_by_their_hooks(tmp_path: Path) -> None:
+    text_model = language_model("smollm3", num_hidden_layers=4)
+    expected = proved_projections(text_model)
+    places = {name: "cpu" for name, _ in text_model.named_children() if name != "layers"}
+    places |= {f"layers.{layer_idx}": "disk" if layer_idx > 1 else "cpu" for layer_idx in range(4)}
+    accelerate.dispatch_model(text_model, places, main_device="cpu", offload_dir=tmp_path, force_hooks=True)
+    attention = text_model.layers[3].self_attn
+    assert attention.q_proj.weight.is_meta
+    assert proved_projections(text_model) == expected
+    assert attention.q_proj.weight.is_meta
+    attention.use_rope = True
+    assert proved_projections(text_model)[3].rotary is not None
+
+
+def test_weights_on_the_meta_device_are_taken_as_they_read() -> None:
+    with torch.device("meta"):
+        text_model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **SMALL)).model
+    assert [each.norms for each in proved_projections(text_model)] == ["head", "head"]
+    text_model.config.sliding_window, text_model.config.layer_types = 8, ["sliding_attention"] * 2
+    with pytest.raises(UnsupportedModelError, match="sliding window of 8"):
+        proved_projections(text_model)
+
+
+def test_the_verdict_is_remembered_until_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    text_model = language_model("qwen3")
+    proofs = []
+    prove = proof._prove
+    monkeypatch.setattr(proof, "_prove", lambda *args: proofs.append(1) or prove(*args))
+
+    def proved_again() -> bool:
+        before = len(proofs)
+        proved_projections(text_model)
+        return len(proofs) > before
+
+    attention = text_model.layers[1].self_attn
+    assert proved_again() and not proved_again()
+    text_model.train()
+    assert not proved_again()
+    with torch.no_grad():
+        attention.k_norm.weight.mul_(2)
+    assert proved_again() and not proved_again()
+    attention.q_proj = copy.deepcopy(attention.q_proj)
+    assert proved_again() and not proved_again()
+    attention.scaling = 0.5
+    assert proved_again() and not proved_again()
+    original = attention.forward
+    attention.forward = lambda **kwargs: original(**kwargs)
+    assert proved_again() and not proved_again()
+    del attention.forward
+    assert proved_again() and not proved_again()
+    monkeypatch.setattr(type(attention.k_norm), "forward", lambda self, states: states)
+    assert proved_again() and not proved_again()
+
+
+def test_a_remembered_model_can_be_freed() -> None:
+    text_model = language_model("qwen3")
+    proved_projections(text_model)
+    gone = weakref.ref(text_model)
+    del text_model
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "olmo2", "phi3", "gemma"])
+def test_long_prompts_are_normalised_and_rotated_in_tiles(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text_model = language_model(kind, **SERVED[kind])
+    module, (found, _) = text_model.layers[0].self_attn, proved_projections(text_model)
+    hidden_states = torch.randn(2, 23, 64, generator=torch.Generator().manual_seed(0))
+    embeddings = text_model.rotary_emb(hidden_states, torch.arange(23)[None])
+    tiles = []
+
+    def rotary(query: torch.Tensor, *others: torch.Tensor) -> Any:
+        tiles.append(query.shape[2])
+        return found.rotary(query, *others)
+
+    with torch.no_grad():
+        whole = found.project(module, hidden_states, embeddings)
+        monkeypatch.setattr(projections, "ROTARY_TILE", 5)
+        tiled = dataclasses.replace(found, rotary=rotary).project(module, hidden_states, embeddings)
+    assert tiles == [5, 5, 5, 5, 3]
+    assert all(torch.equal(one, other) for one, other in zip(whole, tiled, strict=True))
