@@ -72,10 +72,12 @@ def heldout_batches(family: str, stage: Stage, pages: int) -> tuple[Batch, ...]:
     return tuple(make_batch(family, mix, pages, (7, 7, 7), split="heldout", draw=draw) for mix in mixes)
 
 
-def _float32_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: None, **options: Any) -> Any:
+def _float32_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
+) -> Any:
     """Torch's attention, whose backward pass takes a CPU up to four times as long in bfloat16 as in float32."""
     with torch.autocast("cpu", enabled=False):
-        return sdpa_attention_forward(module, query.float(), key.float(), value.float(), mask, **options)
+        return sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
 
 
 AttentionInterface.register("float32_sdpa", _float32_attention)
