@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -15,6 +17,9 @@ from torch import Tensor
 
 from sparsemm.errors import HeadScoreError
 from sparsemm.io import write_json_atomic
+from sparsemm.models.identity import Identity
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "sparsemm-head-scores"
 FORMAT_VERSION = 1
@@ -51,6 +56,8 @@ class HeadScores:
             raise HeadScoreError("head scores are all zero, so they rank no head; chase again with more images")
         self.values: Tensor = table
         self.provenance: dict[str, Any] = dict(provenance)
+        self.any_model = False
+        """Whether scores that were chased on another model are taken all the same."""
 
     @property
     def num_layers(self) -> int:
@@ -61,7 +68,7 @@ class HeadScores:
         return self.values.shape[1]
 
     def __repr__(self) -> str:
-        model = self.provenance.get("model", "unknown model")
+        model = self.provenance.get("model") or "unknown model"
         return f"HeadScores({self.num_layers} layers x {self.num_query_heads} query heads, {model})"
 
     def describe(self) -> dict[str, Any]:
@@ -76,6 +83,41 @@ class HeadScores:
                 f"head scores are for {self.num_layers} layers x {self.num_query_heads} query heads, the model has "
                 f"{num_layers} x {num_query_heads}; use the file chased for this model"
             )
+
+    @property
+    def identity(self) -> Identity:
+        """The checkpoint that the scores were chased on, as far as the file says."""
+        return Identity(*(self.provenance.get(name) for name in ("model", "weights")))
+
+    def check_model(self, model: Identity) -> str | None:
+        """Whether the scores belong to `model`: equal weights, or else the last part of the name.
+
+        Returns:
+            None if they do; else what cannot be told, or what differs though it is accepted. Other weights under the
+            same name are also logged, as a warning.
+
+        Raises:
+            HeadScoreError: They were chased on another model, and `any_model` is off.
+        """
+        mine, same_weights = self.identity, self.identity.has_weights_of(model)
+        if same_weights:
+            return None
+        if mine.name is None:
+            return "the file does not say which model the scores were chased on"
+        if model.name is None:
+            return f"the scores were chased on {mine.name}, the model in memory has no name to compare"
+        if mine.short_name != model.short_name:
+            if self.any_model:
+                return f"the scores were chased on {mine.name}, another model"
+            raise HeadScoreError(
+                f"the head scores were chased on {mine.name}, the model is {model.name}; use those of this model, or "
+                "take these all the same (--any-head-scores, in Python HeadScores.load(path, any_model=True))"
+            )
+        if same_weights is None:
+            return None
+        notice = f"{model.name} has other weights than the model of that name the scores were chased on; chase again"
+        _warn(notice)
+        return notice
 
     def normalised(self) -> Tensor:
         """The table divided by its sum: float64 `[num_layers, num_query_heads]`."""
@@ -122,10 +164,11 @@ class HeadScores:
         write_json_atomic(path, document, indent=None if self.values.numel() > 4096 else 1)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> HeadScores:
+    def load(cls, path: str | os.PathLike[str], *, any_model: bool = False) -> HeadScores:
         """Read a file of ours, or one in the original release's format (`{"layer-head": [score of each sample, ...]}`).
 
-        The release's scores are averaged over samples and normalised to sum 1; keys are read by name.
+        The release's scores are averaged over samples and normalised to sum 1; keys are read by name. A file of another
+        model than the one it is used with is an error at its use, unless `any_model` is set.
 
         Raises:
             HeadScoreError: The file is missing, not JSON, in neither format, or its table is not one of scores.
@@ -141,11 +184,12 @@ class HeadScores:
         except HeadScoreError as error:
             raise HeadScoreError(f"{os.fspath(path)}: {error}") from None
         try:
-            if isinstance(document, dict) and document.get("format") == FORMAT:
-                return _from_document(document)
-            return _from_release(document, source=Path(path).name)
+            ours = isinstance(document, dict) and document.get("format") == FORMAT
+            scores = _from_document(document) if ours else _from_release(document, source=Path(path).name)
         except HeadScoreError as error:
             raise HeadScoreError(f"{os.fspath(path)}: {error}") from error
+        scores.any_model = any_model
+        return scores
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> float:
@@ -154,6 +198,12 @@ def rank_correlation(first: Tensor, second: Tensor) -> float:
     # Ties share their mean rank.
     ranks = [(row < row[:, None]).sum(1) + ((row == row[:, None]).sum(1) - 1) / 2 for row in values]
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+@functools.lru_cache(maxsize=256)
+def _warn(message: str) -> None:
+    """Once a process: every patch of an evaluation asks anew."""
+    logger.warning(message)
 
 
 def _first_head(bad: Tensor) -> str:

@@ -17,6 +17,7 @@ from sparsemm.cache import CacheRecord, CacheStats, SparseCache
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import CacheError, ConfigError, PatchError
 from sparsemm.models import family_of
+from sparsemm.models.identity import identity_of
 from sparsemm.models.instances import forward_name, set_on_instance
 from sparsemm.models.projections import Projections
 from sparsemm.models.proof import proved_projections
@@ -44,7 +45,7 @@ def patch(
         ConfigError: An unknown backend, or one that cannot serve this model here.
         UnsupportedModelError: Another class, or a setting (sliding window) that the cache would not honour.
         PatchError: The model is patched already.
-        HeadScoreError, DataError: The head scores do not fit the model, or their file is missing.
+        HeadScoreError: The head scores do not fit the model, belong to another one, or cannot be read.
     """
     return PatchHandle(model, config, reserve=reserve, decode_backend=decode_backend)
 
@@ -76,6 +77,8 @@ class PatchHandle:
             raise PatchError("this model is patched already; remove that handle (or leave its with block) first")
         self.projections = proved_projections(self.text_model)
         self.plan = _plan(self.text_model, config, reserve, decode_backend)
+        if self.plan.method.head_scores == "given":
+            self.plan.head_scores.check_model(identity_of(model))
         self.observer: Observer | None = None
         self._record: CacheRecord | None = None
         self._undo: list[Callable[[], None]] = []

@@ -10,7 +10,15 @@ from typing import Annotated, Literal
 import typer
 
 from sparsemm.cli.common import DEFAULT_MODEL, parse_integers, parse_list, quiet
-from sparsemm.cli.options import BackendOption, DeviceOption, DtypeOption, MethodsOption, ModelOption, PixelsOption
+from sparsemm.cli.options import (
+    BackendOption,
+    DeviceOption,
+    DtypeOption,
+    MethodsOption,
+    ModelOption,
+    PixelsOption,
+    usable_methods,
+)
 from sparsemm.cli.program import Program, run_program
 from sparsemm_lmms_eval.grid import METHODS, Shared, TableSettings, main_grid, parts_grid, ratio_grid
 
@@ -55,7 +63,11 @@ def run(
     from sparsemm_lmms_eval.runner import run_cells
 
     given = {name: value for name, value in dataclasses.asdict(loading).items() if value is not None}
+    names = list(METHODS) if methods == "all" else parse_list(methods)
+    if settings.any_head_scores:
+        given["any_head_scores"] = True
     shared = Shared(model, settings, limit, given)
+    usable = names if ablation else usable_methods(names, shared.head_scores) or names
     chosen_tasks = None if tasks is None else parse_list(tasks)
     chosen_budgets = None if budgets is None else parse_integers(budgets, "--budgets")
     if ablation == "parts":
@@ -63,12 +75,12 @@ def run(
     elif ablation == "ratio":
         cells = ratio_grid(shared, chosen_tasks, chosen_budgets)
     else:
-        names = METHODS if methods == "all" else parse_list(methods)
-        cells = main_grid(shared, names, chosen_budgets, chosen_tasks, short_tasks=short_tasks)
+        cells = main_grid(shared, usable, chosen_budgets, chosen_tasks, short_tasks=short_tasks)
     failed = run_cells(cells, output, num_processes=num_processes, report=typer.echo)
     typer.echo(f"results: {output}\ntable:   sparsemm tables {output}")
     if failed:
         typer.echo(f"{len(failed)} of {len(cells)} cells failed; the same command tries them again", err=True)
+    if failed or usable != names:
         raise typer.Exit(1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -16,7 +17,9 @@ from sparsemm.cli.common import is_miniature, resolve_model, short_name
 from sparsemm.cli.options import Rounding, Settings
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError
+from sparsemm.head_scores import HeadScores
 from sparsemm.methods import get_method
+from sparsemm.models.identity import checkpoint_identity
 
 METHODS = ("fullkv", "sparsemm", "snapkv", "pyramidkv", "adakv", "random", "mask", "mask_random")
 BUDGETS = (64, 128, 256, 512, 1024, 2048)
@@ -30,7 +33,6 @@ SHORT_TASKS = ("mmbench_en_dev_static", "gqa", "vqav2_val")
 RATIOS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.8, 1.0)
 """Table 1, at budget 256 on OCRBench."""
 MINIATURE_DOCUMENTS = 200
-_WHOLE_FILE, _FILE_END = 64 << 20, 4 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class Cell:
         return output / short_name(self.model) / self.task / f"{self.label}-{digest}"
 
     def _identity(self) -> dict[str, Any]:
-        values = {**self.to_dict(), "model": _checkpoint_digest(self.model)}
+        # A checkpoint trained on is another one under the same name; one that is not here stands for itself.
+        values = {**self.to_dict(), "model": checkpoint_identity(self.model).weights or self.model}
         scores = values["settings"].get("head_scores")
         if scores is not None:
             values["settings"]["head_scores"] = hashlib.sha256(Path(scores).read_bytes()).hexdigest()
@@ -86,28 +89,6 @@ class Cell:
         for name in ("device", "device_map", "batch_size"):
             values["loading"].pop(name, None)
         return values
-
-
-def _checkpoint_digest(model: str) -> str:
-    """Of a folder's weights: a checkpoint trained on is another one under the same name. A hub id stands for itself.
-
-    Of large files the size and both ends are read, not fourteen gigabytes.
-    """
-    files = sorted(Path(model).glob("*.safetensors"))
-    if not files:
-        return model
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
-        with file.open("rb") as handle:
-            if size <= _WHOLE_FILE:
-                digest.update(handle.read())
-            else:
-                digest.update(handle.read(_FILE_END))
-                handle.seek(size - _FILE_END)
-                digest.update(handle.read())
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -131,9 +112,17 @@ class Shared:
     limit: int | None = None
     loading: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @functools.cached_property
+    def head_scores(self) -> HeadScores | None:
+        """The scores of the model, if there are any; read and said once."""
+        return self.settings.find(self.model)
+
     def cell(self, task: str, method: str, budget: int | None, **changes: Any) -> Cell:
         """A checked cell, `changes` among its settings. Raises `ConfigError` when a setting does not hold."""
-        settings = dataclasses.replace(self.settings, **changes).config(self.model, method, budget).to_dict()
+        config = dataclasses.replace(self.settings, **changes).config(self.model, method, budget, self.head_scores)
+        settings = config.to_dict()
+        if config.head_scores is not None:
+            settings["head_scores"] = str(self.settings.file(self.model))
         limit = self.limit
         if limit is None and is_miniature(self.model):
             limit = MINIATURE_DOCUMENTS

@@ -64,6 +64,7 @@ class SparseMMModel(lmms):
         device: `cpu`, `cuda`, ...; `auto` (or `device_map=auto`) spreads a large model over the GPUs.
         dtype: As for `sparsemm.load_model`.
         progress: Folder of journals from which an interrupted run goes on.
+        any_head_scores: Take scores that were chased on another model.
 
     Raises:
         ConfigError: A setting is unknown or does not hold.
@@ -87,6 +88,7 @@ class SparseMMModel(lmms):
         device_map: str | None = None,
         dtype: str | None = None,
         progress: str | os.PathLike[str] | None = None,
+        any_head_scores: bool = False,
         **config: Any,
     ) -> None:
         super().__init__()
@@ -94,6 +96,7 @@ class SparseMMModel(lmms):
         from sparsemm.ops.backends import BACKENDS
 
         self.batch_size = _whole("batch_size", batch_size)
+        self.any_head_scores = any_head_scores
         self.use(progress=progress, **config)
         if decode_backend not in BACKENDS:
             raise ConfigError(f"decode_backend={decode_backend!r} is unknown; use one of {', '.join(BACKENDS)}")
@@ -125,6 +128,8 @@ class SparseMMModel(lmms):
         """Take other settings; the weights stay loaded. Raises `ConfigError` when one does not hold."""
         try:
             settings = {name: value for name, value in config.items() if value not in (None, "None")}
+            if self.any_head_scores and "head_scores" in settings:
+                settings["head_scores"] = sparsemm.HeadScores.load(settings["head_scores"], any_model=True)
             self.compression = sparsemm.CompressionConfig(**settings)
         except TypeError as error:
             raise ConfigError(f"unknown or missing model argument ({error})") from None

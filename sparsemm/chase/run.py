@@ -15,7 +15,7 @@ from sparsemm.chase.page import READ_PROMPT, Page, chase_page
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.head_scores import HeadScores
 from sparsemm.models import family_of
-from sparsemm.models.identity import model_name_of, weights_digest
+from sparsemm.models.identity import identity_of
 from sparsemm.runs.journal import Journal, remove_journal
 from sparsemm.runs.processes import Workers, workers
 from sparsemm.runs.results import environment
@@ -74,9 +74,10 @@ def chase(
     family = family_of(model)
     text_config = family.text_model(model).config
     shape = (text_config.num_hidden_layers, text_config.num_attention_heads)
+    identity = identity_of(model)
     settings: dict[str, Any] = {
-        "model": model_name or model_name_of(model),
-        "weights": weights_digest(model),
+        "model": model_name or identity.name,
+        "weights": identity.weights,
         "dataset": dataset,
         "prompt": prompt,
         "match_rule": match,

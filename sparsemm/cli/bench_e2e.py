@@ -97,6 +97,8 @@ def e2e(
         parse_integers(batches, "--batches"),
         parse_integers(throughput_prompts, "--throughput-prompts"),
     )
+    if scores.head_scores is not None:
+        scores.table(model.model)
     results = bench.run(
         model.build(attn_implementation=attn_implementation),
         workloads,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sparsemm.cli.common import parse_integers, parse_list
-from sparsemm.cli.options import DeviceOption, FreshOption, QuietOption
+from sparsemm.cli.options import DeviceOption, FreshOption, QuietOption, load_scores
 
 
 def kernels(
@@ -30,6 +30,8 @@ def kernels(
     """Time compact, append, decode, window_scores and select beside other backends and the original algorithm."""
     from sparsemm.bench.kernels import format_cell, run
 
+    if head_scores is not None:
+        load_scores(head_scores)
     results = run(
         shapes=parse_list(shapes),
         prompts=parse_integers(prompts, "--prompts"),

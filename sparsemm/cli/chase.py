@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sparsemm.cli.common import parse_integers
+from sparsemm.cli.common import parse_integers, score_files
 from sparsemm.cli.data import SOURCES, Source
 from sparsemm.cli.options import FreshOption, Model, NewTokensOption, PixelsOption, QuietOption
+from sparsemm.errors import ConfigError
 
 PAGE_SEED = 1  # the pages of `evaluate` have seed 0: heads are not chosen on the pages they are judged by
 
@@ -37,7 +38,8 @@ def chase(
     prompt: Annotated[str | None, typer.Option(help="What the model is asked [default: the paper's].")] = None,
     max_pixels: PixelsOption = None,
     output: Annotated[
-        Path | None, typer.Option(help="Score file [default: head_scores/<name of the model>.json].")
+        Path | None,
+        typer.Option(help="Score file [default: head_scores.json of a local checkpoint, or head_scores/<model>.json]."),
     ] = None,
     fresh: FreshOption = False,
     no_progress: QuietOption = False,
@@ -54,11 +56,19 @@ def chase(
     pages = source.open(name, limit=limit, seed=seed, num_words=words)
     network, processor = model.load(device=model.device or workers().device, max_pixels=max_pixels)
     run_chase(
-        model, network, processor, pages, output or Path("head_scores") / f"{model.name}.json", match=match,
+        model, network, processor, pages, output or _place(model.model), match=match,
         model_name=model.name if model.is_miniature or Path(model.model).is_dir() else model.model,
         dataset=source.describe(name, words=words), seed=seed, max_new_tokens=max_new_tokens, prompt=prompt,
         resume=not fresh, progress=not no_progress,
     )  # fmt: skip
+
+
+def _place(model: str) -> Path:
+    """Where the scores of a model are found again. Raises `ConfigError` where that is no folder of the user's."""
+    place = score_files(model)[0]
+    if not place.parent.is_dir():
+        raise ConfigError(f"{place.parent} does not exist (this is no checkout); name a score file with --output")
+    return place
 
 
 def default_match(model: Model) -> str:

@@ -43,7 +43,7 @@ def resolve_model(name: str) -> str:
 
 def short_name(model: str) -> str:
     """Last part of a path or hub id: names results and score files."""
-    return Path(model).name
+    return Path(model).resolve().name if Path(model).is_dir() else Path(model).name
 
 
 def is_miniature(model: str) -> bool:
@@ -51,13 +51,16 @@ def is_miniature(model: str) -> bool:
     return model in MINIATURES or Path(model).resolve().parent == checkout() / "assets" / "miniatures"
 
 
-def find_head_scores(model: str, given: Path | None) -> Path | None:
-    """`given`, else the model's file in the current folder's or the checkout's `head_scores/`, else None."""
-    if given is not None:
-        return given
-    name = f"{short_name(model)}.json"
-    found = (folder / name for folder in (Path("head_scores"), checkout() / "head_scores"))
-    return next((file for file in found if file.is_file()), None)
+def score_files(model: str) -> list[Path]:
+    """Where the head scores of a model are looked for, in order; the first of them that can be is where chases write.
+
+    A local checkpoint's lie in its folder, those of a miniature or a hub id in the checkout's `head_scores/`, under the
+    last part of the name.
+    """
+    named = checkout() / "head_scores" / f"{short_name(model)}.json"
+    if is_miniature(model) or not Path(model).is_dir():
+        return [named]
+    return [Path(model) / "head_scores.json", named]
 
 
 def parse_list(text: str) -> list[str]:

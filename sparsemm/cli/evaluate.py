@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sparsemm.cli.chase import PAGE_SEED, run_chase
 from sparsemm.cli.common import parse_integers, parse_list
-from sparsemm.cli.options import MethodsOption, Metric, Model, Reading, Settings
+from sparsemm.cli.options import MethodsOption, Metric, Model, Reading, Settings, load_scores, usable_methods
 from sparsemm.errors import DataError
+
+if TYPE_CHECKING:
+    from sparsemm import HeadScores
 
 ALL_METHODS = "fullkv,snapkv,pyramidkv,adakv,sparsemm,random,mask,mask_random"
 MINIATURE_BUDGETS = "8,12,16,24,32,64,128"
 BUDGETS = "64,128,256,512,1024,2048"  # Table 3 of the paper
 
-BudgetsOption = Annotated[
-    str | None,
-    typer.Option(help=f"Mean prompt rows kept per kv head [default: {BUDGETS}, miniatures {MINIATURE_BUDGETS}]."),
-]
+
+@dataclass(frozen=True)
+class Grid:
+    """Which methods run, at which budgets."""
+
+    methods: MethodsOption = ALL_METHODS
+    budgets: Annotated[
+        str | None,
+        typer.Option(help=f"Mean prompt rows kept per kv head [default: {BUDGETS}, miniatures {MINIATURE_BUDGETS}]."),
+    ] = None
 
 
 def evaluate(
     *,
     model: Model,
-    methods: MethodsOption = ALL_METHODS,
-    budgets: BudgetsOption = None,
+    grid: Grid,
     settings: Settings,
     reading: Reading,
     output: Annotated[
@@ -35,29 +44,43 @@ def evaluate(
 ) -> None:
     """Read held-out pages with every method at every budget. An interrupted run goes on where it stopped."""
     folder = output or Path("results") / model.name
-    _evaluate(*model.load(), model, methods, budgets, settings, settings.find(model.model), reading, folder)
+    _evaluate(model, grid, settings, settings.find(model.model), reading, folder)
 
 
 def _evaluate(
-    network: Any, processor: Any, model: Model, methods: str, budgets: str | None, settings: Settings,
-    scores: Path | None, reading: Reading, folder: Path,
-) -> None:  # fmt: skip
-    """Evaluate into `folder`, then print the table and draw the plot."""
+    model: Model,
+    grid: Grid,
+    settings: Settings,
+    scores: HeadScores | None,
+    reading: Reading,
+    folder: Path,
+    loaded: tuple[Any, Any] | None = None,
+) -> None:
+    """Evaluate into `folder`, then print the table and draw the plot. Everything is checked before the model is loaded.
+
+    Methods that need scores are left out where there are none; the program then ends with status 1.
+    """
     import sparsemm.experiments.evaluate as engine
     from sparsemm.experiments.session import PageReader
 
-    default = MINIATURE_BUDGETS if model.is_miniature else BUDGETS
+    methods = parse_list(ALL_METHODS if grid.methods == "all" else grid.methods)
+    usable = usable_methods(methods, scores)
+    if methods and not usable:
+        scores = settings.table(model.model)  # says where there is none, and what to do
+    options = {
+        "methods": usable,
+        "budgets": parse_integers(grid.budgets or (MINIATURE_BUDGETS if model.is_miniature else BUDGETS), "--budgets"),
+        "head_scores": scores,
+    }
+    engine.make_grid(*options.values(), settings.fields(model.model))
+    pages = reading.pages()
     reader = PageReader(
-        network, processor, reading.pages(), output=folder / "results.json", model_name=model.name, **reading.how
+        *(loaded or model.load()), pages, output=folder / "results.json", model_name=model.name, **reading.how
     )
-    engine.evaluate(
-        reader,
-        methods=parse_list(ALL_METHODS if methods == "all" else methods),
-        budgets=parse_integers(default if budgets is None else budgets, "--budgets"),
-        head_scores=scores,
-        **settings.fields(model.model),
-    )
+    engine.evaluate(reader, **options, **settings.fields(model.model))
     report(results=folder / "results.json")
+    if len(usable) < len(methods):
+        raise typer.Exit(1)
 
 
 def report(
@@ -87,8 +110,7 @@ def report(
 def quickstart(
     *,
     model: Model,
-    methods: MethodsOption = ALL_METHODS,
-    budgets: BudgetsOption = None,
+    grid: Grid,
     settings: Settings,
     reading: Reading,
     chase: Annotated[
@@ -101,18 +123,16 @@ def quickstart(
     from sparsemm.datasets import open_pages
     from sparsemm.experiments.session import heldout_pages
 
-    network, processor = model.load()
-    scores = settings.find(model.model)
+    loaded, scores = None, None
     if chase:
-        scores = output / f"head_scores-{model.name}.json"
+        loaded, file = model.load(), output / f"head_scores-{model.name}.json"
         pages = open_pages("miniature", limit=chase_pages, seed=PAGE_SEED)
         run_chase(
-            model, network, processor, pages, scores, model_name=model.name, dataset="miniature", seed=PAGE_SEED,
+            model, *loaded, pages, file, model_name=model.name, dataset="miniature", seed=PAGE_SEED,
             resume=not reading.fresh, progress=not reading.no_progress,
         )  # fmt: skip
-    if scores is None:
-        raise DataError(f"there are no head scores of {model.name}; chase them with --chase, or give --head-scores")
-    _evaluate(network, processor, model, methods, budgets, settings, scores, reading, output)
+        scores = load_scores(file)
+    _evaluate(model, grid, settings, scores or settings.table(model.model), reading, output, loaded)
     picture = output / "page.png"
     heldout_pages(1, tasks=("read",), num_words=(4,), seed=1)[0].image.save(picture)
     typer.echo(

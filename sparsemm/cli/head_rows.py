@@ -31,14 +31,13 @@ def head_rows(
 
     With the full cache: which heads live on the prompt. Under a method with a budget: which heads it starves.
     """
-    from sparsemm import HeadScores
     from sparsemm.experiments.head_rows import changes, format_head_rows, head_rows_experiment
     from sparsemm.experiments.session import PageReader
     from sparsemm.viz.heads import draw_head_rows
     from sparsemm.viz.reading import choose_heads
 
     scores = settings.find(model.model)
-    config = settings.config(model.model, method, budget)
+    config = settings.config(model.model, method, budget, scores)
     pages = reading.pages()
     name = "-".join(map(str, filter(None, (model.name, method, config.budget))))
     path = output or Path("results") / "head_rows" / f"{name}.json"
@@ -48,7 +47,7 @@ def head_rows(
     chosen = choose_heads(None, shape, names=parse_list(heads)) if heads else None
     reader = PageReader(network, processor, pages, output=path, model_name=model.name, **reading.how)
     results = head_rows_experiment(reader, config, rows=rows, heads=chosen)
-    typer.echo(format_head_rows(results, None if scores is None else HeadScores.load(scores), top))
+    typer.echo(format_head_rows(results, scores, top))
     title = f"{name}: one kv head at {results.settings['rows']} rows"
     draw_head_rows({task: changes(results, task) for task in results.base.tasks}, path.with_suffix(".png"), title=title)
     typer.echo(f"\nresults: {path}\nplot:    {path.with_suffix('.png')}")

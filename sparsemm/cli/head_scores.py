@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sparsemm.cli.options import AnyScoresOption, load_scores
 from sparsemm.cli.program import Program
 
 app = Program(help="Show, convert and compare head-score files.")
@@ -69,16 +70,17 @@ def convert(
 def compare(
     first: FileArgument,
     second: FileArgument,
+    any_head_scores: AnyScoresOption = False,
     fraction: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of heads to compare as a set.")] = 0.05,
 ) -> None:
     """How alike two score tables of one model are: correlations, and how many top heads they share."""
     import torch
 
-    from sparsemm import HeadScores
     from sparsemm.errors import HeadScoreError
     from sparsemm.head_scores import rank_correlation
 
-    tables = [HeadScores.load(file) for file in (first, second)]
+    tables = [load_scores(first)]
+    tables.append(load_scores(second, tables[0].identity, any_model=any_head_scores))
     tables[1].check_shape(tables[0].num_layers, tables[0].num_query_heads)
     values = torch.stack([table.normalised().flatten() for table in tables])
     if bool((values.std(dim=1) == 0).any()):

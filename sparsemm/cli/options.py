@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,11 +14,12 @@ from sparsemm.cli.common import (
     DEFAULT_MODEL,
     MINIATURE_WINDOW,
     MINIATURES,
-    find_head_scores,
     is_miniature,
     load,
     parse_integers,
     parse_list,
+    resolve_model,
+    score_files,
     short_name,
 )
 from sparsemm.errors import DataError
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from sparsemm import CompressionConfig, HeadScores
     from sparsemm.documents import Page
+    from sparsemm.models.identity import Identity
 
 Rounding = Literal["exact", "paper"]
 Metric = Literal["accuracy", "exact_match", "anls"]
@@ -50,6 +53,9 @@ BackendOption = Annotated[
     str, typer.Option(help="Who attends to cached rows: auto, cuda, fa3, flash_attn, torch_varlen, cpu, reference.")
 ]
 GraphOption = Annotated[bool | None, typer.Option("--graph/--no-graph", help="CUDA graphs [default: where possible].")]
+AnyScoresOption = Annotated[
+    bool, typer.Option("--any-head-scores", help="Take scores that were chased on another model.")
+]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over: forget what the output holds already.")]
 QuietOption = Annotated[bool, typer.Option("--no-progress", help="No progress bar.")]
 JsonOption = Annotated[Path | None, typer.Option(help="JSON file of the figures [default: none].")]
@@ -84,21 +90,67 @@ class Scores:
 
     head_scores: Annotated[
         Path | None,
-        typer.Option(help="Head-score file [default: head_scores/<name of the model>.json, if it is there]."),
+        typer.Option(help="Head-score file [default: the checkpoint's head_scores.json, or head_scores/<model>.json]."),
     ] = None
+    any_head_scores: AnyScoresOption = False
 
-    def find(self, model: str) -> Path | None:
-        """The file given, else that of the model, else None."""
-        return find_head_scores(model, self.head_scores)
+    def file(self, model: str) -> Path | None:
+        """The file given, else the first that is there of those where the model's are looked for, else None."""
+        if self.head_scores is not None:
+            return self.head_scores
+        return next((file for file in score_files(model) if file.is_file()), None)
 
     def table(self, model: str) -> HeadScores:
-        """The scores. Raises `DataError` when there are none of the model."""
-        from sparsemm import HeadScores
+        """The scores, with one line on standard error that says which.
 
-        file = self.find(model)
+        Raises:
+            DataError: There are none of the model.
+            HeadScoreError: The file is no score file, or one of another model.
+        """
+        found = self.find(model)
+        if found is None:
+            raise DataError(
+                f"there are no head scores of {short_name(model)} in {' or '.join(map(str, score_files(model)))}; "
+                f"make them with `sparsemm chase --model {model}`, or give --head-scores"
+            )
+        return found
+
+    def find(self, model: str) -> HeadScores | None:
+        """As `table`, but None where there are none."""
+        from sparsemm.models.identity import checkpoint_identity
+
+        file = self.file(model)
         if file is None:
-            raise DataError(f"there are no head scores of {short_name(model)}; chase them, or give --head-scores")
-        return HeadScores.load(file)
+            return None
+        return load_scores(file, checkpoint_identity(resolve_model(model)), any_model=self.any_head_scores)
+
+
+def usable_methods(methods: Sequence[str], scores: HeadScores | None) -> list[str]:
+    """Those of `methods` that can run; what is left out for want of scores is said on standard error."""
+    from sparsemm.methods import get_method
+
+    left_out = [name for name in methods if scores is None and get_method(name).head_scores == "given"]
+    if left_out:
+        typer.echo(f"left out for want of head scores: {', '.join(left_out)}; `sparsemm chase` makes them", err=True)
+    return [name for name in methods if name not in left_out]
+
+
+def load_scores(file: Path, model: Identity | None = None, *, any_model: bool = False) -> HeadScores:
+    """A score file, checked against the model it is used with, and said in one line on standard error.
+
+    Raises:
+        HeadScoreError: It is no score file, or one of another model, and `any_model` is off.
+    """
+    from sparsemm import HeadScores
+
+    table = HeadScores.load(file, any_model=any_model)
+    notice = None if model is None else table.check_model(model)
+    known = table.provenance
+    parts = [known.get("model") or "unknown model"]
+    parts += [f"{known['num_images']} images"] if "num_images" in known else []
+    parts += [f"match rule {known['match_rule']}"] if "match_rule" in known else []
+    typer.echo(f"head scores: {file} ({', '.join(parts)})" + (f"; {notice}" if notice else ""), err=True)
+    return table
 
 
 @dataclass(frozen=True)
@@ -119,16 +171,16 @@ class Settings(Scores):
 
     def fields(self, model: str) -> dict[str, Any]:
         """Fields of `CompressionConfig`, with the window that suits the model; without method, budget and scores."""
-        names = {field.name for field in dataclasses.fields(Settings)} - {
-            field.name for field in dataclasses.fields(Scores)
-        }
-        values = {name: getattr(self, name) for name in names}
+        own = dataclasses.fields(Settings)[len(dataclasses.fields(Scores)) :]
+        values = {field.name: getattr(self, field.name) for field in own}
         if values["window_size"] is None:
             values["window_size"] = MINIATURE_WINDOW if is_miniature(model) else 32
         return values
 
-    def config(self, model: str, method: str, budget: int | None) -> CompressionConfig:
-        """The whole configuration, with head scores where the method needs them, a budget where it has one."""
+    def config(
+        self, model: str, method: str, budget: int | None, scores: HeadScores | None = None
+    ) -> CompressionConfig:
+        """The whole configuration: head scores where the method needs them, by default `table`; a budget likewise."""
         from sparsemm import CompressionConfig
         from sparsemm.methods import get_method
 
@@ -136,7 +188,7 @@ class Settings(Scores):
         return CompressionConfig(
             method=method,
             budget=budget if chosen.compresses else None,
-            head_scores=self.find(model) if chosen.head_scores == "given" else None,
+            head_scores=(scores or self.table(model)) if chosen.head_scores == "given" else None,
             **self.fields(model),
         )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsemm.cli.common import parse_integers, parse_list
-from sparsemm.cli.options import BudgetOption, MethodOption, Model, NewTokensOption, Scores, Settings
+from sparsemm.cli.options import BudgetOption, MethodOption, Model, NewTokensOption, Scores, Settings, load_scores
 from sparsemm.cli.program import Program
 from sparsemm.errors import ConfigError, DataError
 
@@ -63,7 +63,7 @@ class Heads:
         """
         from sparsemm.viz.reading import choose_heads, read_with_attention
 
-        table = scores.table(model.model) if scores.find(model.model) else None
+        table = scores.find(model.model)
         inputs = question.inputs()
         network, processor = model.load()
         text = network.config.get_text_config()
@@ -104,10 +104,9 @@ def scores(
     title: TitleOption = None,
 ) -> None:
     """Map of the head scores, layers by heads (the paper's Figure 2)."""
-    from sparsemm import HeadScores
     from sparsemm.viz.heads import draw_score_map, kv_heads_of
 
-    table = HeadScores.load(file)
+    table = load_scores(file)
     name = table.provenance.get("model", file.stem)
     draw_score_map(table, output, num_kv_heads=kv_heads_of(table, kv_heads), title=title or f"Visual heads of {name}")
     typer.echo(str(output))
@@ -121,10 +120,9 @@ def sparsity(
     title: TitleOption = None,
 ) -> None:
     """How much of the score the top heads hold."""
-    from sparsemm import HeadScores
     from sparsemm.viz.heads import draw_sparsity
 
-    draw_sparsity({file.stem: HeadScores.load(file) for file in files}, output, title=title)
+    draw_sparsity({file.stem: load_scores(file) for file in files}, output, title=title)
     typer.echo(str(output))
 
 
@@ -226,7 +224,7 @@ def everything(
 
     folder = output or Path("results") / "viz" / model.name
     table = keeping.table(model.model)
-    config = keeping.config(model.model, keeping.method, keeping.budget)
+    config = keeping.config(model.model, keeping.method, keeping.budget, table)
     inputs = question.inputs()
     network, processor = model.load()
     num_kv_heads = network.config.get_text_config().num_key_value_heads

@@ -19,7 +19,7 @@ from sparsemm.config import CompressionConfig
 from sparsemm.decoding.generation import Timing, generate_greedy, remember_image_features
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.models import family_of
-from sparsemm.models.identity import weights_digest
+from sparsemm.models.identity import identity_of
 from sparsemm.runs.metrics import mean_metrics, score_metrics
 from sparsemm.runs.results import Run, RunFile, environment
 
@@ -140,12 +140,13 @@ class PageReader:
     def settings(self) -> dict[str, Any]:
         """What runs have to agree in to be compared, as JSON values: model, pages, batches, device."""
         model, digest = self.model, hashlib.sha256()
+        identity = identity_of(model)
         for page in self.pages:
             digest.update(f"{page.prompt}\0{page.answer}\0{page.image.size}\0".encode())
             digest.update(page.image.tobytes())
         return {
-            "model": self.model_name or Path(model.config.name_or_path).name or type(model).__name__,
-            "weights": weights_digest(model),
+            "model": self.model_name or identity.short_name or type(model).__name__,
+            "weights": identity.weights,
             "pages_digest": digest.hexdigest()[:16],
             "documents": len(self.pages),
             "batch_size": self.batch_size,

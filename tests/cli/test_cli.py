@@ -91,7 +91,7 @@ def test_generate_as_json_carries_figures_and_settings(run: Any, files: dict[str
         (["--method", "snapkw", "--budget", "64"], "'snapkw' is unknown"),
         (["--method", "snapkv", "--budget", "2"], "budget=2 is smaller"),
         (["--method", "snapkv"], "needs a budget"),
-        (["--budget", "64"], "needs head_scores"),
+        (["--budget", "64"], "there are no head scores of toy"),
         (["--budget", "64", "--head-scores", "missing.json"], "missing.json does not exist"),
         (["--method", "fullkv", "--image", "missing.png"], "missing.png does not exist"),
         (["--method", "fullkv", "--model", "missing/folder/here"], "missing/folder/here is no folder"),
@@ -141,7 +141,7 @@ def test_quickstart_runs_from_score_file_to_plot(run: Any, files: dict[str, Path
     assert sorted(path.name for path in folder.iterdir()) == ["accuracy.png", "page.png", "results.json"]
     assert f"sparsemm generate --model {files['model']} --image" in outcome.out
     missing = run("quickstart", "--model", files["model"])
-    assert missing.status == 2 and "--chase" in missing.err
+    assert missing.status == 2 and "`sparsemm chase --model" in missing.err
 
 
 def test_chase_hands_the_library_what_was_asked_for(
@@ -171,7 +171,7 @@ def test_chase_hands_the_library_what_was_asked_for(
     assert outcome.status == 0 and "2 layers x 4 query heads" in outcome.out
     assert seen["pages"] == 3 and seen["words"] == [2, 3, 2]
     assert seen["match"] == "aligned" and seen["resume"] is False
-    assert seen["output"] == Path("head_scores/toy.json")
+    assert seen["output"] == files["model"] / "head_scores.json"
 
 
 def test_head_scores_show_convert_compare(run: Any, tmp_path: Path) -> None:
@@ -209,10 +209,6 @@ def test_names_and_lists(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         ("qwen2-vl", None), (str(folder), None), ("org/model", None), ("qwen2-vl", 7),
     )]  # fmt: skip
     assert windows == [4, 4, 32, 7]
-    assert common.find_head_scores("org/model", None) is None
-    (tmp_path / "head_scores").mkdir()
-    (tmp_path / "head_scores" / "model.json").write_text("{}")
-    assert common.find_head_scores("org/model", None) == tmp_path / "head_scores" / "model.json"
     assert common.parse_list(" a, b  c,") == ["a", "b", "c"]
     with pytest.raises(common.ConfigError, match="--budgets holds '8x'"):
         common.parse_integers("4 8x", "--budgets")
