@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from sparsemm.errors import ConfigError, DataError, UnsupportedModelError
+from sparsemm.errors import ConfigError, DataError
 from sparsemm.models.geometry import ImageLayout, split_images_by_row
 from sparsemm.models.images import open_image
 
@@ -32,22 +32,10 @@ class ModelFamily(ABC):
     """Name of the one transformers class that is supported."""
     processor_class: str
     """Name of its processor class in transformers."""
-    text_model_types: tuple[str, ...] = ()
-    """`model_type` of the language models that are supported inside it; empty for any that patching can prove."""
-
     nested_images: bool = False
     """Whether the processor wants a list of images for each prompt, instead of all in one."""
 
     # -- models -------------------------------------------------------------------------------------------------------
-
-    def check_config(self, config: PretrainedConfig) -> None:
-        """Raise `UnsupportedModelError` unless the language model is one that the attention forward serves."""
-        text_type = config.get_text_config().model_type
-        if self.text_model_types and text_type not in self.text_model_types:
-            raise UnsupportedModelError(
-                f"{self.model_class} with a {text_type!r} language model is not supported; "
-                f"use a checkpoint with one of: {', '.join(self.text_model_types)}"
-            )
 
     def text_model(self, model: nn.Module) -> nn.Module:
         """The decoder stack (`layers`, `embed_tokens`, `norm`) inside `model`."""
@@ -244,7 +232,8 @@ def refuse_pixel_limits(name: str, min_pixels: int | None, max_pixels: int | Non
     """Raise `ConfigError` when limits are given to a family whose image sizes are fixed by its checkpoint."""
     if min_pixels is not None or max_pixels is not None:
         raise ConfigError(
-            f"min_pixels={min_pixels} and max_pixels={max_pixels} have no meaning for {name}; only Qwen2-VL takes them"
+            f"min_pixels={min_pixels} and max_pixels={max_pixels} have no meaning for {name}, whose images have fixed "
+            "sizes; leave them out"
         )
 
 

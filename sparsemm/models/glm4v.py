@@ -9,7 +9,6 @@ class Glm4v(Qwen2VL):
     name = "glm4v"
     model_class = "Glm4vForConditionalGeneration"
     processor_class = "Glm4vProcessor"
-    text_model_types = ()
 
 
 GLM4V = Glm4v()

@@ -18,7 +18,6 @@ class LlavaNext(Llava):
     name = "llava_next"
     model_class = "LlavaNextForConditionalGeneration"
     processor_class = "LlavaNextProcessor"
-    text_model_types = ("llama", "mistral")
 
     def image_layouts(
         self, config: PretrainedConfig, inputs: Mapping[str, Tensor], **sources: Any

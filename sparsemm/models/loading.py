@@ -18,37 +18,58 @@ from sparsemm.models.llava import LLAVA
 from sparsemm.models.llava_next import LLAVA_NEXT
 from sparsemm.models.llava_onevision import LLAVA_ONEVISION
 from sparsemm.models.mistral3 import MISTRAL3
+from sparsemm.models.qwen2_5_vl import QWEN2_5_VL
 from sparsemm.models.qwen2_vl import QWEN2_VL
+from sparsemm.models.qwen3_vl import QWEN3_VL, QWEN3_VL_MOE
+from sparsemm.models.text_only import TEXT_ONLY
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
-FAMILIES: dict[str, ModelFamily] = {
-    family.name: family
-    for family in (LLAVA_NEXT, QWEN2_VL, LLAVA, LLAVA_ONEVISION, INTERNVL, GLM4V, IDEFICS3, SMOLVLM, MISTRAL3)
-}
+_FAMILIES = (
+    LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, INTERNVL, GLM4V, IDEFICS3,
+    SMOLVLM, MISTRAL3,
+)  # fmt: skip
+FAMILIES: dict[str, ModelFamily] = {family.name: family for family in _FAMILIES}
+"""Families of models with images, by `model_type`; every other language model is one of `TEXT_ONLY`."""
 
 
 def family_of(model_or_config: nn.Module | PretrainedConfig) -> ModelFamily:
-    """The family of a model (`LlavaNextForConditionalGeneration`, `Qwen2VLForConditionalGeneration`) or configuration.
+    """The family of a model or of its configuration.
 
     Raises:
-        UnsupportedModelError: It is of no supported class, or its language model is not supported.
+        UnsupportedModelError: It is of no supported class.
     """
     config = getattr(model_or_config, "config", model_or_config)
-    family = FAMILIES.get(getattr(config, "model_type", None))
-    supported = " or ".join(known.model_class for known in FAMILIES.values())
-    if family is None:
-        shown = getattr(config, "model_type", None) or type(model_or_config).__name__
-        raise UnsupportedModelError(f"models of type {shown!r} are not supported; use {supported}")
+    model_type = getattr(config, "model_type", None)
+    family = FAMILIES.get(model_type)
+    model_class = family.model_class if family else _language_model_class(model_type)
+    shown = repr(model_type)
     if isinstance(model_or_config, nn.Module):
-        classes = {base.__name__ for base in type(model_or_config).__mro__}
-        if family.model_class not in classes:
+        shown = type(model_or_config).__name__
+        if model_class not in {base.__name__ for base in type(model_or_config).__mro__}:
+            model_class = None
+        if family is None and hasattr(model_or_config, "create_masks_for_generate"):
             raise UnsupportedModelError(
-                f"{type(model_or_config).__name__} is not supported; use {supported} (the whole model, unwrapped)"
+                f"{shown} makes attention masks of its own (prefix masks, for one), in which tokens attend to later "
+                "ones; attention over kept rows knows causal masks only"
             )
-    family.check_config(config)
-    return family
+    if model_class is None:
+        known = ", ".join(each.model_class for each in _FAMILIES)
+        raise UnsupportedModelError(
+            f"{shown} is not supported; use the whole model, unwrapped: one of {known}, or a language model that "
+            "AutoModelForCausalLM loads"
+        )
+    return family or TEXT_ONLY
+
+
+def _language_model_class(model_type: str | None) -> str | None:
+    """Name of the class that `AutoModelForCausalLM` gives a configuration of language alone; None for others."""
+    from transformers.models.auto import modeling_auto
+
+    if model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return None
+    return modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
 
 
 def load_model(
@@ -67,7 +88,7 @@ def load_model(
         device: "cuda" where there is one, else "cpu"; "auto" spreads the layers (needs accelerate).
         dtype: bfloat16 on a GPU, float32 on the CPU; a `torch.dtype`, its name, or "auto" for the checkpoint's own.
         attn_implementation: transformers' name of the prefill attention: "sdpa", "eager", "flash_attention_2".
-        min_pixels, max_pixels: Bounds of the area images are resized to (Qwen2-VL only).
+        min_pixels, max_pixels: Bounds of the area images are resized to, for families that resize to any size.
 
     Returns:
         The model in eval mode, and its processor, padding on the left.

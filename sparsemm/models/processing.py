@@ -34,6 +34,13 @@ _SHARED_WITH_IMAGE_PROCESSOR = (
 )
 
 
+class TextProcessor(ProcessorMixin):
+    """A tokenizer where a processor is asked for."""
+
+    def __init__(self, tokenizer: Any = None, chat_template: str | None = None) -> None:
+        super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+
 class _WithoutVideo(ProcessorMixin):
     """Stands behind a stock processor class in the order of its bases, and takes its video processor away."""
 

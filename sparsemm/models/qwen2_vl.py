@@ -19,7 +19,6 @@ class Qwen2VL(ModelFamily):
     name = "qwen2_vl"
     model_class = "Qwen2VLForConditionalGeneration"
     processor_class = "Qwen2VLProcessor"
-    text_model_types = ("qwen2_vl_text",)
 
     def load_processor(
         self, path: str, *, min_pixels: int | None = None, max_pixels: int | None = None

@@ -17,6 +17,7 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MaxTimeCriteria,
+    Qwen3Config,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -486,12 +487,13 @@ def test_no_prompt_wide_mlp_activation_and_no_second_layer_of_keys(monkeypatch):
     assert max(mlp_rows) == 64
 
 
-def test_peak_of_a_long_prompt(monkeypatch):
-    """In Vicuna's proportions, so that the peak scales to 32K tokens of it: goal weights + 2.5 GB."""
+@pytest.mark.parametrize("text_config", [LlamaConfig, Qwen3Config])
+def test_peak_of_a_long_prompt(text_config, monkeypatch):
+    """In Vicuna's proportions: the peak scales to 32K tokens of it, goal weights + 2.5 GB. With q/k norms, too."""
     tokens, size, layers = 2048, 256, 3
     vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28)
     heads = dict(num_attention_heads=4, num_key_value_heads=4, head_dim=64)
-    text = LlamaConfig(
+    text = text_config(
         vocab_size=128, hidden_size=size, intermediate_size=688, num_hidden_layers=layers, **heads, eos_token_id=None
     )
     config_ = LlavaNextConfig(

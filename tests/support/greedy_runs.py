@@ -16,7 +16,7 @@ def config(method="snapkv", budget=16, **settings):
 
 
 def scores(model, seed=0):
-    text = model.config.text_config
+    text = model.config.get_text_config()
     generator = torch.Generator().manual_seed(seed)
     shape = (text.num_hidden_layers, text.num_attention_heads)
     return sparsemm.HeadScores(torch.rand(shape, generator=generator, dtype=torch.float64) ** 4)

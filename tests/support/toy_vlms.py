@@ -1,4 +1,4 @@
-"""Toys of every image family with its real processor: random weights, one token a character."""
+"""Toys of every family, and of language models, with their real processors: random weights, one token a character."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
-from sparsemm.models.processing import still_images
+from sparsemm.models.processing import TextProcessor, still_images
 
 VOCAB_SIZE = 256
 CHARACTERS = "".join(map(chr, range(32, 127)))
@@ -45,6 +46,7 @@ _SPECIAL = (
     "<pad>", "<s>", "</s>", "<unk>", "<image>", "<video>", "<start>", "<end>", "<fake_token_around_image>",
     "<global-img>", "<end_of_utterance>", "<|image|>", "<|video|>", "<|begin_of_image|>", "<|end_of_image|>",
     "<|begin_of_video|>", "<|end_of_video|>", *(f"<row_{row}_col_{col}>" for row in range(1, 5) for col in range(1, 5)),
+    "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 ID = {name: index if index < 4 else 100 + index for index, name in enumerate(_SPECIAL)}
 _TEMPLATE = (
@@ -134,6 +136,38 @@ def _glm4v() -> tuple[Any, ProcessorMixin]:
     return config, _processor("Glm4vProcessor", images, image="<|begin_of_image|><|image|><|end_of_image|>")
 
 
+def _qwen_vl(name: str, text: dict[str, Any], **vision: Any) -> tuple[Any, ProcessorMixin]:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    config = transformers.AutoConfig.for_model(
+        name,
+        text_config={**TEXT, "rope_parameters": rope, **text},
+        vision_config=dict(
+            depth=2, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=4, out_hidden_size=64, **vision
+        ),
+        image_token_id=ID["<|image_pad|>"], video_token_id=ID["<|video_pad|>"],
+        vision_start_token_id=ID["<|vision_start|>"], vision_end_token_id=ID["<|vision_end|>"],
+    )  # fmt: skip
+    images = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 4096})
+    processor_class = {"qwen2_5_vl": "Qwen2_5_VLProcessor"}.get(name, "Qwen3VLProcessor")
+    return config, _processor(processor_class, images, image="<|vision_start|><|image_pad|><|vision_end|>")
+
+
+def _qwen2_5_vl() -> tuple[Any, ProcessorMixin]:
+    return _qwen_vl("qwen2_5_vl", {}, window_size=16, fullatt_block_indexes=[1])
+
+
+def _qwen3_vl(name: str = "qwen3_vl", **text: Any) -> tuple[Any, ProcessorMixin]:
+    return _qwen_vl(name, text, num_position_embeddings=16, deepstack_visual_indexes=[0, 1])
+
+
+def _language_model(name: str, **settings: Any) -> tuple[Any, ProcessorMixin]:
+    template = (
+        "<s>{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    return transformers.AutoConfig.for_model(name, **{**TEXT, **settings}), TextProcessor(tokenizer(), template)
+
+
 def _idefics3() -> tuple[Any, ProcessorMixin]:
     config = transformers.Idefics3Config(
         vision_config=dict(image_size=TILE, patch_size=7, **_VISION), text_config={"model_type": "llama", **TEXT},
@@ -166,6 +200,20 @@ TOYS: dict[str, Callable[[], tuple[Any, ProcessorMixin]]] = {
     "glm4v": _glm4v,
     "idefics3": _idefics3,
     "smolvlm": _smolvlm,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+    "qwen3_vl_moe": lambda: _qwen3_vl("qwen3_vl_moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48),
+}
+
+_PLAIN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+LANGUAGE_MODELS: dict[str, Callable[[], tuple[Any, ProcessorMixin]]] = {
+    "llama": lambda: _language_model("llama"),
+    "mistral": lambda: _language_model("mistral", sliding_window=None),
+    "qwen2": lambda: _language_model("qwen2"),
+    "qwen3": lambda: _language_model("qwen3"),
+    "phi3": lambda: _language_model("phi3", sliding_window=None, **_PLAIN_ROPE),
+    "smollm3": lambda: _language_model("smollm3", no_rope_layers=[1, 0]),
+    "granite": lambda: _language_model("granite", attention_multiplier=0.4),
 }
 
 
@@ -173,14 +221,17 @@ def toy_vlm(name: str, *, seed: int = 0, attn_implementation: str = "sdpa") -> t
     """A random model of a family and its processor. Raises `ImportError` where that needs a missing package."""
     from sparsemm.models import family_of
 
-    config, processor = TOYS[name]()
+    config, processor = (TOYS | LANGUAGE_MODELS)[name]()
     config._attn_implementation = attn_implementation
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(transformers, family_of(config).model_class)(config).eval()
+        make = getattr(transformers, family_of(config).model_class)
+        model = (make.from_config(config) if hasattr(make, "from_config") else make(config)).eval()
         for parameter_name, parameter in model.named_parameters():  # features must not drown in the text
             if parameter.ndim == 2 and any(part in parameter_name for part in ("projector", "connector", "merger")):
                 torch.nn.init.normal_(parameter, std=0.15)
+        # A logit of 0 is never the largest: image tokens and padding are not generated.
+        model.get_output_embeddings().weight.data[[0, *ID.values()]] = 0
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model, processor

@@ -1,0 +1,105 @@
+"""Every family, on toys with their real processors: a full budget is the stock model, eviction a masked twin of it."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from greedy_runs import assert_close, config, greedy, scores
+from masked_twin import MARGIN, MaskedTwin
+from PIL import Image
+from toy_vlms import LANGUAGE_MODELS, TOYS, toy_vlm
+
+import sparsemm
+from sparsemm.models import FAMILIES, family_of
+
+EVERY = [*TOYS, *LANGUAGE_MODELS]
+DECODE_TOLERANCE = 5e-6
+
+
+def picture(width: int, height: int) -> Image.Image:
+    noise = np.random.default_rng(width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+def inputs_of(name, model, processor, rows=3):
+    """Two images, no image, one image; or text alone. Rows of different lengths, padded on the left."""
+    images = [[picture(40, 40), picture(70, 20)], None, [picture(30, 64)]][:rows] if name in TOYS else None
+    prompts = ["Compare these.", "Hello?", "Read it now, please."][:rows]
+    return dict(family_of(model).build_inputs(processor, images, prompts))
+
+
+@functools.cache
+def toy(name, attn_implementation="sdpa"):
+    return toy_vlm(name, attn_implementation=attn_implementation)
+
+
+def assert_stock(actual, expected):
+    """Logits `[steps, batch, vocab]` of prompt and steps: the prompt's bit for bit."""
+    assert torch.equal(actual[0], expected[0])
+    limit = DECODE_TOLERANCE * max(1.0, expected.abs().max().item())
+    assert (actual - expected).abs().max().item() <= limit
+
+
+def test_every_family_has_a_toy():
+    families = {family_of(toy(name)[0]).name for name in TOYS}
+    assert families | {"llava_next", "qwen2_vl", "mistral3"} == set(FAMILIES)  # the first two have toys of their own
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_full_budget_is_the_stock_model(name):
+    model, processor = toy(name)
+    padded = inputs_of(name, model, processor)
+    assert not padded["attention_mask"].all()
+    text = torch.tensor([[70, 71, 72, 73]]).expand(3, -1)
+    turn = {"input_ids": None, "attention_mask": None}
+    stock_ids, stock, cache = greedy(model, padded)
+    turn["input_ids"] = torch.cat([padded["input_ids"], stock_ids, text], dim=1)
+    more = torch.ones(3, stock_ids.shape[1] + 4, dtype=torch.long)
+    turn["attention_mask"] = torch.cat([padded["attention_mask"], more], dim=1)
+    stock_turn = greedy(model, turn, past_key_values=cache)[:2]
+    with sparsemm.patch(model, config("fullkv", None)):
+        ids, logits, cache = greedy(model, padded)
+        second = greedy(model, turn, past_key_values=cache)[:2]
+        fast = sparsemm.generate(model, padded, max_new_tokens=6, prompt_tile=16)
+        fast_turn = sparsemm.generate(model, turn, max_new_tokens=6, past_key_values=fast.cache)
+    assert torch.equal(ids, stock_ids) and torch.equal(fast.new_tokens, stock_ids)
+    assert_stock(logits, stock)
+    assert torch.equal(second[0], stock_turn[0]) and torch.equal(fast_turn.new_tokens, stock_turn[0])
+    assert_close(second[1], stock_turn[1])
+    assert torch.equal(greedy(model, padded)[1], stock)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_eager_attention_and_a_single_row(name):
+    model, processor = toy(name, "eager")
+    single = inputs_of(name, model, processor, rows=1)
+    ids, stock, _ = greedy(model, single)
+    with sparsemm.patch(model, config("fullkv", None)):
+        patched_ids, logits, _ = greedy(model, single)
+    assert torch.equal(patched_ids, ids)
+    assert_stock(logits, stock)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_eviction_is_a_masked_full_cache(name):
+    model, processor = toy_vlm(name, seed=1)  # its attention is replaced: none of the shared ones
+    single = inputs_of(name, model, processor, rows=1)
+    table = scores(model)
+    runs = []
+    for method in ("snapkv", "pyramidkv", "adakv", "sparsemm", "random"):
+        settings = config(method, 14, head_scores=table if method == "sparsemm" else None)
+        with sparsemm.patch(model, settings) as handle:
+            runs.append((settings, *greedy(model, single)[:2], handle.stats.kept_rows[0], handle.plan.head_scores))
+            assert torch.equal(sparsemm.generate(model, single, max_new_tokens=6).new_tokens, runs[-1][1])
+    for settings, ids, logits, kept, used in runs:
+        twin = MaskedTwin(settings, None if used is None else np.asarray(used.values, dtype=np.float64), 2)
+        twin.take_the_place_of_attention(model)
+        expected_ids, expected, _ = greedy(model, single)
+        assert twin.margin >= MARGIN, "choose another seed: the reference cannot tell which rows to keep"
+        assert kept.tolist() == [twin.kept[layer] for layer in range(2)]
+        assert any(dropped.any() for dropped in twin.dropped.values())
+        assert torch.equal(ids, expected_ids)
+        assert_close(logits, expected)

@@ -1,0 +1,65 @@
+"""A full-size cache whose dropped positions are masked out: the independent twin of the evicting cache."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from reference import kept_positions
+from transformers import AttentionInterface
+
+MARGIN = 1e-5  # below this the float32 scores may order two positions differently
+
+
+class MaskedTwin:
+    """An attention function for one generation of batch 1."""
+
+    def __init__(self, settings, table, num_layers):
+        self.settings, self.table, self.num_layers = settings, table, num_layers
+        self.dropped, self.kept, self.margin = {}, {}, np.inf
+
+    def __call__(self, module, query, key, value, attention_mask, scaling, **kwargs):
+        layer_idx, prompt = module.layer_idx, query.shape[2]
+        if layer_idx not in self.dropped:
+            self._choose(layer_idx, query[0], key[0], scaling)
+            dropped = None
+        else:
+            dropped = self.dropped[layer_idx]
+        group = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        logits = query @ key.transpose(2, 3) * scaling
+        columns = torch.arange(key.shape[2])
+        future = columns > (key.shape[2] - prompt + torch.arange(prompt))[:, None]
+        logits = logits.masked_fill(future, float("-inf"))
+        if dropped is not None:
+            hidden = torch.nn.functional.pad(dropped, (0, key.shape[2] - dropped.shape[1]))
+            logits = logits.masked_fill(hidden.repeat_interleave(group, 0)[:, None], float("-inf"))
+        return (logits.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+    def _choose(self, layer_idx, query, key, scaling):
+        settings = self.settings
+        kept = kept_positions(
+            query.double().numpy(),
+            key.double().numpy(),
+            method=settings.method,
+            budget=settings.budget,
+            window=settings.window_size,
+            kernel=settings.kernel_size,
+            rounding=settings.rounding,
+            layer_idx=layer_idx,
+            num_layers=self.num_layers,
+            scores=self.table,
+            ratio=settings.ratio,
+            scaling=scaling,
+        )
+        self.margin = min(self.margin, kept.margin)
+        self.kept[layer_idx] = [len(positions) for positions in kept.positions]
+        dropped = torch.ones(key.shape[:2], dtype=torch.bool)
+        for head, positions in enumerate(kept.positions):
+            dropped[head, positions] = False
+        self.dropped[layer_idx] = dropped
+
+    def take_the_place_of_attention(self, model):
+        """From now on the text part of `model` (unpatched) attends by this twin."""
+        AttentionInterface.register("masked_twin", self)
+        one_config = model.config.get_text_config() is model.config
+        model.set_attn_implementation("masked_twin" if one_config else {"text_config": "masked_twin"})
