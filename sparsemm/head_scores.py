@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsemm.errors import HeadScoreError
+from sparsemm.errors import ConfigError, HeadScoreError
 from sparsemm.io import write_json_atomic
 from sparsemm.models.identity import Identity
 
@@ -137,19 +137,20 @@ class HeadScores:
             )
         return self.values.view(self.num_layers, num_kv_heads, -1).sum(-1)
 
+    def held_by_top(self) -> Tensor:
+        """Share of the whole score that the k highest scores hold, for k = 0 to all: float64 `[heads + 1]`."""
+        ranked = self.normalised().flatten().sort(descending=True).values
+        return torch.cat([ranked.new_zeros(1), ranked.cumsum(0)])
+
     def top_share(self, fraction: float) -> float:
-        """Share of the whole score held by the top `fraction` of the heads (`floor(fraction * heads)` of them)."""
-        if not 0.0 <= fraction <= 1.0:
-            raise HeadScoreError(f"fraction={fraction} must lie between 0 and 1")
-        count = math.floor(fraction * self.values.numel() + 1e-9)
-        return float(self.normalised().flatten().sort(descending=True).values[:count].sum())
+        """Share of the whole score held by the top `fraction` of the heads (`heads_of_share` of them)."""
+        return float(self.held_by_top()[heads_of_share(fraction, self.values.numel())])
 
     def num_heads_holding(self, share: float) -> int:
         """The smallest number of heads that together hold `share` of the whole score."""
         if not 0.0 < share <= 1.0:
             raise HeadScoreError(f"share={share} must lie above 0 and at most 1")
-        held = self.normalised().flatten().sort(descending=True).values.cumsum(0)
-        return min(int((held < share - 1e-12).sum()) + 1, held.numel())
+        return min(int((self.held_by_top() < share - 1e-12).sum()), self.values.numel())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write values and provenance as JSON, atomically; `load` returns the same float64 values."""
@@ -190,6 +191,17 @@ class HeadScores:
             raise HeadScoreError(f"{os.fspath(path)}: {error}") from error
         scores.any_model = any_model
         return scores
+
+
+def heads_of_share(share: float, num_heads: int) -> int:
+    """How many heads a share of them is, everywhere shares are counted: rounded down to whole heads (5 % of 32: one).
+
+    Raises:
+        ConfigError: The share does not lie between 0 and 1.
+    """
+    if not 0.0 <= share <= 1.0:
+        raise ConfigError(f"share={share} of heads must lie between 0 and 1")
+    return math.floor(share * num_heads + 1e-9)  # 0.29 of 100 heads is 28.999… in binary arithmetic
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> float:

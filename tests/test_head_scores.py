@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from sparsemm.config import CompressionConfig
-from sparsemm.errors import HeadScoreError
-from sparsemm.head_scores import HeadScores
+from sparsemm.errors import ConfigError, HeadScoreError
+from sparsemm.head_scores import HeadScores, heads_of_share
 from sparsemm.plan import Plan, head_budgets
 
 
@@ -168,6 +168,14 @@ def test_shares_of_the_mass() -> None:
     assert scores.top_share(0.29) == pytest.approx(0.8)
     assert (scores.top_share(0.0), scores.top_share(1.0)) == (0.0, pytest.approx(1.0))
     assert [scores.num_heads_holding(share) for share in (0.5, 0.51, 0.8, 0.9, 1.0)] == [1, 2, 2, 3, 4]
+    assert scores.held_by_top().tolist() == pytest.approx([0, 0.5, 0.8, 0.9, 1, 1, 1, 1, 1, 1, 1])
+
+
+def test_shares_of_heads_are_rounded_down() -> None:
+    assert [heads_of_share(share, 32) for share in (0, 0.03, 0.05, 0.1, 0.5, 1)] == [0, 0, 1, 3, 16, 32]
+    assert [heads_of_share(percent / 100, 100) for percent in range(101)] == list(range(101))
+    with pytest.raises(ConfigError, match="1.5"):
+        heads_of_share(1.5, 8)
 
 
 def test_resolving_checks_the_models_shape(tmp_path: Path) -> None:

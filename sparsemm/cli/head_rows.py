@@ -8,7 +8,10 @@ from typing import Annotated
 import typer
 
 from sparsemm.cli.common import parse_list
-from sparsemm.cli.options import BudgetOption, MethodOption, Model, Reading, Settings
+from sparsemm.cli.options import BudgetOption, FormatOption, MethodOption, Model, Reading, Settings
+
+TASKS = {"read": "Document reading", "field": "Field question"}
+"""Tasks as the map names them, in its order."""
 
 
 def head_rows(
@@ -26,6 +29,7 @@ def head_rows(
     output: Annotated[
         Path | None, typer.Option(help="JSON file [default: results/head_rows/<model>-<method>[-<budget>].json].")
     ] = None,
+    format: FormatOption = None,
 ) -> None:
     """Read held-out pages, then again for each kv head with other rows for it alone. Table, JSON and map.
 
@@ -33,6 +37,7 @@ def head_rows(
     """
     from sparsemm.experiments.head_rows import changes, format_head_rows, head_rows_experiment
     from sparsemm.experiments.session import PageReader
+    from sparsemm.runs.plots import LABELS, save_figure
     from sparsemm.viz.heads import draw_head_rows
     from sparsemm.viz.reading import choose_heads
 
@@ -48,6 +53,10 @@ def head_rows(
     reader = PageReader(network, processor, pages, output=path, model_name=model.name, **reading.how)
     results = head_rows_experiment(reader, config, rows=rows, heads=chosen)
     typer.echo(format_head_rows(results, scores, top))
-    title = f"{name}: one kv head at {results.settings['rows']} rows"
-    draw_head_rows({task: changes(results, task) for task in results.base.tasks}, path.with_suffix(".png"), title=title)
+    named = LABELS.get(method, method) + (f" at budget {config.budget}" if config.budget else "")
+    alone = results.settings["rows"]
+    window = " (its window)" if alone == config.window_size else ""
+    title = f"{model.name}, {named}: one kv head at a time keeps {alone} prompt rows{window}"
+    tables = {name: changes(results, task) for task, name in TASKS.items() if task in results.base.tasks}
+    save_figure(draw_head_rows(tables, title=title), path.with_suffix(".png"), format)
     typer.echo(f"\nresults: {path}\nplot:    {path.with_suffix('.png')}")

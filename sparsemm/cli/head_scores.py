@@ -24,13 +24,16 @@ def show(
 ) -> None:
     """Where the scores come from, how sparse they are, and the heads with most of them."""
     from sparsemm import HeadScores
+    from sparsemm.head_scores import heads_of_share
 
     scores = HeadScores.load(file)
     typer.echo(f"{file}: {scores.num_layers} layers x {scores.num_query_heads} query heads")
     for name, value in scores.provenance.items():
         typer.echo(f"  {name}: {value}")
     for percent in (1, 5, 10, 20):
-        typer.echo(f"top {percent:>2} % of the heads hold {100 * scores.top_share(percent / 100):5.1f} % of the score")
+        count = heads_of_share(percent / 100, scores.values.numel())
+        held = 100 * scores.top_share(percent / 100)
+        typer.echo(f"top {percent:>2} % of the heads ({count}) hold {held:5.1f} % of the score")
     for share in (50, 80, 90):
         count = scores.num_heads_holding(share / 100)
         typer.echo(f"{share} % of the score lies in {count} of {scores.values.numel()} heads")
@@ -77,7 +80,7 @@ def compare(
     import torch
 
     from sparsemm.errors import HeadScoreError
-    from sparsemm.head_scores import rank_correlation
+    from sparsemm.head_scores import heads_of_share, rank_correlation
 
     tables = [load_scores(first)]
     tables.append(load_scores(second, tables[0].identity, any_model=any_head_scores))
@@ -85,7 +88,7 @@ def compare(
     values = torch.stack([table.normalised().flatten() for table in tables])
     if bool((values.std(dim=1) == 0).any()):
         raise HeadScoreError("one of the tables is the same for every head, so no correlation is defined")
-    count = max(1, int(fraction * values.shape[1]))
+    count = max(1, heads_of_share(fraction, values.shape[1]))
     tops = [set(row.argsort(descending=True, stable=True)[:count].tolist()) for row in values]
     typer.echo(f"Pearson correlation of scores: {float(torch.corrcoef(values)[0, 1]):.3f}")
     typer.echo(f"Spearman correlation of ranks: {rank_correlation(*values):.3f}")

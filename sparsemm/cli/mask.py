@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sparsemm.cli.common import parse_integers, parse_list
-from sparsemm.cli.options import MaskModeOption, Metric, Model, Reading, Scores
+from sparsemm.cli.options import FormatOption, MaskModeOption, Metric, Model, Reading, Scores
 from sparsemm.errors import ConfigError
 
 MINIATURE_HEADS = "0,1,2,3,4,6,8"
@@ -31,11 +31,13 @@ def mask(
     output: Annotated[
         Path | None, typer.Option(help="Folder of masking.json and masking.png [default: results/masking/<model>].")
     ] = None,
+    format: FormatOption = None,
 ) -> None:
     """Read held-out pages with the visual heads masked, and with as many random others. Table, JSON and plot."""
     from sparsemm.experiments.masking import format_masking, heads_of_shares, masking_experiment, summarise
     from sparsemm.experiments.session import PageReader
     from sparsemm.runs.metrics import METRIC_LABELS
+    from sparsemm.runs.plots import save_figure
     from sparsemm.viz.heads import draw_masking
 
     if heads is not None and shares is not None:
@@ -54,7 +56,8 @@ def mask(
     runs = masking_experiment(reader, table, num_heads=counts, seeds=random, mask_mode=mask_mode)
     typer.echo(format_masking(runs))
     title = f"Masked heads, {model.name}: {reading.documents} held-out pages, {mask_mode}"
-    draw_masking(summarise(runs, metric), folder / "masking.png", label=METRIC_LABELS[metric], title=title)
+    figure = draw_masking(summarise(runs, metric), label=METRIC_LABELS[metric], title=title)
+    save_figure(figure, folder / "masking.png", format)
     typer.echo(f"\nresults: {folder / 'masking.json'}\nplot:    {folder / 'masking.png'}")
 
 

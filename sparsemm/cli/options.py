@@ -58,6 +58,9 @@ AnyScoresOption = Annotated[
 ]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over: forget what the output holds already.")]
 QuietOption = Annotated[bool, typer.Option("--no-progress", help="No progress bar.")]
+FormatOption = Annotated[
+    Literal["svg", "pdf"] | None, typer.Option("--format", help="Also write it so, beside the PNG: svg or pdf.")
+]
 JsonOption = Annotated[Path | None, typer.Option(help="JSON file of the figures [default: none].")]
 
 

@@ -2,27 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sparsemm.cli.common import parse_integers, parse_list
-from sparsemm.cli.options import BudgetOption, MethodOption, Model, NewTokensOption, Scores, Settings, load_scores
+from sparsemm.cli.options import (
+    BudgetOption,
+    FormatOption,
+    MethodOption,
+    Model,
+    NewTokensOption,
+    Scores,
+    Settings,
+    load_scores,
+)
 from sparsemm.cli.program import Program
 from sparsemm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from sparsemm import HeadScores
+    from sparsemm.documents import Page, TextBox
+    from sparsemm.viz.kept import KeptRows
     from sparsemm.viz.reading import Reading
 
 _MOST_LAYERS = 8
+_LOW_HEADS = 8  # from which the summary takes the one that looks most at the page
 
 app = Program(help="Pictures of head scores, budgets, attention and kept positions, as files.")
 
 OutputOption = Annotated[Path, typer.Option(help="Image file: .png, .svg or .pdf.")]
 TitleOption = Annotated[str | None, typer.Option(help="Above the picture.")]
+TopOption = Annotated[int | None, typer.Option(min=0, help="So many of the highest-scoring heads.")]
+BottomOption = Annotated[int | None, typer.Option(min=0, help="So many of the lowest-scoring heads.")]
+TokenOption = Annotated[
+    int | None, typer.Option(min=0, help="The generated token shown [default: one of the longest word].")
+]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """How a figure is written."""
+
+    title: TitleOption = None
+    format: FormatOption = None
+
+    def save(self, figure: Figure, path: Path) -> None:
+        """Write the file, and that of a further format beside it."""
+        from sparsemm.runs.plots import save_figure
+
+        save_figure(figure, path, self.format)
+        typer.echo(str(path))
 
 
 @dataclass(frozen=True)
@@ -37,12 +73,23 @@ class Question:
     def inputs(self) -> dict[str, Any]:
         """Image and prompt, as arguments."""
         from sparsemm.chase import READ_PROMPT
-        from sparsemm.experiments.session import heldout_pages
 
         if self.image is not None and not self.image.is_file():
             raise DataError(f"image {self.image} does not exist; check the path")
-        image = self.image or heldout_pages(1, tasks=("read",), num_words=(4,), seed=11)[0].image
+        image = self.page.image if self.image is None else self.image
         return {"image": image, "prompt": READ_PROMPT if self.prompt is None else self.prompt}
+
+    @cached_property
+    def page(self) -> Page:
+        """The held-out page that is read where no image is given."""
+        from sparsemm.experiments.session import heldout_pages
+
+        return heldout_pages(1, tasks=("read",), num_words=(4,), seed=25)[0]
+
+    @property
+    def words(self) -> Sequence[TextBox]:
+        """Its words, and where they stand; of an image nothing is known."""
+        return self.page.words if self.image is None else ()
 
 
 @dataclass(frozen=True)
@@ -50,8 +97,8 @@ class Heads:
     """Which heads are looked at while the model reads; by default those that the picture names."""
 
     heads: Annotated[str, typer.Option(help="Heads by name: 2-5 is head 5 of layer 2.")] = ""
-    top: Annotated[int | None, typer.Option(min=0, help="Also the so many highest-scoring heads.")] = None
-    bottom: Annotated[int | None, typer.Option(min=0, help="Also the so many lowest-scoring heads.")] = None
+    top: TopOption = None
+    bottom: BottomOption = None
     max_new_tokens: NewTokensOption = 64
 
     def read(
@@ -70,7 +117,6 @@ class Heads:
         shape = (text.num_hidden_layers, text.num_attention_heads)
         named = self.heads or self.top is not None or self.bottom is not None
         top, bottom = (self.top or 0, self.bottom or 0) if named else default
-        top = min(top, shape[0] * shape[1])
         heads = choose_heads(table, shape, names=parse_list(self.heads), top=top, bottom=bottom)
         reading = read_with_attention(network, processor, heads=heads, max_new_tokens=self.max_new_tokens, **inputs)
         return reading, table
@@ -83,14 +129,40 @@ class Keeping(Settings):
     method: MethodOption = "sparsemm"
     budget: BudgetOption = 32
 
-    def keep(self, model: Model, question: Question) -> Any:
+    def keep(self, model: Model, question: Question, scores: HeadScores | None = None) -> KeptRows:
         """The rows that every kv head keeps of the prompt."""
         from sparsemm.viz.kept import kept_rows
 
-        config = self.config(model.model, self.method, self.budget)
+        config = self.config(model.model, self.method, self.budget, scores)
         inputs = question.inputs()
         network, processor = model.load()
         return kept_rows(network, processor, config=config, **inputs)
+
+
+@app.command()
+def summary(
+    *,
+    model: Model,
+    keeping: Keeping,
+    question: Question,
+    token: TokenOption = None,
+    max_new_tokens: NewTokensOption = 64,
+    output: OutputOption = Path("summary.png"),
+    picture: Picture,
+) -> None:
+    """The method in one picture: a word is read, where two heads look, all scores, and the rows that follow."""
+    from sparsemm.viz.kept import kept_rows
+    from sparsemm.viz.reading import choose_heads, read_with_attention
+    from sparsemm.viz.summary import draw_summary
+
+    table, inputs = keeping.table(model.model), question.inputs()
+    config = keeping.config(model.model, keeping.method, keeping.budget, table)
+    network, processor = model.load()
+    heads = choose_heads(table, tuple(table.values.shape), top=1, bottom=_LOW_HEADS)
+    reading = read_with_attention(network, processor, heads=heads, max_new_tokens=max_new_tokens, **inputs)
+    rows = kept_rows(network, processor, config=config, **inputs)
+    figure = draw_summary(reading, table, rows, words=question.words, token=token, title=picture.title)
+    picture.save(figure, output)
 
 
 @app.command()
@@ -101,15 +173,14 @@ def scores(
     kv_heads: Annotated[
         int | None, typer.Option(min=1, help="Mark the groups of so many kv heads [default: as the file says].")
     ] = None,
-    title: TitleOption = None,
+    picture: Picture,
 ) -> None:
     """Map of the head scores, layers by heads (the paper's Figure 2)."""
     from sparsemm.viz.heads import draw_score_map, kv_heads_of
 
     table = load_scores(file)
-    name = table.provenance.get("model", file.stem)
-    draw_score_map(table, output, num_kv_heads=kv_heads_of(table, kv_heads), title=title or f"Visual heads of {name}")
-    typer.echo(str(output))
+    title = picture.title or f"Visual heads of {table.provenance.get('model', file.stem)}"
+    picture.save(draw_score_map(table, num_kv_heads=kv_heads_of(table, kv_heads), title=title), output)
 
 
 @app.command()
@@ -117,13 +188,13 @@ def sparsity(
     *,
     files: Annotated[list[Path], typer.Argument(help="Score files, one line each.")],
     output: OutputOption = Path("sparsity.png"),
-    title: TitleOption = None,
+    picture: Picture,
 ) -> None:
     """How much of the score the top heads hold."""
     from sparsemm.viz.heads import draw_sparsity
 
-    draw_sparsity({file.stem: load_scores(file) for file in files}, output, title=title)
-    typer.echo(str(output))
+    tables = {file.stem: load_scores(file) for file in files}
+    picture.save(draw_sparsity(tables, title=picture.title), output)
 
 
 @app.command()
@@ -132,19 +203,20 @@ def attention(
     model: Model,
     question: Question,
     heads: Heads,
-    tokens: Annotated[str, typer.Option(help="Numbers of generated tokens, sum (over all), or each.")] = "sum",
-    parts: Annotated[str, typer.Option(help="Parts of LLaVA-NeXT's image: high_res, base, or both.")] = "",
+    tokens: Annotated[str, typer.Option(help="Numbers of generated tokens, mean (of all), or each.")] = "mean",
+    parts: Annotated[str, typer.Option(help="Parts of the image, such as LLaVA-NeXT's high_res and base.")] = "",
     scores: Scores,
     output: OutputOption = Path("attention.png"),
-    title: TitleOption = None,
+    picture: Picture,
 ) -> None:
     """What heads look at, drawn over the page: one row a head [default: the top 4 and the bottom 2]."""
-    from sparsemm.viz.overlay import draw_overlays
+    from sparsemm.viz.sheets import draw_overlays
 
     reading, table = heads.read(model, question, scores, default=(4, 2))
     chosen = _tokens(tokens, len(reading.tokens))
-    draw_overlays(reading, output, tokens=chosen, parts=parse_list(parts) or None, scores=table, title=title)
-    typer.echo(f"read: {reading.text}\n{output}")
+    figure = draw_overlays(reading, tokens=chosen, parts=parse_list(parts) or None, scores=table, title=picture.title)
+    typer.echo(f"read: {reading.text}")
+    picture.save(figure, output)
 
 
 @app.command()
@@ -172,14 +244,14 @@ def budgets(
     keeping: Keeping,
     question: Question,
     output: OutputOption = Path("budgets.png"),
-    title: TitleOption = None,
+    picture: Picture,
 ) -> None:
     """How many rows each kv head keeps of a prompt, as a map and as bars."""
     from sparsemm.viz.heads import draw_budgets
 
     kept = keeping.keep(model, question)
-    draw_budgets(kept.rows(), output, title=title or kept.describe(), prompt_length=kept.prompt_length)
-    typer.echo(str(output))
+    title = picture.title or kept.describe()
+    picture.save(draw_budgets(kept.rows(), title=title, prompt_length=kept.prompt_length), output)
 
 
 @app.command()
@@ -191,17 +263,17 @@ def kept(
     layers: Annotated[
         str | None, typer.Option(help=f"Layers drawn, numbers [default: all, of deep models {_MOST_LAYERS}].")
     ] = None,
-    part: Annotated[str | None, typer.Option(help="Part of LLaVA-NeXT's image: high_res or base.")] = None,
+    part: Annotated[str | None, typer.Option(help="Part of the image, such as LLaVA-NeXT's high_res or base.")] = None,
     output: OutputOption = Path("kept.png"),
-    title: TitleOption = None,
+    picture: Picture,
 ) -> None:
     """Which prompt positions each kv head keeps, drawn over the page."""
-    from sparsemm.viz.overlay import draw_kept
+    from sparsemm.viz.sheets import draw_kept
 
-    rows = keeping.keep(model, question)
+    table = keeping.find(model.model)
+    rows = keeping.keep(model, question, table)
     chosen = _some_layers(len(rows.positions)) if layers is None else parse_integers(layers, "--layers")
-    draw_kept(rows, output, layers=chosen, part=part, title=title)
-    typer.echo(str(output))
+    picture.save(draw_kept(rows, layers=chosen, part=part, scores=table, title=picture.title), output)
 
 
 @app.command("all")
@@ -210,41 +282,51 @@ def everything(
     model: Model,
     keeping: Keeping,
     question: Question,
-    top: Annotated[int, typer.Option(min=1, help="Heads drawn, highest scores first.")] = 4,
-    bottom: Annotated[int, typer.Option(min=0, help="Heads drawn, lowest scores.")] = 2,
+    top: TopOption = 4,
+    bottom: BottomOption = 2,
     max_new_tokens: NewTokensOption = 64,
     output: Annotated[Path | None, typer.Option(help="Folder [default: results/viz/<name of the model>].")] = None,
+    format: FormatOption = None,
 ) -> None:
     """Every kind of picture of one model and one page."""
     from sparsemm.viz.heads import draw_budgets, draw_score_map, draw_sparsity
     from sparsemm.viz.kept import kept_rows
-    from sparsemm.viz.overlay import draw_kept, draw_overlays
     from sparsemm.viz.page import write_page
     from sparsemm.viz.reading import choose_heads, read_with_attention
+    from sparsemm.viz.sheets import draw_kept, draw_overlays
+    from sparsemm.viz.summary import draw_summary
 
     folder = output or Path("results") / "viz" / model.name
-    table = keeping.table(model.model)
+    table, inputs = keeping.table(model.model), question.inputs()
     config = keeping.config(model.model, keeping.method, keeping.budget, table)
-    inputs = question.inputs()
     network, processor = model.load()
-    num_kv_heads = network.config.get_text_config().num_key_value_heads
-    draw_score_map(table, folder / "head_scores.png", num_kv_heads=num_kv_heads, title=f"Visual heads of {model.name}")
-    draw_sparsity({model.name: table}, folder / "sparsity.png")
-    shape = (table.num_layers, table.num_query_heads)
-    listed = choose_heads(table, shape, top=min(32, table.values.numel()))
-    reading = read_with_attention(network, processor, heads=listed, max_new_tokens=max_new_tokens, **inputs)
-    write_page(reading, folder / "attention.html", scores=table, title=f"What heads of {model.name} look at")
-    chosen = choose_heads(table, shape, top=top, bottom=bottom)
-    reading = read_with_attention(network, processor, heads=chosen, max_new_tokens=max_new_tokens, **inputs)
-    draw_overlays(reading, folder / "attention.png", tokens=[None, *range(min(4, len(reading.tokens)))], scores=table)
-    if len(reading.layout.grids) > 1:
-        draw_overlays(reading, folder / "attention_parts.png", parts=list(reading.layout.grids), scores=table)
+    shape = tuple(table.values.shape)
+    listed, drawn, two = (
+        choose_heads(table, shape, top=highest, bottom=lowest)
+        for highest, lowest in ((32, 0), (top, bottom), (1, _LOW_HEADS))
+    )
+    heads = list(dict.fromkeys([*listed, *drawn, *two]))
+    reading = read_with_attention(network, processor, heads=heads, max_new_tokens=max_new_tokens, **inputs)
+    sheet, parts = reading.of_heads(drawn), list(reading.layout.grids)
     rows = kept_rows(network, processor, config=config, **inputs)
-    draw_budgets(rows.rows(), folder / "budgets.png", title=rows.describe(), prompt_length=rows.prompt_length)
-    draw_kept(rows, folder / "kept.png", layers=_some_layers(len(rows.positions)))
+    kv_heads, title = rows.rows().shape[1], f"Visual heads of {model.name}"
+    figures = {
+        "summary": draw_summary(reading.of_heads(two), table, rows, words=question.words),
+        "head_scores": draw_score_map(table, num_kv_heads=kv_heads, title=title),
+        "sparsity": draw_sparsity({model.name: table}),
+        "attention": draw_overlays(sheet, tokens=[None, *range(min(4, len(reading.tokens)))], scores=table),
+        "budgets": draw_budgets(rows.rows(), title=rows.describe(), prompt_length=rows.prompt_length),
+        "kept": draw_kept(rows, layers=_some_layers(len(rows.positions)), scores=table),
+    }
+    if len(parts) > 1:
+        figures["attention_parts"] = draw_overlays(sheet, parts=parts, scores=table)
     typer.echo(f"read: {reading.text}")
-    for path in sorted(folder.iterdir()):
-        typer.echo(str(path))
+    for name, figure in figures.items():
+        Picture(format=format).save(figure, folder / f"{name}.png")
+    write_page(
+        reading.of_heads(listed), folder / "attention.html", scores=table, title=f"What heads of {model.name} look at"
+    )
+    typer.echo(str(folder / "attention.html"))
 
 
 def _some_layers(count: int) -> list[int]:
@@ -254,12 +336,12 @@ def _some_layers(count: int) -> list[int]:
 
 
 def _tokens(text: str, count: int) -> list[int | None]:
-    """`sum`, `each`, or numbers."""
+    """`mean`, `each`, or numbers."""
     if text == "each":
         return list(range(count))
     chosen: list[int | None] = []
     for part in parse_list(text):
-        chosen += [None] if part == "sum" else parse_integers(part, "--tokens")
+        chosen += [None] if part == "mean" else parse_integers(part, "--tokens")
     if not chosen:
-        raise ConfigError("--tokens names none; give numbers, sum or each")
+        raise ConfigError("--tokens names none; give numbers, mean or each")
     return chosen

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError
 from sparsemm.experiments.session import PageReader, PageScores, page_scores
+from sparsemm.head_scores import heads_of_share
 from sparsemm.models import family_of
 from sparsemm.plan import Plan
 from sparsemm.runs.markdown import table_of
@@ -53,10 +54,7 @@ class MaskingResults(RunFile[MaskedRun]):
 
 def heads_of_shares(shares: Sequence[float], num_heads: int) -> list[int]:
     """Whole numbers of heads for shares between 0 and 1, rounded down as `mask_ratio` is; doubles once."""
-    for share in shares:
-        if not 0.0 <= share <= 1.0:
-            raise ConfigError(f"share {share} of heads must lie between 0 and 1")
-    return list(dict.fromkeys(int(share * num_heads + 1e-9) for share in shares))
+    return list(dict.fromkeys(heads_of_share(share, num_heads) for share in shares))
 
 
 def masking_experiment(

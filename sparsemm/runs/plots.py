@@ -48,15 +48,24 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write the figure as the file's ending says. Raises `DataError` for an ending that is no image format."""
-    ending = Path(path).suffix.lstrip(".").lower()
-    if ending not in figure.canvas.get_supported_filetypes():
-        raise DataError(f"{path} does not end in an image format; use .png, .svg or .pdf")
-    buffer = io.BytesIO()
-    # No date and no version in the file: the same data give the same bytes.
-    figure.savefig(buffer, format=ending, metadata={"png": {"Software": None}}.get(ending))
-    write_bytes_atomic(path, buffer.getvalue())
+def save_figure(figure: Figure, path: str | Path, further: str | None = None) -> None:
+    """Write the figure as the file's ending says, and beside it in a `further` format ("svg", "pdf").
+
+    Raises:
+        DataError: An ending is no image format.
+    """
+    from matplotlib import rc_context
+
+    # No date and no version in the files, no random names: the same data give the same bytes.
+    metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    for target in [Path(path)] + ([Path(path).with_suffix(f".{further}")] if further else []):
+        ending = target.suffix.lstrip(".").lower()
+        if ending not in figure.canvas.get_supported_filetypes():
+            raise DataError(f"{target} does not end in an image format; use .png, .svg or .pdf")
+        buffer = io.BytesIO()
+        with rc_context({"svg.hashsalt": "sparsemm"}):
+            figure.savefig(buffer, format=ending, metadata=metadata.get(ending))
+        write_bytes_atomic(target, buffer.getvalue())
 
 
 def spaced(count: int, most: int = 16) -> list[int]:

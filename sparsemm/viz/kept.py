@@ -13,10 +13,9 @@ from sparsemm.chase import READ_PROMPT
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError
 from sparsemm.methods import get_method
-from sparsemm.models import family_of
 from sparsemm.models.geometry import ImageLayout
-from sparsemm.models.images import open_image
-from sparsemm.viz.reading import cached_keys
+from sparsemm.runs.plots import LABELS
+from sparsemm.viz.reading import attention_scaling, cached_keys, watch_reading
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -55,10 +54,8 @@ class KeptRows:
 
     def describe(self) -> str:
         """Method, budget and prompt in one line."""
-        return (
-            f"{self.config.method}, budget {self.config.budget} of {self.prompt_length} prompt rows "
-            f"({float(self.rows().double().mean()):.2f} kept per kv head)"
-        )
+        name, mean = LABELS.get(self.config.method, self.config.method), float(self.rows().double().mean())
+        return f"{name}, budget {self.config.budget} of {self.prompt_length} prompt rows ({mean:.2f} kept per kv head)"
 
 
 def kept_rows(
@@ -77,20 +74,15 @@ def kept_rows(
     """
     if not get_method(config.method).compresses:
         raise ConfigError(f"method={config.method!r} keeps every row; choose one that compresses")
-    family = family_of(model)
-    picture = open_image(image)
-    inputs = family.build_inputs(processor, [picture], [prompt], device=model.device)
-    (layout,) = family.image_token_layout(model.config, inputs, processor=processor, image_sizes=[picture.size])[0]
-    num_layers = family.text_model(model).config.num_hidden_layers
+    scaling = attention_scaling(model)
     positions: list[list[LongTensor]] = []
 
     def observe(layer_idx: int, query: Tensor, layer: SparseLayer) -> None:
         key = cached_keys(layer)[None]
-        (heads,) = sparsemm.select_positions(query, key, config, layer_idx=layer_idx, num_layers=num_layers)
+        (heads,) = sparsemm.select_positions(
+            query, key, config, layer_idx=layer_idx, num_layers=len(scaling), scaling=scaling[layer_idx]
+        )
         positions.append([head.cpu() for head in heads])
 
-    everything = CompressionConfig(method="fullkv", budget=None)
-    with sparsemm.patch(model, everything, reserve=1) as handle, torch.inference_mode():
-        handle.observer = observe
-        model(**inputs, logits_to_keep=1)
-    return KeptRows(picture, layout, positions, inputs["input_ids"].shape[1], config)
+    picture, layout, _, columns, _ = watch_reading(model, processor, image, prompt, 1, lambda layout: observe)
+    return KeptRows(picture, layout, positions, len(columns), config)

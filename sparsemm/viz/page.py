@@ -9,13 +9,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from sparsemm.io import write_bytes_atomic
-from sparsemm.runs.plots import COLOURS
 from sparsemm.viz.page_template import TEMPLATE
 from sparsemm.viz.reading import Reading, grid_map
+from sparsemm.viz.sheets import attention_colours, is_light
 
 if TYPE_CHECKING:
     from sparsemm.head_scores import HeadScores
@@ -45,8 +46,6 @@ def write_page(
 
 def page_data(reading: Reading, scores: HeadScores | None = None) -> dict[str, Any]:
     """All that the page shows, as JSON values."""
-    from matplotlib import colormaps
-
     shares = None if scores is None else scores.normalised()
     peaks = reading.weights.amax(-1)
     scaled = (reading.weights / peaks.clamp(min=1e-30)[..., None] * 255).round()
@@ -55,9 +54,9 @@ def page_data(reading: Reading, scores: HeadScores | None = None) -> dict[str, A
         rows, cols = reading.layout.grids[name]
         maps = [[grid_map(reading.layout, values, name).flatten() for values in heads] for heads in scaled]
         cells = torch.stack([torch.stack(heads) for heads in maps]).clamp(max=255).to(torch.uint8)
-        parts.append(
-            {"name": name, "rows": rows, "cols": cols, "weights": base64.b64encode(cells.numpy().tobytes()).decode()}
-        )
+        region = [value / side for value, side in zip(reading.region(name), 2 * reading.image.size, strict=True)]
+        weights = base64.b64encode(cells.numpy().tobytes()).decode()
+        parts.append({"name": name, "rows": rows, "cols": cols, "region": region, "weights": weights})
     return {
         "image": _data_uri(reading.image),
         "width": reading.image.width,
@@ -72,7 +71,8 @@ def page_data(reading: Reading, scores: HeadScores | None = None) -> dict[str, A
         # Largest weight, and share of the attention that falls on the image, of each token and head.
         "peaks": [[round(value, 6) for value in row] for row in peaks.tolist()],
         "on_image": [[round(value, 4) for value in row] for row in reading.weights.sum(-1).tolist()],
-        "colours": [[round(255 * channel) for channel in colour] for colour in colormaps[COLOURS].colors],
+        "light": is_light(reading.image),
+        "colours": attention_colours(reading.image)(np.arange(256), bytes=True)[:, :3].tolist(),
     }
 
 

@@ -49,7 +49,7 @@ label { font-size: 13px; margin-right: 16px; white-space: nowrap; }
 <div id="heads"></div>
 <h2>View</h2>
 <label id="partbox">Part of the image <select id="part"></select></label>
-<label>Strength <input id="opacity" type="range" min="0" max="100" value="65"></label>
+<label>Strength <input id="opacity" type="range" min="0" max="100" value="100"></label>
 <p id="note">Arrow keys: left and right change the token, up and down the head.</p>
 </section>
 </main>
@@ -60,18 +60,19 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const byId = id => document.getElementById(id);
 for (const part of data.parts) part.values = Uint8Array.from(atob(part.weights), c => c.charCodeAt(0));
 const numHeads = data.heads.length, numTokens = data.tokens.length;
-const state = { token: -1, head: 0, part: 0 };  // token -1: the sum over all of them
+const state = { token: -1, head: 0, part: 0 };  // token -1: the mean over all of them
 const canvas = byId("page"), context = canvas.getContext("2d");
 const picture = new Image();
 
 function weightsOf() {
-  const part = data.parts[state.part], size = part.rows * part.cols, sum = new Float64Array(size);
+  const part = data.parts[state.part], size = part.rows * part.cols, mean = new Float64Array(size);
   const tokens = state.token < 0 ? [...Array(numTokens).keys()] : [state.token];
   for (const token of tokens) {
-    const start = (token * numHeads + state.head) * size, scale = data.peaks[token][state.head] / 255;
-    for (let i = 0; i < size; i++) sum[i] += part.values[start + i] * scale;
+    const start = (token * numHeads + state.head) * size;
+    const scale = data.peaks[token][state.head] / 255 / tokens.length;
+    for (let i = 0; i < size; i++) mean[i] += part.values[start + i] * scale;
   }
-  return sum;
+  return mean;
 }
 
 function draw() {
@@ -82,27 +83,33 @@ function draw() {
   context.filter = "grayscale(1)";
   context.drawImage(picture, 0, 0, canvas.width, canvas.height);
   context.filter = "none";
-  const width = canvas.width / part.cols, height = canvas.height / part.rows;
+  const [left, top, right, bottom] = part.region;  // as shares of the page
+  const width = canvas.width * (right - left) / part.cols, height = canvas.height * (bottom - top) / part.rows;
+  const xOf = col => Math.round(left * canvas.width + col * width);
+  const yOf = row => Math.round(top * canvas.height + row * height);
   context.globalAlpha = opacity;
+  context.globalCompositeOperation = data.light ? "multiply" : "screen";  // the text keeps its contrast
   weights.forEach((w, i) => {
     const colour = data.colours[Math.round(255 * (peak ? w / peak : 0))];
     context.fillStyle = `rgb(${colour.join(",")})`;
     const row = Math.floor(i / part.cols), col = i % part.cols;
-    const x = Math.round(col * width), y = Math.round(row * height);
-    context.fillRect(x, y, Math.round((col + 1) * width) - x, Math.round((row + 1) * height) - y);
+    context.fillRect(xOf(col), yOf(row), xOf(col + 1) - xOf(col), yOf(row + 1) - yOf(row));
   });
   context.globalAlpha = 1;
+  context.globalCompositeOperation = "source-over";
   const row = Math.floor(at / part.cols), col = at % part.cols;
-  context.strokeStyle = "#D55E00";
-  context.lineWidth = Math.max(2, canvas.width / 250);
-  context.strokeRect(col * width, row * height, width, height);
+  for (const [colour, share] of [["#fff", 120], ["#0072B2", 250]]) {  // seen on light and on dark pages
+    context.strokeStyle = colour;
+    context.lineWidth = Math.max(2, canvas.width / share);
+    context.strokeRect(xOf(col), yOf(row), width, height);
+  }
   const head = data.heads[state.head], all = state.token < 0;
   const onImage = all
     ? data.on_image.reduce((sum, line) => sum + line[state.head], 0) / numTokens
     : data.on_image[state.token][state.head];
   const name = all ? "all tokens" : `token ${state.token} (${JSON.stringify(data.tokens[state.token])})`;
   byId("peak").textContent = peak.toPrecision(3);
-  const largest = `largest ${all ? "summed " : ""}weight ${peak.toPrecision(3)} at row ${row}, column ${col}`;
+  const largest = `largest ${all ? "mean " : ""}weight ${peak.toPrecision(3)} at row ${row}, column ${col}`;
   const falls = `${(100 * onImage).toFixed(1)} % of its attention falls on the image.`;
   byId("readout").textContent = `Layer ${head.layer}, head ${head.head}, ${name}: ${largest}; ${falls}`;
   document.querySelectorAll("#tokens button").forEach(b => b.ariaPressed = String(+b.dataset.token === state.token));
@@ -126,7 +133,7 @@ function button(text, attribute, value, title, pick) {
 function build() {
   byId("prompt").textContent = "Asked: " + data.prompt;
   const tokens = byId("tokens");
-  tokens.append(button("all", "token", -1, "sum over all tokens", () => set({ token: -1 })));
+  tokens.append(button("all", "token", -1, "mean over all tokens", () => set({ token: -1 })));
   data.tokens.forEach((text, i) => {
     const shown = text.trim() ? text : text ? "\\u2423" : "\\u2205";
     tokens.append(button(shown, "token", i, `token ${i}: ${JSON.stringify(text)}`, () => set({ token: i })));

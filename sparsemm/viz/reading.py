@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import LongTensor, Tensor
 
 import sparsemm
 from sparsemm.chase import READ_PROMPT
@@ -16,7 +17,7 @@ from sparsemm.config import CompressionConfig
 from sparsemm.decoding.generation import generate_greedy
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.models import family_of
-from sparsemm.models.geometry import ImageLayout
+from sparsemm.models.geometry import ImageLayout, Region
 from sparsemm.models.images import open_image
 
 if TYPE_CHECKING:
@@ -56,19 +57,28 @@ class Reading:
         """All that was read, special tokens left out."""
         return "".join(token for token in self.tokens if not token.startswith("<"))
 
+    def of_heads(self, heads: Sequence[Head]) -> Reading:
+        """The same reading with these of its heads, in this order."""
+        places = [self.heads.index(head) for head in heads]
+        return dataclasses.replace(self, heads=list(heads), weights=self.weights[:, places])
+
     def part_map(self, token: int | None, head: int, part: str | None = None) -> Tensor:
         """Attention of one head over one part of the image: float32 `[rows, columns]`.
 
         Args:
-            token: Index in `tokens`; None sums over all of them.
+            token: Index in `tokens`; None is the mean over all of them.
             head: Index in `heads`.
-            part: "grid", "high_res" or "base"; the layout's main part by default. Newline tokens are in none.
+            part: One of `layout.grids`; the layout's main part by default. Newline tokens are in none.
 
         Raises:
             DataError: There is no such part.
         """
-        weights = self.weights[:, head].sum(0) if token is None else self.weights[token, head]
+        weights = self.weights[:, head].mean(0) if token is None else self.weights[token, head]
         return grid_map(self.layout, weights, part)
+
+    def region(self, part: str | None = None) -> Region:
+        """The pixels of the image that a part's grid covers; the main part's by default."""
+        return part_region(self.layout, self.image.size, part)
 
 
 def grid_map(layout: ImageLayout, values: Tensor, part: str | None = None) -> Tensor:
@@ -84,17 +94,22 @@ def grid_map(layout: ImageLayout, values: Tensor, part: str | None = None) -> Te
     return grid.index_put((layout.rows[inside], layout.cols[inside]), values[inside].float().cpu(), accumulate=True)
 
 
+def part_region(layout: ImageLayout, image_size: tuple[int, int], part: str | None = None) -> Region:
+    """(left, top, right, bottom) of what a part's grid covers, the main part by default; the whole image as a rule."""
+    return layout.regions.get(layout.main_part if part is None else part, (0.0, 0.0, *map(float, image_size)))
+
+
 class AttentionRows:
     """An attention observer that keeps, for some heads, the row that predicts each token over the image's columns.
 
     Args:
         heads: (layer, query head) pairs.
         columns: Columns of the image tokens in the prompt.
-        scaling: Factor of the logits, head_dim ** -0.5 as a rule.
+        scaling: Factor of the logits of each layer, from `attention_scaling`.
     """
 
-    def __init__(self, heads: Sequence[Head], columns: Tensor, scaling: float) -> None:
-        self.scaling = scaling
+    def __init__(self, heads: Sequence[Head], columns: Tensor, scaling: Sequence[float]) -> None:
+        self._scaling = scaling
         self._columns = columns
         self._places: dict[int, list[tuple[int, int]]] = {}
         for place, (layer, head) in enumerate(heads):
@@ -109,13 +124,18 @@ class AttentionRows:
         heads = torch.tensor([head for head, _ in self._places[layer_idx]], device=query.device)
         group = query.shape[1] // key.shape[0]
         logits = torch.einsum("hd,hkd->hk", query[0, heads, -1].float(), key[heads // group].float())
-        weights = (logits * self.scaling).softmax(-1)[:, self._columns.to(query.device)]
+        weights = (logits * self._scaling[layer_idx]).softmax(-1)[:, self._columns.to(query.device)]
         for (_, place), row in zip(self._places[layer_idx], weights, strict=True):
             self._rows[place].append(row)
 
     def result(self) -> Tensor:
         """float32 `[num_tokens, num_heads, num_image_tokens]` on the CPU."""
         return torch.stack([torch.stack(rows).cpu() for rows in self._rows], dim=1)
+
+
+def attention_scaling(model: PreTrainedModel) -> list[float]:
+    """The factor of each layer's attention logits, head_dim ** -0.5 as a rule."""
+    return [layer.self_attn.scaling for layer in family_of(model).text_model(model).layers]
 
 
 def cached_keys(layer: SparseLayer) -> Tensor:
@@ -152,6 +172,31 @@ def choose_heads(
     return list(dict.fromkeys(heads))
 
 
+def watch_reading(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    image: Any,
+    prompt: str,
+    max_new_tokens: int,
+    watch: Callable[[ImageLayout], Any],
+) -> tuple[PIL.Image.Image, ImageLayout, Any, LongTensor, LongTensor]:
+    """Let the model read an image greedily with the full cache, seen by the attention observer `watch(layout)`.
+
+    Returns:
+        The image in RGB, its tokens, the observer, and the columns of the prompt and of what was generated.
+    """
+    family = family_of(model)
+    picture = open_image(image)
+    inputs = family.build_inputs(processor, [picture], [prompt], device=model.device)
+    (layout,) = family.image_token_layout(model.config, inputs, processor=processor, image_sizes=[picture.size])[0]
+    observer = watch(layout)
+    config = CompressionConfig(method="fullkv", budget=None)
+    with sparsemm.patch(model, config, reserve=max_new_tokens) as handle, torch.inference_mode():
+        handle.observer = observer
+        generated, _ = generate_greedy(model, inputs, max_new_tokens)
+    return picture, layout, observer, inputs["input_ids"][0], generated[0]
+
+
 def read_with_attention(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -173,20 +218,14 @@ def read_with_attention(
     Raises:
         DataError: The image cannot be read.
     """
-    family = family_of(model)
-    picture = open_image(image)
-    inputs = family.build_inputs(processor, [picture], [prompt], device=model.device)
-    (layout,) = family.image_token_layout(model.config, inputs, processor=processor, image_sizes=[picture.size])[0]
-    scaling = family.text_model(model).layers[0].self_attn.scaling
-    observer = AttentionRows(heads, layout.columns, scaling)
-    config = CompressionConfig(method="fullkv", budget=None)
-    with sparsemm.patch(model, config, reserve=max_new_tokens) as handle, torch.inference_mode():
-        handle.observer = observer
-        generated, _ = generate_greedy(model, inputs, max_new_tokens)
-    ids = generated[0].tolist()
-    special = set(processor.tokenizer.all_special_ids)
+    scaling = attention_scaling(model)
+    picture, layout, observer, _, generated = watch_reading(
+        model, processor, image, prompt, max_new_tokens, lambda layout: AttentionRows(heads, layout.columns, scaling)
+    )
+    ids = generated.tolist()
     names = processor.tokenizer.convert_ids_to_tokens(ids)
     texts = token_texts(processor.tokenizer, ids)
+    special = set(processor.tokenizer.all_special_ids)
     tokens = [
         f"<{name.strip('<>|')}>" if index in special else text
         for index, name, text in zip(ids, names, texts, strict=True)

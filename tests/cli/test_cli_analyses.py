@@ -96,7 +96,7 @@ def test_all_pictures_of_a_model(run: Any, files: dict[str, Path], tmp_path: Pat
     assert outcome.status == 0, outcome.err
     names = {path.name for path in (tmp_path / "pictures").iterdir()}
     assert names == {
-        "attention.html", "attention.png", "budgets.png", "head_scores.png", "kept.png", "sparsity.png",
+        "attention.html", "attention.png", "budgets.png", "head_scores.png", "kept.png", "sparsity.png", "summary.png",
     }  # fmt: skip
     assert all(name in outcome.out for name in names)
 
@@ -112,7 +112,7 @@ def test_single_pictures(run: Any, files: dict[str, Path], tmp_path: Path) -> No
             *model,
             *scores,
             "--tokens",
-            "sum,0",
+            "mean,0",
             "--heads",
             "1-3",
             "--max-new-tokens",
@@ -120,6 +120,7 @@ def test_single_pictures(run: Any, files: dict[str, Path], tmp_path: Path) -> No
             "--output",
             "c.png",
         ],
+        ["summary", *model, *scores, "--budget", 12, "--window-size", 4, "--max-new-tokens", 2, "--output", "g.png"],
         ["page", *model, "--heads", "0-0 1-1", "--max-new-tokens", 2, "--output", "d.html"],
         ["budgets", *model, "--method", "adakv", "--budget", 12, "--window-size", 4, "--output", "e.png"],
         ["kept", *model, "--method", "snapkv", "--budget", 12, "--window-size", 4, "--output", "f.png"],

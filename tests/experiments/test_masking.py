@@ -27,6 +27,7 @@ from sparsemm.experiments.session import PageReader
 from sparsemm.models import family_of
 from sparsemm.plan import Plan
 from sparsemm.runs.metrics import character_accuracy
+from sparsemm.runs.plots import save_figure
 from sparsemm.viz.heads import draw_masking
 
 
@@ -145,9 +146,9 @@ def test_table_and_plot(tmp_path: Path) -> None:
     lines = format_masking(by_hand()).splitlines()
     assert len({len(line) for line in lines}) == 1 and len(lines) == 5
     assert "6.2 %" in lines[3] and "0.700 ± 0.141" in lines[3] and "0.600–0.800" in lines[3] and "0.350" in lines[3]
-    draw_masking(rows, tmp_path / "a.png", title="toy")
+    save_figure(draw_masking(rows, title="toy"), tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").size[0] > 800
     with pytest.raises(ConfigError, match="speed"):
         summarise(by_hand(), "speed")
     with pytest.raises(DataError, match="no run"):
-        draw_masking([], tmp_path / "b.png")
+        draw_masking([])

@@ -150,7 +150,7 @@ def test_picking_tokens_and_heads(browser: Browser, page: Path) -> None:
     assert labels == ["all", *TOKENS]
     heads = browser.run("return [...document.querySelectorAll('#heads button')].map(b => b.textContent)")
     assert heads == ["1 10.0%", "0 20.0%", "3 70.0%"]
-    # The sum over all tokens is largest where the last one looks, 0.8 at cell 3.
+    # The mean over all tokens is largest where the last one looks, 0.8 at cell 3.
     assert browser.shown() == "-1 0-1 high_res 0 3"
     for token in range(len(TOKENS)):
         browser.click(f"#tokens button[data-token='{token}']")
@@ -176,11 +176,11 @@ def test_colours_on_the_canvas_follow_the_weights(browser: Browser, page: Path) 
         return (x, y) => [...context.getImageData(x * canvas.width, y * canvas.height, 1, 1).data].slice(0, 3)
     """
     look = f"const at = (() => {{ {pixel} }})();"
-    # Token 1 under head 1 looks at cell 6: row 1, column 2. The scale ends in viridis' yellow and begins in its purple.
-    assert browser.run(look + "return at(2.5 / 4, 1.5 / 3)") == [253, 231, 37]
-    assert browser.run(look + "return at(0.5 / 4, 0.5 / 3)") == [68, 1, 84]
+    # Token 1 under head 1 looks at cell 6: row 1, column 2. The scale ends in orange; elsewhere white stays white.
+    assert browser.run(look + "return at(2.5 / 4, 1.5 / 3)") == [255, 154, 31]
+    assert min(browser.run(look + "return at(0.5 / 4, 0.5 / 3)")) > 250
     browser.run("const o = document.getElementById('opacity'); o.value = 0; o.dispatchEvent(new Event('input'))")
-    assert browser.run(look + "return at(0.5 / 4, 0.5 / 3)") == [255, 255, 255]
+    assert browser.run(look + "return at(2.5 / 4, 1.5 / 3)") == [255, 255, 255]
 
 
 def test_keyboard_and_part_of_the_image(browser: Browser, page: Path) -> None:
