@@ -57,7 +57,7 @@ if [[ -n "$first" ]]; then
     run_sparsemm data convert documents "$output/pages" --num-images 1 --seed 3 --page-size 420x560 --no-progress ||
         echo "the example page is in $output/pages already" >&2
     cp "$output/pages/images/img_000001.png" "$pictures/document.png"
-    run_sparsemm data convert miniature "$output/miniature_pages" --num-images 1 --seed 3 --no-progress ||
+    run_sparsemm data convert miniature "$output/miniature_pages" --num-images 4 --seed 3 --no-progress ||
         echo "the miniatures' page is in $output/miniature_pages already" >&2
-    cp "$output/miniature_pages/images/img_000001.png" "$pictures/page.png"
+    cp "$output/miniature_pages/images/img_000004.png" "$pictures/page.png"
 fi
