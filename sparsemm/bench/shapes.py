@@ -32,6 +32,12 @@ _QWEN = dict(
     **dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28),
     **dict(num_key_value_heads=4, rms_norm_eps=1e-6, rope_parameters={**_LARGE_ROPE, "mrope_section": [16, 24, 24]}),
 )
+_QWEN2 = {**_QWEN, "model_type": "qwen2", "rope_parameters": _LARGE_ROPE}
+_QWEN3 = dict(
+    **dict(vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32),
+    **dict(num_key_value_heads=8, head_dim=128, rms_norm_eps=1e-6),
+    rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[24, 20, 20], mrope_interleaved=True),
+)
 _TINY = dict(
     **dict(model_type="llama", vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=4),
     **dict(num_attention_heads=8, num_key_value_heads=8, head_dim=32),
@@ -48,13 +54,40 @@ SHAPES: dict[str, dict[str, Any]] = {
         **dict(model_type="qwen2_vl", text_config=_QWEN, image_token_id=151655, video_token_id=151656),
         vision_config=dict(depth=32, embed_dim=1280, hidden_size=3584, num_heads=16, mlp_ratio=4, patch_size=14),
     ),
+    "qwen2.5-vl-7b": dict(
+        **dict(model_type="qwen2_5_vl", text_config=_QWEN, image_token_id=151655, video_token_id=151656),
+        vision_config=dict(
+            **dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14),
+            **dict(out_hidden_size=3584, window_size=112, fullatt_block_indexes=[7, 15, 23, 31]),
+        ),
+    ),
+    "qwen3-vl-8b": dict(
+        **dict(model_type="qwen3_vl", text_config=_QWEN3, image_token_id=151655, video_token_id=151656),
+        vision_config=dict(
+            **dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, patch_size=16),
+            **dict(out_hidden_size=4096, deepstack_visual_indexes=[8, 16, 24], num_position_embeddings=2304),
+        ),
+    ),
+    "internvl3-8b": dict(
+        **dict(model_type="internvl", text_config={**_QWEN2, "vocab_size": 151674}, image_token_id=151667),
+        vision_config=dict(
+            **dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16),
+            **dict(image_size=[448, 448], patch_size=[14, 14]),
+        ),
+    ),
+    "llava-onevision-7b": dict(
+        **dict(model_type="llava_onevision", text_config={**_QWEN2, "vocab_size": 152000}, image_token_index=151646),
+        vision_config=dict(
+            **dict(model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304, num_hidden_layers=26),
+            **dict(num_attention_heads=16, image_size=384, patch_size=14, vision_use_head=False),
+        ),
+    ),
     "tiny": dict(
         **dict(model_type="llava_next", text_config=_TINY, vision_config=_TINY_VISION, image_token_index=511),
         image_grid_pinpoints=[[56, 112], [112, 56], [112, 112]],
     ),
 }
-"""Configurations by name: LLaVA-NeXT-Vicuna-7B, LLaVA-NeXT-Mistral-7B, Qwen2-VL-7B, and one that a CPU times in
-seconds."""
+"""Configurations by name: those of the paper, of later models, and one that a CPU times in seconds."""
 
 
 def shape_config(name: str) -> PretrainedConfig:
@@ -135,6 +168,8 @@ def prompt_inputs(model: PreTrainedModel, tokens: int, batch: int = 1) -> dict[s
     """
     if tokens < 2:
         raise ConfigError(f"a prompt of {tokens} tokens is too short; use at least 2")
+    from sparsemm.models import family_of
+
     config, generator = model.config, torch.Generator().manual_seed(tokens)
     text = config.get_text_config()
     special = [
@@ -143,32 +178,11 @@ def prompt_inputs(model: PreTrainedModel, tokens: int, batch: int = 1) -> dict[s
     ]
     highest = min([text.vocab_size, *(each for each in special if each is not None and each > 16)])
     input_ids = torch.randint(3, highest, (batch, tokens), generator=generator)
-    image_tokens, extras = _image(model, tokens - 1)
-    input_ids[:, 1 : 1 + image_tokens] = config.image_token_id
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    for name, tensor in extras.items():
-        inputs[name] = tensor.repeat(batch, *[1] * (tensor.dim() - 1))
-    if config.model_type == "qwen2_vl":
-        inputs["mm_token_type_ids"] = (input_ids == config.image_token_id).long()
-    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
-
-
-def _image(model: PreTrainedModel, limit: int) -> tuple[int, dict[str, Tensor]]:
-    """A random image of at most `limit` tokens: how many it has, and the model's inputs for it; none if none fits."""
-    from sparsemm.models import family_of
-
-    config, dtype = model.config, model.dtype
-    vision = config.vision_config
-    if config.model_type == "qwen2_vl":
-        side = min(64, int(limit**0.5)) * vision.spatial_merge_size
-        extras = {"image_grid_thw": torch.tensor([[1, side, side]])}
-        patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        extras["pixel_values"] = torch.randn(side * side, patch, dtype=dtype)
-    else:
-        side = vision.image_size
-        height, width = max(config.image_grid_pinpoints, key=lambda size: (size[0] * size[1], size))
-        extras = {"image_sizes": torch.tensor([[height, width]])}
-        tiles = 1 + (height // side) * (width // side)
-        extras["pixel_values"] = torch.randn(1, tiles, 3, side, side, dtype=dtype)
-    tokens = len(family_of(config).image_layouts(config, extras)[0])
-    return (tokens, extras) if 0 < tokens <= limit else (0, {})
+    family = family_of(config)
+    image = family.random_image(config, model.dtype, tokens - 1)
+    image_tokens = len(family.image_layouts(config, image)[0]) if image else 0
+    if 0 < image_tokens < tokens:
+        input_ids[:, 1 : 1 + image_tokens] = config.image_token_id
+        inputs |= {name: tensor.repeat(batch, *[1] * (tensor.dim() - 1)) for name, tensor in image.items()}
+    return {name: tensor.to(model.device) for name, tensor in family.finish_inputs(config, inputs).items()}

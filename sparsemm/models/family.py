@@ -178,6 +178,10 @@ class ModelFamily(ABC):
     ) -> list[ImageLayout]:
         """The layout of every image of a batch, in order, `columns` still counted from each image's first token."""
 
+    def random_image(self, config: PretrainedConfig, dtype: torch.dtype, limit: int) -> dict[str, Tensor]:
+        """Inputs of one random image of at most about `limit` tokens, for benchmarks; empty where none is needed."""
+        return {}
+
     def image_token_layout(
         self,
         config: PretrainedConfig,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from sparsemm.models.geometry import ImageLayout, base_layout
@@ -25,6 +26,13 @@ class LlavaNext(Llava):
         side = config.vision_config.image_size // config.vision_config.patch_size
         sizes = inputs["image_sizes"].tolist() if "image_sizes" in inputs else []
         return [base_layout(side, *unpadded_grid(config, tuple(size))) for size in sizes]
+
+    def random_image(self, config: PretrainedConfig, dtype: torch.dtype, limit: int) -> dict[str, Tensor]:
+        side = config.vision_config.image_size
+        height, width = max(config.image_grid_pinpoints, key=lambda size: (size[0] * size[1], size))
+        tiles = 1 + (height // side) * (width // side)
+        pixels = torch.randn(1, tiles, 3, side, side, dtype=dtype)
+        return {"image_sizes": torch.tensor([[height, width]]), "pixel_values": pixels}
 
 
 def unpadded_grid(config: PretrainedConfig, image_size: tuple[int, int]) -> tuple[int, int]:

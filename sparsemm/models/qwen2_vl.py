@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from sparsemm.errors import ConfigError, DataError
@@ -59,6 +61,13 @@ class Qwen2VL(ModelFamily):
         merge = config.vision_config.spatial_merge_size
         grids = inputs["image_grid_thw"].tolist() if "image_grid_thw" in inputs else []
         return [grid_layout(height // merge, width // merge, frames=frames) for frames, height, width in grids]
+
+    def random_image(self, config: PretrainedConfig, dtype: torch.dtype, limit: int) -> dict[str, Tensor]:
+        vision = config.vision_config
+        side = min(64, math.isqrt(limit)) * vision.spatial_merge_size
+        patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        pixels = torch.randn(side * side, patch, dtype=dtype)
+        return {"image_grid_thw": torch.tensor([[1, side, side]]), "pixel_values": pixels}
 
 
 def _limit_pixels(image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> None:
