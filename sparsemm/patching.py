@@ -36,14 +36,14 @@ def patch(
     touched, never classes. The model is meant for inference: no gradient flows through cached rows.
 
     Args:
-        model: `LlavaNextForConditionalGeneration` (Llama or Mistral) or `Qwen2VLForConditionalGeneration`.
+        model: The whole model of a family of `sparsemm.models`, or a language model of `AutoModelForCausalLM`.
         config: Method and settings; score files are read and random scores drawn here, once.
         reserve: Slots allocated behind every head's prompt rows; set it to `max_new_tokens` to never grow.
         decode_backend: Who attends to the cached rows: a name of `sparsemm.ops.backends.BACKENDS`.
 
     Raises:
         ConfigError: An unknown backend, or one that cannot serve this model here.
-        UnsupportedModelError: Another class, or a setting (sliding window) that the cache would not honour.
+        UnsupportedModelError: Another class, or a layer that cannot be served (names it and why).
         PatchError: The model is patched already.
         HeadScoreError: The head scores do not fit the model, belong to another one, or cannot be read.
     """

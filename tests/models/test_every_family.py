@@ -10,12 +10,12 @@ import torch
 from greedy_runs import assert_close, config, greedy, scores
 from masked_twin import MARGIN, MaskedTwin
 from PIL import Image
-from toy_vlms import LANGUAGE_MODELS, TOYS, toy_vlm
+from toy_vlms import LANGUAGE_MODELS, TOYS, mistral3_inputs, toy_vlm
 
 import sparsemm
 from sparsemm.models import FAMILIES, family_of
 
-EVERY = [*TOYS, *LANGUAGE_MODELS]
+EVERY = [*TOYS, "mistral3", *LANGUAGE_MODELS]
 DECODE_TOLERANCE = 5e-6
 
 
@@ -26,6 +26,10 @@ def picture(width: int, height: int) -> Image.Image:
 
 def inputs_of(name, model, processor, rows=3):
     """Two images, no image, one image; or text alone. Rows of different lengths, padded on the left."""
+    if name == "mistral3":
+        generator = torch.Generator().manual_seed(0)
+        images = [torch.randn(3, *size, generator=generator) for size in ((56, 84), (42, 14), (28, 56))][:rows]
+        return mistral3_inputs(images, ["Compare these.", "Hello?", "Read it now, please."][:rows])
     images = [[picture(40, 40), picture(70, 20)], None, [picture(30, 64)]][:rows] if name in TOYS else None
     prompts = ["Compare these.", "Hello?", "Read it now, please."][:rows]
     return dict(family_of(model).build_inputs(processor, images, prompts))
@@ -44,8 +48,8 @@ def assert_stock(actual, expected):
 
 
 def test_every_family_has_a_toy():
-    families = {family_of(toy(name)[0]).name for name in TOYS}
-    assert families | {"llava_next", "qwen2_vl", "mistral3"} == set(FAMILIES)  # the first two have toys of their own
+    families = {family_of(toy(name)[0]).name for name in [*TOYS, "mistral3"]}
+    assert families | {"llava_next", "qwen2_vl"} == set(FAMILIES)  # which have toys of their own
 
 
 @pytest.mark.parametrize("name", EVERY)

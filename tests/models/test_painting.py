@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from toy_vlms import TOYS, toy_vlm
+from toy_vlms import TOYS, mistral3_inputs, toy_vlm
 
 import sparsemm
 from sparsemm.models import family_of
@@ -168,6 +168,23 @@ def test_folders_load_as_they_were_saved(name: str, tmp_path) -> None:
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     with torch.no_grad():
         assert torch.equal(model(**first).logits, loaded(**second).logits)
+
+
+def test_mistral3_on_tensors() -> None:
+    """Its processor needs torchvision; pixels changed by hand show the same."""
+    model, _ = toy_vlm("mistral3")
+    family = family_of(model)
+    plain = [torch.zeros(3, 42, 70), torch.zeros(3, 28, 28)]
+    for x0, y0, x1, y1 in ((0, 0, 13, 13), (20, 15, 40, 41), (69, 41, 69, 41), (5, 20, 60, 25)):
+        painted = plain[0].clone()
+        painted[:, y0 : y1 + 1, x0 : x1 + 1] = 1.0
+        before, after = (mistral3_inputs([image, plain[1]], ["Read.", "Look."]) for image in (plain[0], painted))
+        change = (image_features(model, after) - image_features(model, before)).norm(dim=-1)
+        ((layout,), (other,)) = family.image_token_layout(model.config, after)
+        assert layout.grids == {"grid": (3, 5)} and other.grids == {"grid": (2, 2)}
+        columns = torch.cat([layout.columns, torch.full((4,), -1)])  # rows of the batch, one after the other
+        named = layout.tokens_in_box((x0, y0, x1, y1), (70, 42))
+        assert set(columns[change > 1e-6].tolist()) == set(named.tolist())
 
 
 def test_a_processor_that_needs_a_missing_package_says_so(tmp_path) -> None:

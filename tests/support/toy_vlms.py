@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -160,6 +161,39 @@ def _qwen3_vl(name: str = "qwen3_vl", **text: Any) -> tuple[Any, ProcessorMixin]
     return _qwen_vl(name, text, num_position_embeddings=16, deepstack_visual_indexes=[0, 1])
 
 
+def _mistral3() -> tuple[Any, None]:
+    """Without its processor, which imports torchvision; `mistral3_inputs` stands in for it."""
+    config = transformers.Mistral3Config(
+        vision_config=dict(model_type="pixtral", image_size=8 * TILE, patch_size=7, head_dim=16, **_VISION),
+        text_config={"model_type": "mistral", **TEXT, "sliding_window": None},
+        image_token_index=ID["<image>"], spatial_merge_size=2, vision_feature_layer=-1,
+    )  # fmt: skip
+    return config, None
+
+
+def mistral3_inputs(images: Sequence[Tensor], texts: Sequence[str]) -> dict[str, Tensor]:
+    """Inputs of a batch with one image `[3, height, width]` a row, as PixtralProcessor makes them: every row of image
+    tokens ends with a token of its own, the last with another."""
+    rows = []
+    for image, text in zip(images, texts, strict=True):
+        lines, per_line = (extent // 14 for extent in image.shape[1:])
+        line = [*[ID["<image>"]] * per_line, ID["<start>"]]
+        rows.append([1, *(line * lines)[:-1], ID["<end>"], *(4 + CHARACTERS.index(character) for character in text)])
+    longest = max(map(len, rows))
+    input_ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    pixels = torch.stack(
+        [nn.functional.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images]
+    )
+    sizes = torch.tensor([image.shape[1:] for image in images])
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (input_ids != 0).long(),
+        "pixel_values": pixels,
+        "image_sizes": sizes,
+    }
+
+
 def _language_model(name: str, **settings: Any) -> tuple[Any, ProcessorMixin]:
     template = (
         "<s>{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}{% endfor %}"
@@ -221,7 +255,7 @@ def toy_vlm(name: str, *, seed: int = 0, attn_implementation: str = "sdpa") -> t
     """A random model of a family and its processor. Raises `ImportError` where that needs a missing package."""
     from sparsemm.models import family_of
 
-    config, processor = (TOYS | LANGUAGE_MODELS)[name]()
+    config, processor = (TOYS | LANGUAGE_MODELS | {"mistral3": _mistral3})[name]()
     config._attn_implementation = attn_implementation
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
