@@ -52,39 +52,36 @@ def test_every_family_has_a_toy():
     assert families | {"llava_next", "qwen2_vl"} == set(FAMILIES)  # which have toys of their own
 
 
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", EVERY)
-def test_a_full_budget_is_the_stock_model(name):
-    model, processor = toy(name)
-    padded = inputs_of(name, model, processor)
-    assert not padded["attention_mask"].all()
-    text = torch.tensor([[70, 71, 72, 73]]).expand(3, -1)
-    turn = {"input_ids": None, "attention_mask": None}
-    stock_ids, stock, cache = greedy(model, padded)
-    turn["input_ids"] = torch.cat([padded["input_ids"], stock_ids, text], dim=1)
-    more = torch.ones(3, stock_ids.shape[1] + 4, dtype=torch.long)
-    turn["attention_mask"] = torch.cat([padded["attention_mask"], more], dim=1)
-    stock_turn = greedy(model, turn, past_key_values=cache)[:2]
-    with sparsemm.patch(model, config("fullkv", None)):
-        ids, logits, cache = greedy(model, padded)
-        second = greedy(model, turn, past_key_values=cache)[:2]
-        fast = sparsemm.generate(model, padded, max_new_tokens=6, prompt_tile=16)
-        fast_turn = sparsemm.generate(model, turn, max_new_tokens=6, past_key_values=fast.cache)
-    assert torch.equal(ids, stock_ids) and torch.equal(fast.new_tokens, stock_ids)
-    assert_stock(logits, stock)
-    assert torch.equal(second[0], stock_turn[0]) and torch.equal(fast_turn.new_tokens, stock_turn[0])
-    assert_close(second[1], stock_turn[1])
-    assert torch.equal(greedy(model, padded)[1], stock)
+def test_a_full_budget_is_the_stock_model(name, attn_implementation):
+    model, processor = toy(name, attn_implementation)
+    for rows in (3, 1):
+        inputs = inputs_of(name, model, processor, rows)
+        assert inputs["attention_mask"].all() == (rows == 1)
+        ids, stock, cache = greedy(model, inputs)
+        turn = next_turn(inputs, ids)
+        turn_ids, stock_turn, _ = greedy(model, turn, past_key_values=cache)
+        with sparsemm.patch(model, config("fullkv", None)):
+            patched_ids, logits, cache = greedy(model, inputs)
+            second_ids, second, _ = greedy(model, turn, past_key_values=cache)
+            fast = sparsemm.generate(model, inputs, max_new_tokens=6, prompt_tile=16)
+            fast_turn = sparsemm.generate(model, turn, max_new_tokens=6, past_key_values=fast.cache)
+        assert torch.equal(patched_ids, ids) and torch.equal(fast.new_tokens, ids)
+        assert_stock(logits, stock)
+        assert torch.equal(second_ids, turn_ids) and torch.equal(fast_turn.new_tokens, turn_ids)
+        assert_close(second, stock_turn)
+        assert torch.equal(greedy(model, inputs)[1], stock)
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_eager_attention_and_a_single_row(name):
-    model, processor = toy(name, "eager")
-    single = inputs_of(name, model, processor, rows=1)
-    ids, stock, _ = greedy(model, single)
-    with sparsemm.patch(model, config("fullkv", None)):
-        patched_ids, logits, _ = greedy(model, single)
-    assert torch.equal(patched_ids, ids)
-    assert_stock(logits, stock)
+def next_turn(inputs, answer):
+    """The conversation so far and four more tokens of text."""
+    more = torch.tensor([[70, 71, 72, 73]]).expand(len(answer), -1)
+    ones = torch.ones(len(answer), answer.shape[1] + 4, dtype=torch.long)
+    return {
+        "input_ids": torch.cat([inputs["input_ids"], answer, more], dim=1),
+        "attention_mask": torch.cat([inputs["attention_mask"], ones], dim=1),
+    }
 
 
 @pytest.mark.parametrize("name", EVERY)
