@@ -18,7 +18,7 @@ from sparsemm.config import CompressionConfig
 from sparsemm.errors import CacheError, ConfigError, PatchError
 from sparsemm.models import family_of
 from sparsemm.models.identity import identity_of
-from sparsemm.models.instances import forward_name, set_on_instance
+from sparsemm.models.instances import device_of, forward_name, set_on_instance
 from sparsemm.models.projections import Projections
 from sparsemm.models.proof import proved_projections
 from sparsemm.ops.backends import resolve_backend
@@ -132,9 +132,8 @@ class PatchHandle:
     def _replace_forward(self, module: nn.Module, projections: Projections, masked_heads: Tensor) -> None:
         name = forward_name(module)
         original = getattr(module, name)
-        weight = module.o_proj.weight
-        dtype = weight.dtype if weight.dtype.is_floating_point else self.model.dtype
-        head_mask = head_mask_for(masked_heads, dtype, "cpu" if weight.is_meta else weight.device)
+        device = device_of(module)
+        head_mask = head_mask_for(masked_heads, self.text_model.dtype, "cpu" if device.type == "meta" else device)
 
         @functools.wraps(original)
         def forward(*args: Any, past_key_values: SparseCache | None = None, **kwargs: Any) -> Any:
@@ -238,7 +237,7 @@ class PatchHandle:
 def _plan(text_model: nn.Module, config: CompressionConfig, reserve: int, decode_backend: str) -> Plan:
     text_config = text_model.config
     attention = text_model.layers[0].self_attn
-    device = attention.o_proj.weight.device
+    device = device_of(attention)
     if decode_backend != "auto" and device.type != "meta":  # better refused here than in the middle of a prompt
         resolve_backend(decode_backend, device, text_model.dtype, attention.head_dim)
     return Plan(

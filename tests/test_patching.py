@@ -210,3 +210,30 @@ def test_bf16_and_attention_with_gradients_enabled():
         assert handle.stats.effective_budget == 12
         out = model(**inputs, use_cache=True)  # no torch.no_grad: nothing of the graph may stay in the cache
         assert all(not layer.key_buffer.requires_grad for layer in out.past_key_values.layers)
+
+
+class Int8Linear(torch.nn.Module):
+    """A projection as quantisation libraries leave it: whole numbers and scales, no `weight`."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scales = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scales", scales)
+        self.register_buffer("numbers", (linear.weight.detach() / scales).round().to(torch.int8))
+        self.bias = linear.bias
+
+    def forward(self, hidden_states):
+        return torch.nn.functional.linear(hidden_states, self.numbers * self.scales, self.bias)
+
+
+def test_quantised_projections():
+    model = toy_model("qwen2-vl")
+    for layer in model.model.language_model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, Int8Linear(getattr(layer.self_attn, name)))
+    inputs = toy_inputs(model, 2)
+    _, expected, _ = greedy(model, inputs)
+    with sparsemm.patch(model, config("fullkv", None)):
+        assert_close(greedy(model, inputs)[1], expected)
+    with sparsemm.patch(model, config("mask", None, head_scores=scores(model), mask_ratio=0.4)):
+        assert not torch.allclose(greedy(model, inputs)[1][0], expected[0], atol=1e-4)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import nn
 
 T = TypeVar("T")
@@ -34,6 +36,15 @@ def set_on_instance(owner: Any, name: str, value: Any) -> Callable[[], None]:
             setattr(owner, name, before)
 
     return undo
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where `module` computes: what accelerate's hooks say, else where it is; meta where no hook brings its weights."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(itertools.chain(module.parameters(), module.buffers())).device
 
 
 class Findings(Generic[T]):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsemm.errors import UnsupportedModelError
-from sparsemm.models.instances import Findings, forward_name, set_on_instance
+from sparsemm.models.instances import Findings, device_of, forward_name, set_on_instance
 from sparsemm.models.projections import Projections
 
 _COLUMNS = 4
@@ -35,7 +34,7 @@ _LAYER_TYPES = {
 }
 # What attention functions are told beside query, key, value, dropout and scaling.
 _ARGUMENTS = {
-    "attention_mask": "it makes an attention mask of its own",
+    "attention_mask": "it does not attend by the mask it is given",
     "is_causal": "it attends in both directions",
     "sliding_window": _WINDOW,
     "softcap": "it caps its attention logits at {} (soft cap), which attention over kept rows does not",
@@ -99,7 +98,7 @@ def _check_layer_types(text_model: nn.Module) -> None:
 def _prove(
     text_model: nn.Module, attentions: Sequence[nn.Module], read: Sequence[Projections]
 ) -> tuple[Projections, ...]:
-    devices = [_device(module) for module in attentions]
+    devices = [device_of(module) for module in attentions]
     if all(device.type == "meta" for device in devices):
         return tuple(read)
     config = copy.deepcopy(text_model.config)
@@ -137,6 +136,7 @@ def _columns(text_model: nn.Module) -> dict[str, Any]:
     return {
         "hidden_states": hidden_states,
         "position_embeddings": embeddings,
+        "attention_mask": torch.zeros(1, 1, _COLUMNS, _COLUMNS, dtype=text_model.dtype),
         "position_ids": position_ids + _EARLIER,
     }
 
@@ -167,7 +167,7 @@ class _Recorder:
         projections.interface[_NAME] = self._attend
         try:
             forward = getattr(module, forward_name(module))
-            self.result = forward(**self.columns, attention_mask=None, past_key_values=self)
+            self.result = forward(**self.columns, past_key_values=self)
         except torch.OutOfMemoryError:
             raise
         except (TypeError, AttributeError, LookupError, ValueError, RuntimeError) as error:
@@ -198,14 +198,20 @@ class _Recorder:
         if len(self.states) != 1:
             raise UnsupportedModelError("it does not attend once, through transformers' attention interface")
         for name, value in self.arguments.items():
-            if value is None or name in ("dropout", "scaling", "position_ids") or (name == "is_causal" and value):
-                continue
-            unknown = f"it hands {name} to its attention function, which attention over kept rows does not know"
-            raise UnsupportedModelError(_ARGUMENTS.get(name, unknown).format(value))
+            if not self._is_honoured(name, value):
+                unknown = f"it hands {name} to its attention function, which attention over kept rows does not know"
+                raise UnsupportedModelError(_ARGUMENTS.get(name, unknown).format(value))
         (states,) = self.states
         stored = [(id(key), id(value), index) for key, value, index in self.stored]
         if stored != [(id(states["key"]), id(states["value"]), layer_idx)]:
             raise UnsupportedModelError("it does not put the keys and values that it attends to into its cache, once")
+
+    def _is_honoured(self, name: str, value: Any) -> bool:
+        if name == "attention_mask":
+            return isinstance(value, Tensor) and torch.equal(value, self.columns[name])
+        return (
+            value is None or name in ("dropout", "scaling", "position_ids") or (name == "is_causal" and value is True)
+        )
 
     def proved(self, module: nn.Module, read: Projections) -> Projections:
         """The projections as read, with or without rotation, that give what was recorded."""
@@ -240,15 +246,6 @@ class _Recorder:
 
 def _moved(value: Any, device: torch.device) -> Any:
     return tuple(each.to(device) for each in value) if isinstance(value, tuple) else value.to(device)
-
-
-def _device(module: nn.Module) -> torch.device:
-    """Where the layer computes; meta where its weights are nowhere, and no hook brings them."""
-    for part in module.modules():
-        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
-        if device is not None:
-            return torch.device(device)
-    return next(itertools.chain(module.parameters(), module.buffers())).device
 
 
 @contextmanager

@@ -99,7 +99,7 @@ REFUSED = {
     "norm before o_proj": ("bitnet", {}, "its output is not what o_proj would give"),
     "norms after the rotation": ("nanochat", {}, "its query is not what"),
     "queries scaled by position": ("ministral3", {"sliding_window": None}, "its query is not what"),
-    "a mask of its own": ("doge", {}, "mask of its own"),
+    "a mask of its own": ("doge", {}, "not attend by the mask it is given"),
     "other names": ("phi", {}, "its parts are dense, k_proj"),
     "one rotation a kind of layer": ("gemma3_text", ALL_FULL, "not one of positions alone"),
 }
@@ -151,6 +151,11 @@ def test_one_unit_in_the_last_place_is_a_difference(name: str, monkeypatch: pyte
     [
         (lambda kwargs: kwargs | {"past_key_values": None}, "into its cache, once"),
         (lambda kwargs: kwargs | {"softcap": 20.0}, "soft cap"),
+        (
+            lambda kwargs: kwargs | {"attention_mask": kwargs["attention_mask"] - 1},
+            "not attend by the mask it is given",
+        ),
+        (lambda kwargs: kwargs | {"attention_mask": None}, "not attend by the mask it is given"),
         (lambda kwargs: kwargs | {"is_causal": False}, "both directions"),
         (lambda kwargs: kwargs | {"temperature": 2.0}, "hands temperature to its attention"),
         (lambda kwargs: kwargs | {"hidden_states": kwargs["hidden_states"][..., :5]}, "does not run as decoder layers"),
