@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from sparsemm.cli.common import DEFAULT_MODEL, MINIATURES, resolve_model
+from sparsemm.cli.common import DEFAULT_MODEL, MINIATURES, quiet, resolve_model
 from sparsemm.cli.options import FreshOption, JsonOption, QuietOption
 from sparsemm.cli.program import Program
 
@@ -37,7 +36,7 @@ def train(
     from sparsemm.miniatures.export import export as write
     from sparsemm.miniatures.train import train as run
 
-    logging.getLogger("sparsemm").setLevel(logging.INFO)
+    quiet(verbose=no_progress)
     folder = folder or Path("runs/miniatures") / family
     trainer = run(family, folder, seed=seed, threads=threads, steps=steps, fresh=fresh, progress=not no_progress)
     if trainer.stage is None:

@@ -241,9 +241,8 @@ class Trainer:
             if state.step % self.schedule.judged_every == 0:
                 self.judge()
                 stage, total, minutes, accuracy = state.curve[-1]
-                logger.info(
-                    "%s: %d steps, %.1f minutes, loss %.3f, held out %.4f", stage, total, minutes, loss, accuracy
-                )
+                logger.info("%s: %d steps, %.1f min, loss %.3f, held out %.4f", stage, total, minutes, loss, accuracy)
+                bar.set_postfix_str(f"held out {accuracy:.3f}", refresh=False)
             if now - saved > self.schedule.save_seconds:
                 self.save()
                 saved = now
