@@ -10,12 +10,15 @@ for argument in "$@"; do
     fi
 done
 
-# options+=(--some-name value) for each named variable that is set: options_from SOME_NAME ...
+# options+=(--some-name value) for each named variable that is set: options_from SOME_NAME ... FRESH=1 is a bare --fresh.
 options=()
 options_from() {
     local name
     for name in "$@"; do
-        if [[ -n "${!name:-}" ]]; then
+        [[ -n "${!name:-}" ]] || continue
+        if [[ "$name" == FRESH ]]; then
+            options+=(--fresh)
+        else
             options+=("--$(tr A-Z_ a-z- <<<"$name")" "${!name}")
         fi
     done

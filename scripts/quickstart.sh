@@ -12,9 +12,10 @@
 #   DOCUMENTS      number of held-out pages                    (64)
 #   HEAD_SCORES    score file                                  (head_scores/<name of the model>.json)
 #   OUTPUT         folder of the results                       (results/quickstart)
+#   FRESH          1 measures again what OUTPUT holds
 #   DEVICE, DTYPE  where and how precisely to compute          (cuda and bfloat16, or cpu and float32)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-options_from MODEL METHODS BUDGETS RATIO MASK_RATIO DOCUMENTS HEAD_SCORES OUTPUT DEVICE DTYPE
+options_from MODEL METHODS BUDGETS RATIO MASK_RATIO DOCUMENTS HEAD_SCORES OUTPUT DEVICE DTYPE FRESH
 run_sparsemm quickstart ${options[@]+"${options[@]}"} "$@"

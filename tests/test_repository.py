@@ -123,6 +123,7 @@ def test_scripts_are_strict_executable_and_explain_themselves(script: Path) -> N
         ("quickstart.sh", {"METHODS": "all", "METHOD": "x", "BUDGETS": "8 16"}, "--methods all --budgets 8 16 --fresh"),
         ("chase_visual_head/llava.sh", {}, "chase --model llava-vicuna --fresh"),
         ("chase_visual_head/mistral.sh", {"NUM_IMAGES": "9"}, "chase --model llava-mistral --num-images 9 --fresh"),
+        ("chase_visual_head/qwen.sh", {"FRESH": "1"}, "chase --model qwen2-vl --fresh --fresh"),
         ("chase_visual_head/qwen.sh", {"MODEL": "Qwen/X", "MATCH": "unique"}, "--model Qwen/X --match unique --fresh"),
     ],
 )

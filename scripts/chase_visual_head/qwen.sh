@@ -11,12 +11,14 @@
 #                                                              (documents; for miniatures, miniature)
 #   NUM_IMAGES     number of images                            (1000, as in the paper; miniatures 200)
 #   MATCH          unique (the paper's rule) or aligned        (aligned for miniatures, else unique)
-#   OUTPUT         score file                                  (head_scores/<name of the model>.json)
+#   OUTPUT         score file                                  (head_scores/<name of the model>.json, of a local
+#                                                              checkpoint head_scores.json in its folder)
+#   FRESH          1 replaces a score file made from more images or with other settings
 #   PROCESSES      processes that share the images, a GPU each (1)
 #   DEVICE, DTYPE  where and how precisely to compute          (cuda and bfloat16, or cpu and float32)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 MODEL="${MODEL:-qwen2-vl}"
-options_from MODEL DATASET NUM_IMAGES MATCH OUTPUT DEVICE DTYPE
+options_from MODEL DATASET NUM_IMAGES MATCH OUTPUT DEVICE DTYPE FRESH
 run_sparsemm chase "${options[@]}" "$@"

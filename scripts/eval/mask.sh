@@ -12,9 +12,10 @@
 #   MASK_MODE      zero_query (the original's) or zero_output  (zero_query)
 #   HEAD_SCORES    score file                                  (head_scores/<name of the model>.json)
 #   OUTPUT         folder of masking.json and masking.png      (results/masking/<name of the model>)
+#   FRESH          1 measures again what OUTPUT holds
 #   DEVICE, DTYPE  where and how precisely to compute          (cuda and bfloat16, or cpu and float32)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
-options_from MODEL HEADS SHARES SEEDS DOCUMENTS MASK_MODE HEAD_SCORES OUTPUT DEVICE DTYPE
+options_from MODEL HEADS SHARES SEEDS DOCUMENTS MASK_MODE HEAD_SCORES OUTPUT DEVICE DTYPE FRESH
 run_sparsemm mask ${options[@]+"${options[@]}"} "$@"

@@ -4,7 +4,7 @@
 #   bash scripts/others/gpu_check.sh
 #
 # A step that has passed is not repeated, and the benchmark keeps its finished cells, so a stopped run goes on; remove
-# OUTPUT to start over. Variables:
+# OUTPUT to start over (FRESH=1: the benchmark alone). Variables:
 #   OUTPUT         folder of the results                                     (results/gpu_check)
 #   BENCH_SECONDS  seconds after which the benchmark begins no further cell  (240)
 #   PROMPTS, BUDGETS, BATCHES, SHAPES  grid of the benchmark                 (4096 32768 131072; 64 256 1024 full; 1 8 32; all)
@@ -61,6 +61,6 @@ fi
 
 SHAPES="${SHAPES:-vicuna-7b mistral-7b qwen2-vl-7b}"
 PROMPTS="${PROMPTS:-4096 32768 131072}"
-options_from SHAPES PROMPTS BUDGETS BATCHES
+options_from SHAPES PROMPTS BUDGETS BATCHES FRESH
 run_sparsemm bench kernels "${options[@]}" --time-limit "${BENCH_SECONDS:-240}" --output "$output/kernels.json" \
     --no-progress "$@" | tee "$output/kernels.log"

@@ -8,13 +8,14 @@
 #   CASES          model:method[:budget], in turn     (the seven that README.md reports)
 #   DOCUMENTS      held-out pages of both tasks       (128)
 #   OUTPUT         folder of the JSON files and maps  (assets/benchmarks/head_rows)
+#   FRESH          1 measures again what OUTPUT holds
 #   DEVICE, DTYPE  where and how precisely to compute (cuda and bfloat16, or cpu and float32)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 cases="llava-vicuna:fullkv llava-mistral:fullkv qwen2-vl:fullkv llava-vicuna:sparsemm:16 llava-vicuna:adakv:32"
 cases="$cases llava-vicuna:pyramidkv:32 qwen2-vl:sparsemm:32"
-options_from DEVICE DTYPE
+options_from DEVICE DTYPE FRESH
 for each in ${CASES:-$cases}; do
     IFS=: read -r model method budget <<<"$each"
     name="$model-$method${budget:+-$budget}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from operator import length_hint
@@ -19,6 +20,8 @@ from sparsemm.models.identity import identity_of
 from sparsemm.runs.journal import Journal, remove_journal
 from sparsemm.runs.processes import Workers, workers
 from sparsemm.runs.results import environment
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -56,7 +59,8 @@ def chase(
         prompt: What the model is asked.
         part: Part of the image's tokens that counts; "high_res" (LLaVA-NeXT) and "grid" (Qwen2-VL) by default.
         output: File of the result. Beside it, `<name>.images.jsonl` holds what each image gave, as soon as it is known.
-        resume: Continue from that file where there is one; False starts again.
+        resume: Continue from that file where there is one; an `output` made from as many images or more, with the same
+            settings, is left as it is, and returned. False starts again.
         model_name, dataset, seed: Provenance. The model's own name by default.
         progress: Show a progress bar.
 
@@ -65,7 +69,7 @@ def chase(
 
     Raises:
         ConfigError: Unknown match rule, `max_new_tokens` below 1, or several processes and no `output`.
-        DataError: The file to resume from is of another chase, or no page could be read.
+        DataError: The file to resume from, or `output`, is of another chase, or no page could be read.
         HeadScoreError: No head scored at all.
     """
     find_chunks = match_rule(match)
@@ -87,6 +91,9 @@ def chase(
         "num_kv_heads": text_config.num_key_value_heads,
         "shape": list(shape),
     }
+    before = made_before(output, settings) if output is not None and resume else None
+    if before is not None and _is_enough(before, output, length_hint(pages)):
+        return before
     us = workers()
     if us.count > 1 and output is None:
         raise ConfigError("several processes bring their pages together in files; give an output")
@@ -116,10 +123,47 @@ def chase(
     us.wait()
     journal.reread()
     scores = _collect([journal.records[index] for index in range(count)], shape, settings)
+    if before is not None and _is_enough(before, output, count):  # the pages did not say how many they are
+        return before
     if output is not None and us.first:
         scores.save(output)
     us.wait()
     return scores
+
+
+def made_before(output: str | os.PathLike[str], settings: dict[str, Any]) -> HeadScores | None:
+    """The scores that lie in `output` already, if any.
+
+    Raises:
+        DataError: They were made with other settings, or without saying with which.
+        HeadScoreError: The file is no score file.
+    """
+    if not Path(output).exists():
+        return None
+    scores = HeadScores.load(output)
+    found = {"shape": list(scores.values.shape), **scores.provenance}
+    differences = [
+        f"{name}: {found.get(name)!r} there, {value!r} here"
+        for name, value in settings.items()
+        if found.get(name) != value
+    ]
+    if differences:
+        raise DataError(
+            f"{output} holds scores of other settings ({'; '.join(differences)}); choose another output, or replace it "
+            "with --fresh (in Python resume=False)"
+        )
+    return scores
+
+
+def _is_enough(scores: HeadScores, output: str | os.PathLike[str], wanted: int) -> bool:
+    """Whether finished scores were made from as many images as are `wanted`, or more (0: it is not known)."""
+    count = scores.provenance["num_images"] + scores.provenance["num_skipped"]
+    if not 0 < wanted <= count:
+        return False
+    if workers().first:
+        level = logging.WARNING if wanted < count else logging.INFO
+        logger.log(level, "%s was made from %d images, %d are asked for: it is left as it is", output, count, wanted)
+    return True
 
 
 def journal_path(output: str | os.PathLike[str]) -> Path:

@@ -155,10 +155,33 @@ def test_resumed_chase_gives_the_undisturbed_files(torn: bool, tmp_path: Path) -
     chase(model, processor, pages, output=parts, **settings)
     assert parts.read_bytes() == whole.read_bytes()
     assert journal.read_bytes() == journal_path(whole).read_bytes()
-    # Everything is known now: nothing is read again, and fewer pages are a result of their own.
+    # Everything is known now: nothing is read again.
     chase(model, processor, Interrupting(pages, 3), output=parts, **settings)
-    assert chase(model, processor, pages[:1], output=parts, **settings).provenance["num_images"] == 1
-    assert HeadScores.load(whole).provenance["num_images"] == 3
+    assert parts.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("journal", [True, False], ids=["with its journal", "committed alone"])
+def test_fewer_images_leave_a_score_file_as_it_is(
+    journal: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, processor = toy_model("qwen2-vl"), toy_processor("qwen2-vl")
+    pages = make_pages(model, processor)
+    settings: dict = dict(match="aligned", max_new_tokens=NEW_TOKENS, output=tmp_path / "scores.json", progress=False)
+    chase(model, processor, pages[:2], **settings)
+    if not journal:
+        journal_path(settings["output"]).unlink()
+    before = settings["output"].read_bytes()
+    for fewer in (pages[:1], iter(pages[:1]), Interrupting(pages, 9).pages[:2]):
+        assert chase(model, processor, fewer, **settings).provenance["num_images"] == 2
+        assert settings["output"].read_bytes() == before
+    assert "was made from 2 images, 1 are asked for: it is left as it is" in caplog.text
+    assert chase(model, processor, pages, **settings).provenance["num_images"] == 3
+    assert chase(model, processor, pages[:1], resume=False, **settings).provenance["num_images"] == 1
+    assert HeadScores.load(settings["output"]).provenance["num_images"] == 1
+    if not journal:
+        HeadScores(torch.ones(2, 4)).save(settings["output"])
+        with pytest.raises(DataError, match="other settings.*--fresh"):
+            chase(model, processor, pages, **settings)
 
 
 def test_files_of_another_chase_are_not_continued(tmp_path: Path) -> None:
@@ -176,6 +199,7 @@ def test_files_of_another_chase_are_not_continued(tmp_path: Path) -> None:
     )
     assert HeadScores.load(output).provenance["match_rule"] == "aligned"
     journal_path(output).write_text("[1, 2]\n")
+    output.unlink()
     with pytest.raises(DataError, match="not a journal"):
         chase(model, processor, pages, output=output, max_new_tokens=NEW_TOKENS, progress=False)
 
