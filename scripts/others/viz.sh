@@ -12,7 +12,7 @@
 #   RATIO          share of the budget all heads get alike     (0.1)
 #   TOP, BOTTOM    heads drawn: highest and lowest scores      (4, 2)
 #   HEAD_SCORES    score file                                  (head_scores/<name of the model>.json)
-#   OUTPUT         folder of the pictures                      (results/viz/<name of the model>)
+#   OUTPUT         folder of the pictures                      (results/viz/<model>/<page>-<method>-<budget>)
 #   DEVICE, DTYPE  where and how precisely to compute          (cuda and bfloat16, or cpu and float32)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"

@@ -63,6 +63,12 @@ def score_files(model: str) -> list[Path]:
     return [Path(model) / "head_scores.json", named]
 
 
+def file_name(*parts: object) -> str:
+    """The parts of a name that are not None, with nothing in them that a file could not be called by."""
+    texts = (re.sub(r"[^\w.]+", "_", str(part)).strip("_")[:40] for part in parts if part is not None)
+    return "-".join(texts)
+
+
 def parse_list(text: str) -> list[str]:
     """Values separated by commas or spaces."""
     return [part for part in re.split(r"[,\s]+", text) if part]

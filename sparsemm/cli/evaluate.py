@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsemm.cli.chase import PAGE_SEED, run_chase
-from sparsemm.cli.common import parse_integers, parse_list
+from sparsemm.cli.common import file_name, parse_integers, parse_list
 from sparsemm.cli.options import MethodsOption, Metric, Model, Reading, Settings, load_scores, usable_methods
 from sparsemm.errors import DataError
 
@@ -86,19 +86,23 @@ def _evaluate(
 def report(
     *,
     results: Annotated[Path, typer.Argument(help="results.json of an evaluation.")],
-    plot: Annotated[Path | None, typer.Option(help="Image file [default: accuracy.png beside the results].")] = None,
-    metric: Annotated[Metric, typer.Option(help="What to plot.")] = "accuracy",
-    task: Annotated[str | None, typer.Option(help="Plot one task only: read, field, 'read/3 words', …")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Image file [default: <metric>[-<task>].png beside the results].")
+    ] = None,
+    metric: Annotated[Metric, typer.Option(help="What to plot, and to list by task.")] = "accuracy",
+    task: Annotated[
+        str | None, typer.Option(help="One task only: read, field, or a part such as 'read/3 words'.")
+    ] = None,
 ) -> None:
     """Print the table of an evaluation and draw its plot."""
     from sparsemm.experiments.evaluate import Results
     from sparsemm.experiments.report import describe, format_table, plot_accuracy
 
     found = Results.load(results)
-    typer.echo(format_table(found.cells))
+    typer.echo(format_table(found.cells, metric=metric, task=task))
     typer.echo(f"\n{describe(found)}")
     typer.echo(f"results: {results}")
-    picture = plot or results.with_name("accuracy.png")
+    picture = plot or results.with_name(f"{file_name(metric, task)}.png")
     if any(cell.nominal_budget is not None for cell in found.cells):
         title = f"Reading held-out pages, {found.settings['model']}"
         plot_accuracy(found.cells, picture, metric=metric, task=task, title=title)

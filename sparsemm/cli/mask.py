@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsemm.cli.common import parse_integers, parse_list
+from sparsemm.cli.common import file_name, parse_integers, parse_list
 from sparsemm.cli.options import FormatOption, MaskModeOption, Metric, Model, Reading, Scores
 from sparsemm.errors import ConfigError
 
@@ -57,8 +57,9 @@ def mask(
     typer.echo(format_masking(runs))
     title = f"Masked heads, {model.name}: {reading.documents} held-out pages, {mask_mode}"
     figure = draw_masking(summarise(runs, metric), label=METRIC_LABELS[metric], title=title)
-    save_figure(figure, folder / "masking.png", format)
-    typer.echo(f"\nresults: {folder / 'masking.json'}\nplot:    {folder / 'masking.png'}")
+    picture = folder / f"{file_name('masking', None if metric == 'accuracy' else metric)}.png"
+    save_figure(figure, picture, format)
+    typer.echo(f"\nresults: {folder / 'masking.json'}\nplot:    {picture}")
 
 
 def _percentages(text: str) -> list[float]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsemm.cli.common import parse_integers, parse_list
+from sparsemm.cli.common import file_name, parse_integers, parse_list
 from sparsemm.cli.options import (
     BudgetOption,
     FormatOption,
@@ -37,7 +37,9 @@ _LOW_HEADS = 8  # from which the summary takes the one that looks most at the pa
 
 app = Program(help="Pictures of head scores, budgets, attention and kept positions, as files.")
 
-OutputOption = Annotated[Path, typer.Option(help="Image file: .png, .svg or .pdf.")]
+OutputOption = Annotated[
+    Path | None, typer.Option(help="Image file: .png, .svg or .pdf [default: a name that says what it shows].")
+]
 TitleOption = Annotated[str | None, typer.Option(help="Above the picture.")]
 TopOption = Annotated[int | None, typer.Option(min=0, help="So many of the highest-scoring heads.")]
 BottomOption = Annotated[int | None, typer.Option(min=0, help="So many of the lowest-scoring heads.")]
@@ -53,10 +55,11 @@ class Picture:
     title: TitleOption = None
     format: FormatOption = None
 
-    def save(self, figure: Figure, path: Path) -> None:
-        """Write the file, and that of a further format beside it."""
+    def save(self, figure: Figure, path: Path | None, *names: object) -> None:
+        """Write the file, by default one called by `names`, and that of a further format beside it."""
         from sparsemm.runs.plots import save_figure
 
+        path = path or Path(f"{file_name(*names)}.png")
         save_figure(figure, path, self.format)
         typer.echo(str(path))
 
@@ -85,6 +88,11 @@ class Question:
         from sparsemm.experiments.session import heldout_pages
 
         return heldout_pages(1, tasks=("read",), num_words=(4,), seed=25)[0]
+
+    @property
+    def name(self) -> str:
+        """Of files that show something of this page and prompt."""
+        return file_name("page" if self.image is None else self.image.stem, self.prompt)
 
     @property
     def words(self) -> Sequence[TextBox]:
@@ -129,6 +137,11 @@ class Keeping(Settings):
     method: MethodOption = "sparsemm"
     budget: BudgetOption = 32
 
+    @property
+    def name(self) -> str:
+        """Of files that show what is kept."""
+        return file_name(self.method, self.budget)
+
     def keep(self, model: Model, question: Question, scores: HeadScores | None = None) -> KeptRows:
         """The rows that every kv head keeps of the prompt."""
         from sparsemm.viz.kept import kept_rows
@@ -147,7 +160,7 @@ def summary(
     question: Question,
     token: TokenOption = None,
     max_new_tokens: NewTokensOption = 64,
-    output: OutputOption = Path("summary.png"),
+    output: OutputOption = None,
     picture: Picture,
 ) -> None:
     """The method in one picture: a word is read, where two heads look, all scores, and the rows that follow."""
@@ -162,14 +175,14 @@ def summary(
     reading = read_with_attention(network, processor, heads=heads, max_new_tokens=max_new_tokens, **inputs)
     rows = kept_rows(network, processor, config=config, **inputs)
     figure = draw_summary(reading, table, rows, words=question.words, token=token, title=picture.title)
-    picture.save(figure, output)
+    picture.save(figure, output, "summary", model.name, question.name, keeping.name)
 
 
 @app.command()
 def scores(
     *,
     file: Annotated[Path, typer.Argument(help="Score file.")],
-    output: OutputOption = Path("head_scores.png"),
+    output: OutputOption = None,
     kv_heads: Annotated[
         int | None, typer.Option(min=1, help="Mark the groups of so many kv heads [default: as the file says].")
     ] = None,
@@ -180,21 +193,23 @@ def scores(
 
     table = load_scores(file)
     title = picture.title or f"Visual heads of {table.provenance.get('model', file.stem)}"
-    picture.save(draw_score_map(table, num_kv_heads=kv_heads_of(table, kv_heads), title=title), output)
+    picture.save(
+        draw_score_map(table, num_kv_heads=kv_heads_of(table, kv_heads), title=title), output, "head_scores", file.stem
+    )
 
 
 @app.command()
 def sparsity(
     *,
     files: Annotated[list[Path], typer.Argument(help="Score files, one line each.")],
-    output: OutputOption = Path("sparsity.png"),
+    output: OutputOption = None,
     picture: Picture,
 ) -> None:
     """How much of the score the top heads hold."""
     from sparsemm.viz.heads import draw_sparsity
 
     tables = {file.stem: load_scores(file) for file in files}
-    picture.save(draw_sparsity(tables, title=picture.title), output)
+    picture.save(draw_sparsity(tables, title=picture.title), output, "sparsity", *tables)
 
 
 @app.command()
@@ -206,7 +221,7 @@ def attention(
     tokens: Annotated[str, typer.Option(help="Numbers of generated tokens, mean (of all), or each.")] = "mean",
     parts: Annotated[str, typer.Option(help="Parts of the image, such as LLaVA-NeXT's high_res and base.")] = "",
     scores: Scores,
-    output: OutputOption = Path("attention.png"),
+    output: OutputOption = None,
     picture: Picture,
 ) -> None:
     """What heads look at, drawn over the page: one row a head [default: the top 4 and the bottom 2]."""
@@ -216,7 +231,7 @@ def attention(
     chosen = _tokens(tokens, len(reading.tokens))
     figure = draw_overlays(reading, tokens=chosen, parts=parse_list(parts) or None, scores=table, title=picture.title)
     typer.echo(f"read: {reading.text}")
-    picture.save(figure, output)
+    picture.save(figure, output, "attention", model.name, question.name, *parse_list(heads.heads))
 
 
 @app.command()
@@ -226,15 +241,16 @@ def page(
     question: Question,
     heads: Heads,
     scores: Scores,
-    output: Annotated[Path, typer.Option(help="HTML file.")] = Path("attention.html"),
+    output: Annotated[Path | None, typer.Option(help="HTML file [default: attention-<model>-<page>.html].")] = None,
     title: TitleOption = None,
 ) -> None:
     """An HTML page on which one picks token and head; a single file, for any browser [default: the top 32 heads]."""
     from sparsemm.viz.page import write_page
 
     reading, table = heads.read(model, question, scores, default=(32, 0))
-    write_page(reading, output, scores=table, title=title or f"What heads of {model.name} look at")
-    typer.echo(f"read: {reading.text}\n{output}")
+    path = output or Path(f"{file_name('attention', model.name, question.name)}.html")
+    write_page(reading, path, scores=table, title=title or f"What heads of {model.name} look at")
+    typer.echo(f"read: {reading.text}\n{path}")
 
 
 @app.command()
@@ -243,7 +259,7 @@ def budgets(
     model: Model,
     keeping: Keeping,
     question: Question,
-    output: OutputOption = Path("budgets.png"),
+    output: OutputOption = None,
     picture: Picture,
 ) -> None:
     """How many rows each kv head keeps of a prompt, as a map and as bars."""
@@ -251,7 +267,8 @@ def budgets(
 
     kept = keeping.keep(model, question)
     title = picture.title or kept.describe()
-    picture.save(draw_budgets(kept.rows(), title=title, prompt_length=kept.prompt_length), output)
+    figure = draw_budgets(kept.rows(), title=title, prompt_length=kept.prompt_length)
+    picture.save(figure, output, "budgets", model.name, question.name, keeping.name)
 
 
 @app.command()
@@ -264,7 +281,7 @@ def kept(
         str | None, typer.Option(help=f"Layers drawn, numbers [default: all, of deep models {_MOST_LAYERS}].")
     ] = None,
     part: Annotated[str | None, typer.Option(help="Part of the image, such as LLaVA-NeXT's high_res or base.")] = None,
-    output: OutputOption = Path("kept.png"),
+    output: OutputOption = None,
     picture: Picture,
 ) -> None:
     """Which prompt positions each kv head keeps, drawn over the page."""
@@ -273,7 +290,8 @@ def kept(
     table = keeping.find(model.model)
     rows = keeping.keep(model, question, table)
     chosen = _some_layers(len(rows.positions)) if layers is None else parse_integers(layers, "--layers")
-    picture.save(draw_kept(rows, layers=chosen, part=part, scores=table, title=picture.title), output)
+    figure = draw_kept(rows, layers=chosen, part=part, scores=table, title=picture.title)
+    picture.save(figure, output, "kept", model.name, question.name, keeping.name)
 
 
 @app.command("all")
@@ -285,7 +303,9 @@ def everything(
     top: TopOption = 4,
     bottom: BottomOption = 2,
     max_new_tokens: NewTokensOption = 64,
-    output: Annotated[Path | None, typer.Option(help="Folder [default: results/viz/<name of the model>].")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder [default: results/viz/<model>/<page>-<method>-<budget>].")
+    ] = None,
     format: FormatOption = None,
 ) -> None:
     """Every kind of picture of one model and one page."""
@@ -296,7 +316,7 @@ def everything(
     from sparsemm.viz.sheets import draw_kept, draw_overlays
     from sparsemm.viz.summary import draw_summary
 
-    folder = output or Path("results") / "viz" / model.name
+    folder = output or Path("results") / "viz" / model.name / file_name(question.name, keeping.name)
     table, inputs = keeping.table(model.model), question.inputs()
     config = keeping.config(model.model, keeping.method, keeping.budget, table)
     network, processor = model.load()

@@ -12,8 +12,10 @@ from sparsemm.runs.markdown import table_of
 from sparsemm.runs.metrics import METRIC_LABELS
 
 
-def format_table(cells: list[Cell]) -> str:
-    """A Markdown table: one row per cell.
+def format_table(cells: list[Cell], *, metric: str = "accuracy", task: str | None = None) -> str:
+    """A Markdown table: one row per cell; where there are several tasks, one column of `metric` for each of them.
+
+    `task` takes the documents of that task, or part of one ("read/3 words"), alone.
 
     Budgets are prompt rows per kv head; bytes are those of one document's cache at its end (prompt rows, generated rows
     and slack), beside the share of what all its tokens' keys and values take; ms/token is one decoding step of a batch.
@@ -28,12 +30,13 @@ def format_table(cells: list[Cell]) -> str:
         "method": lambda cell: cell.method,
         "budget": lambda cell: "-" if cell.nominal_budget is None else str(cell.nominal_budget),
         "effective": lambda cell: f"{cell.effective_budget:.2f}",
-        "accuracy": lambda cell: f"{cell.accuracy:.3f}",
-        "exact match": lambda cell: f"{cell.exact_match:.3f}",
-        "ANLS": lambda cell: f"{cell.anls:.3f}",
     }
-    for task in tasks if len(tasks) > 1 else []:
-        columns[f"accuracy: {task}"] = lambda cell, task=task: f"{cell.mean('accuracy', task):.3f}"
+    headings = {"accuracy": "accuracy", "exact_match": "exact match", "anls": "ANLS"}
+    for name, heading in headings.items():
+        title = f"{heading}: {task}" if task else heading
+        columns[title] = lambda cell, name=name: f"{cell.mean(name, task):.3f}"
+    for each in tasks if len(tasks) > 1 and task is None else []:
+        columns[f"{headings[metric]}: {each}"] = lambda cell, each=each: f"{cell.mean(metric, each):.3f}"
     columns |= {
         "cache bytes": lambda cell: f"{cell.cache_bytes:,.0f}",
         "% of full": lambda cell: f"{100 * cell.cache_share:.1f}",

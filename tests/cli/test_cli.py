@@ -127,6 +127,12 @@ def test_evaluate_writes_table_results_and_plot(run: Any, files: dict[str, Path]
     again = run("report", "measured/results.json", "--plot", "measured/anls.svg", "--metric", "anls")
     assert [line for line in again.out.splitlines() if line.startswith("|")] == table
     assert (tmp_path / "measured" / "anls.svg").read_text().lstrip().startswith("<?xml")
+    accuracy = (tmp_path / "measured" / "accuracy.png").read_bytes()
+    part = run("report", "measured/results.json", "--metric", "anls", "--task", "read/1 words")
+    assert "plot:    measured/anls-read_1_words.png\n" in part.out
+    assert (tmp_path / "measured" / "anls-read_1_words.png").exists() and "ANLS: read/1 words" in part.out
+    assert (tmp_path / "measured" / "accuracy.png").read_bytes() == accuracy
+    assert run("report", "measured/results.json", "--task", "sums").status == 2
     refused = run(*arguments, "--ratio", 0.7)
     assert refused.status == 2 and "--fresh" in refused.err
 

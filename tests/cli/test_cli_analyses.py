@@ -128,3 +128,26 @@ def test_single_pictures(run: Any, files: dict[str, Path], tmp_path: Path) -> No
         outcome = run("viz", *arguments)
         assert outcome.status == 0, outcome.err
         assert (tmp_path / str(arguments[-1])).stat().st_size > 1000
+
+
+def test_pictures_are_called_by_what_they_show(run: Any, files: dict[str, Path], tmp_path: Path) -> None:  # noqa: F811
+    model = ["--model", files["model"], "--image", files["image"], "--window-size", 4]
+    for options, name in (
+        (["--method", "snapkv", "--budget", 12], "budgets-toy-page-snapkv-12.png"),
+        (["--method", "snapkv", "--budget", 16], "budgets-toy-page-snapkv-16.png"),
+        (
+            ["--method", "adakv", "--budget", 12, "--prompt", "Who? What/why?"],
+            "budgets-toy-page-Who_What_why-adakv-12.png",
+        ),
+    ):
+        outcome = run("viz", "budgets", *model, *options)
+        assert outcome.out == f"{name}\n", outcome.err
+    assert len(list(tmp_path.glob("*.png"))) == 3
+    for budget in (12, 16):
+        outcome = run(
+            *("viz", "all", *model, "--head-scores", files["scores"], "--budget", budget, "--max-new-tokens", 2),
+            *("--top", 1, "--bottom", 1),
+        )
+        assert outcome.status == 0, outcome.err
+    folders = sorted(path.name for path in (tmp_path / "results" / "viz" / "toy").iterdir())
+    assert folders == ["page-sparsemm-12", "page-sparsemm-16"]

@@ -268,6 +268,18 @@ def test_table_shows_every_cell() -> None:
         format_table([])
 
 
+def test_table_of_a_metric_or_of_a_task() -> None:
+    first = [part.strip() for part in format_table(CELLS, metric="anls").splitlines()[0].strip("|").split("|")]
+    assert "ANLS: read" in first and "accuracy: read" not in first
+    mixed = [cell("fullkv", None, 0.9), cell("snapkv", 8, 0.2)]
+    mixed[1].scores["field/2 lines"] = {name: [0.7] for name in ("accuracy", "exact_match", "anls")}
+    lines = format_table(mixed, task="field").splitlines()
+    assert "accuracy: field" in lines[0] and "read" not in lines[0]
+    assert "0.700" in lines[3] and "0.200" not in lines[3]
+    with pytest.raises(DataError, match="sums"):
+        format_table(mixed, task="sums")
+
+
 def test_description_names_the_settings() -> None:
     settings = {
         "model": "toy", "documents": 8, "batch_size": 4, "dtype": "float32", "device": "cpu", "max_new_tokens": 48,
