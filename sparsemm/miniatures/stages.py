@@ -42,8 +42,8 @@ class Schedule:
 
     judged_every: int = 25
     heldout_pages: int = 32
-    patience: int = 6
-    halvings: int = 4
+    patience: int = 8
+    halvings: int = 3
     save_seconds: float = 45.0
 
 

@@ -95,6 +95,7 @@ class Trainer:
         self.progress = Progress(family, seed, threads)
         self.model = build_model(family, seed=seed, dims=dims)
         self.model.set_attn_implementation("float32_sdpa")
+        self.model.get_input_embeddings().weight.requires_grad_(False)
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self._begin_stage()
 
@@ -104,19 +105,18 @@ class Trainer:
         return self.stages[self.progress.stage] if self.progress.stage < len(self.stages) else None
 
     def _begin_stage(self) -> None:
-        """Optimizers for what the stage trains: Muon for the linear layers, AdamW for embeddings and vectors."""
+        """Optimizers for what the stage trains: Muon for the linear layers, AdamW for the rest.
+
+        The embedding table, which names the characters to both halves, is never changed.
+        """
+        self.trained: list[nn.Parameter] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
         if self.stage is None:
-            self.trained, self.optimizers = [], []
             return
         language = set(self.model.model.language_model.parameters())
-        table = self.model.get_input_embeddings().weight
-        changed = {
-            "symbols": lambda p: p in language and p is not table,  # the table is common ground until the pages
-            "glyphs": lambda p: p not in language,
-            "pages": lambda p: True,
-        }[self.stage.kind]
-        self.trained = [p for p in self.model.parameters() if changed(p)]
-        linear = {m.weight for m in self.model.modules() if isinstance(m, nn.Linear)} - {table}
+        left_out = {"symbols": set(self.model.parameters()) - language, "glyphs": language, "pages": set()}
+        self.trained = [p for p in self.model.parameters() if p.requires_grad and p not in left_out[self.stage.kind]]
+        linear = {module.weight for module in self.model.modules() if isinstance(module, nn.Linear)}
         matrices = [p for p in self.trained if p in linear]
         others = [p for p in self.trained if p not in linear]
         self.optimizers = [
@@ -149,7 +149,7 @@ class Trainer:
 
         Blank cells are most of a page: they and the inked ones weigh the same; the hits are the inked ones'.
         """
-        table = self.model.get_input_embeddings().weight.detach()
+        table = self.model.get_input_embeddings().weight
         targets = batch.input_ids[:, batch.image]
         inked = ~torch.isin(targets, torch.tensor(blank_ids(self.progress.family)))
         image = image.float()
