@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -18,13 +17,14 @@ from sparsemm.config import CompressionConfig
 from sparsemm.errors import CacheError, ConfigError, PatchError
 from sparsemm.models import family_of
 from sparsemm.models.identity import identity_of
-from sparsemm.models.instances import device_of, forward_name, set_on_instance
+from sparsemm.models.instances import Replacement, device_of, forward_name, set_on_instance
 from sparsemm.models.projections import Projections
 from sparsemm.models.proof import proved_projections
 from sparsemm.ops.backends import resolve_backend
 from sparsemm.plan import GROWTH_ROWS, Plan
 
-_PATCHED: weakref.WeakKeyDictionary[nn.Module, PatchHandle] = weakref.WeakKeyDictionary()
+# Kept on the text model itself, so that a model that is dropped under its patch is freed with it.
+_HANDLE = "_sparsemm_patch"
 
 
 def patch(
@@ -52,12 +52,7 @@ def patch(
 
 def active_patch(model: nn.Module) -> PatchHandle | None:
     """The handle of the patch that `model` is under, or None. Raises `UnsupportedModelError` as `patch` does."""
-    return _PATCHED.get(family_of(model).text_model(model))
-
-
-def is_stock_cache(cache: Any) -> bool:
-    """Whether `cache` is of the kind that `generate` makes where nothing else is asked for."""
-    return type(cache) is DynamicCache and not getattr(cache, "offloading", False)
+    return vars(family_of(model).text_model(model)).get(_HANDLE)
 
 
 class PatchHandle:
@@ -73,7 +68,7 @@ class PatchHandle:
             raise ConfigError(f"reserve={reserve!r} must be a whole number of rows, at least 1")
         self.model, self.config = model, config
         self.text_model = family_of(model).text_model(model)
-        if self.text_model in _PATCHED:
+        if _HANDLE in vars(self.text_model):
             raise PatchError("this model is patched already; remove that handle (or leave its with block) first")
         self.projections = proved_projections(self.text_model)
         self.plan = _plan(self.text_model, config, reserve, decode_backend)
@@ -115,13 +110,11 @@ class PatchHandle:
     # -- installing -----------------------------------------------------------------------------------------------
 
     def _install(self) -> None:
-        _PATCHED[self.text_model] = self
-        self._undo.append(lambda: _PATCHED.pop(self.text_model, None))
+        self._set(self.text_model, _HANDLE, self)
         layers = zip(self.text_model.layers, self.projections, self.plan.masked_heads, strict=True)
         for decoder_layer, projections, masked_heads in layers:
             self._replace_forward(decoder_layer.self_attn, projections, masked_heads)
-        hook = self.text_model.register_forward_pre_hook(self._before_text_model, with_kwargs=True)
-        self._undo.append(hook.remove)
+        self._replace(self.text_model, forward_name(self.text_model), self._text_model_forward)
         self._set(self.model, "_get_candidate_generator", _refuse_assisted_decoding)
         if hasattr(self.model.model, "rope_deltas"):
             self._keep_rope_deltas_with_the_cache()
@@ -129,14 +122,18 @@ class PatchHandle:
     def _set(self, owner: Any, name: str, value: Any) -> None:
         self._undo.append(set_on_instance(owner, name, value))
 
+    def _replace(self, owner: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        """Let `function(original, *args, **kwargs)` stand in for a method of `owner`."""
+        original = getattr(owner, name)
+        self._set(owner, name, Replacement(original, functools.partial(function, original)))
+
     def _replace_forward(self, module: nn.Module, projections: Projections, masked_heads: Tensor) -> None:
-        name = forward_name(module)
-        original = getattr(module, name)
         device = device_of(module)
         head_mask = head_mask_for(masked_heads, self.text_model.dtype, "cpu" if device.type == "meta" else device)
 
-        @functools.wraps(original)
-        def forward(*args: Any, past_key_values: SparseCache | None = None, **kwargs: Any) -> Any:
+        def forward(
+            original: Callable[..., Any], *args: Any, past_key_values: SparseCache | None = None, **kwargs: Any
+        ) -> Any:
             if past_key_values is None and head_mask is None:
                 return original(*args, past_key_values=None, **kwargs)
             on_device = head_mask
@@ -154,43 +151,57 @@ class PatchHandle:
                 **kwargs,
             )
 
-        self._set(module, name, forward)
+        self._replace(module, forward_name(module), forward)
 
     # -- at every forward -----------------------------------------------------------------------------------------
 
-    def _before_text_model(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Hand the text model our cache instead of none or an empty one, and announce the coming columns to it."""
-        cache = kwargs.get("past_key_values")
+    def _text_model_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Hand the text model our cache instead of none or an empty one; a forward that breaks off leaves no trace."""
+        cache, config = kwargs.get("past_key_values"), self.text_model.config
         use_cache = kwargs.get("use_cache")
-        if use_cache is None:
-            use_cache = getattr(module.config, "use_cache", True)
-        if cache is None and not use_cache:
-            return None
-        cache = self._adopt(cache)
+        if cache is None and not (getattr(config, "use_cache", True) if use_cache is None else use_cache):
+            return original(*args, **kwargs)
+        if kwargs.get("output_attentions", getattr(config, "output_attentions", False)):
+            raise ConfigError(
+                "output_attentions is not offered under the patch, where kept rows have no columns; ask for it with "
+                "use_cache=False, or look at each layer with PatchHandle.observer"
+            )
+        cache = self.adopt(cache)
         tokens = kwargs.get("inputs_embeds")
         if tokens is None:
             tokens = args[0] if args else kwargs["input_ids"]
         first = cache.get_seq_length() == 0
         cache.begin_chunk(kwargs.get("attention_mask"), *tokens.shape[:2])
-        if hasattr(self.model.model, "rope_deltas"):
-            cache.rope_deltas = self.model.model.rope_deltas
         self._record = cache.record
         # Later chunks read the ragged rows, for which no dense mask exists; building one would cost T per token.
         mask = {} if first else {"attention_mask": None}
-        return args, {**kwargs, "past_key_values": cache, **mask}
+        try:
+            output = original(*args, **{**kwargs, "past_key_values": cache, **mask})
+            cache.end_chunk(kwargs.get("position_ids") if hasattr(self.model.model, "rope_deltas") else None)
+        except BaseException:
+            cache.roll_back()
+            raise
+        return output
 
-    def _adopt(self, cache: Any) -> SparseCache:
-        """Our cache, as it is or made of what was handed in. Raises `CacheError` for other kinds of cache."""
+    def adopt(self, cache: Any, plan: Plan | None = None) -> SparseCache:
+        """Our cache, as it is or made of an empty one of transformers, in place.
+
+        Args:
+            cache: What a forward or `generate` was given; None for nothing.
+            plan: Of a cache that is made; the patch's own by default.
+
+        Raises:
+            CacheError: Another kind of cache, a filled one, or one of a model of another shape.
+        """
+        plan = plan or self.plan
         if cache is None:
-            return self.new_cache()
+            return SparseCache(plan)
         if isinstance(cache, SparseCache):
-            mine, its = self.plan, cache.plan
-            if (mine.num_layers, mine.num_kv_heads, mine.head_dim) != (its.num_layers, its.num_kv_heads, its.head_dim):
+            its = cache.plan
+            if (plan.num_layers, plan.num_kv_heads, plan.head_dim) != (its.num_layers, its.num_kv_heads, its.head_dim):
                 raise CacheError("past_key_values is the cache of a model of another shape; start without it")
             return cache
-        if not is_stock_cache(cache):
+        if not _is_stock_cache(cache):
             raise CacheError(
                 f"past_key_values is a {type(cache).__name__}, which cannot hold a different number of rows per head; "
                 "leave cache_implementation and past_key_values unset under the patch"
@@ -202,7 +213,7 @@ class PatchHandle:
         # `generate` and callers keep a reference to the empty cache they made and expect it filled, so that very
         # object becomes the sparse cache.
         cache.__class__ = SparseCache
-        SparseCache.__init__(cache, self.plan)
+        SparseCache.__init__(cache, plan)
         return cache
 
     def _keep_rope_deltas_with_the_cache(self) -> None:
@@ -212,26 +223,26 @@ class PatchHandle:
         self._undo.append(lambda: setattr(inner, "rope_deltas", before))
 
         def restore(cache: Any) -> None:
-            if isinstance(cache, SparseCache) and cache.get_seq_length() > 0:
-                inner.rope_deltas = cache.rope_deltas
+            filled = isinstance(cache, SparseCache) and cache.get_seq_length() > 0
+            inner.rope_deltas = cache.rope_deltas if filled else None
 
-        def before_inner(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             restore(kwargs.get("past_key_values"))
+            return original(*args, **kwargs)
 
-        hook = inner.register_forward_pre_hook(before_inner, with_kwargs=True)
-        self._undo.append(hook.remove)
-        original = self.model._prepare_position_ids_for_generation
+        def prepare_position_ids(
+            original: Callable[..., Tensor], inputs_tensor: Tensor, model_kwargs: dict[str, Any]
+        ) -> Tensor:
+            restore(model_kwargs.get("past_key_values"))
+            return original(inputs_tensor, model_kwargs)
 
-        @functools.wraps(original)
-        def prepare_position_ids(inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-            cache = model_kwargs.get("past_key_values")
-            restore(cache)
-            position_ids = original(inputs_tensor, model_kwargs)
-            if isinstance(cache, SparseCache):
-                cache.rope_deltas = inner.rope_deltas
-            return position_ids
+        self._replace(inner, forward_name(inner), forward)
+        self._replace(self.model, "_prepare_position_ids_for_generation", prepare_position_ids)
 
-        self._set(self.model, "_prepare_position_ids_for_generation", prepare_position_ids)
+
+def _is_stock_cache(cache: Any) -> bool:
+    """Whether `cache` is of the kind that `generate` makes where nothing else is asked for."""
+    return type(cache) is DynamicCache and not getattr(cache, "offloading", False)
 
 
 def _plan(text_model: nn.Module, config: CompressionConfig, reserve: int, decode_backend: str) -> Plan:

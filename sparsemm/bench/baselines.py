@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -29,8 +30,8 @@ class CopyingLayer(SparseLayer):
 class CopyingLoop(DecodeLoop):
     """Decodes with `CopyingLayer`s. Buffers move at every token, so there is no graph to replay."""
 
-    def make_cache(self, plan: Plan) -> SparseCache:
-        cache = SparseCache(plan.with_reserve(1))
+    def make_cache(self, given: Any, plan: Plan) -> SparseCache:
+        cache = super().make_cache(given, plan.with_reserve(1))
         cache.layers = [CopyingLayer(cache.plan, layer_idx, cache.record) for layer_idx in range(plan.num_layers)]
         return cache
 

@@ -47,8 +47,9 @@ def layer_costs(
     config = sparsemm.CompressionConfig("sparsemm", budget, skewed_head_scores(1, num_heads))
     plan = Plan(config, num_layers=1, num_query_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim)
     budgets = plan.budgets(prompt_tokens)[0].tolist()
-    prompt, step = Chunk.of(None, 1, prompt_tokens, needs_lengths=True), Chunk.of_step(1)
-    layer = SparseLayer(plan, 0, CacheRecord(plan, prompt_tokens=[prompt_tokens]))
+    prompt = Chunk(1, prompt_tokens, lengths=[prompt_tokens], prompt_lengths=[prompt_tokens])
+    step = Chunk.of_step(1)
+    layer = SparseLayer(plan, 0, CacheRecord(plan))
     rows: list[tuple[Tensor, Tensor]] = []
 
     def compress_plainly() -> None:
@@ -92,7 +93,7 @@ def layer_costs(
         "rows_kept": kept,
         "rows_by_formula": budget * num_kv_heads,
         "bytes_held": held,
-        "bytes_by_formula": (budget * num_kv_heads + slack) * row + 4 * (2 * num_kv_heads + 2),
+        "bytes_by_formula": (budget * num_kv_heads + slack) * row + 4 * (4 * num_kv_heads + 2),
     }
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import LongTensor, Tensor
 from transformers.cache_utils import Cache
 
-from sparsemm.cache.chunk import Chunk
+from sparsemm.cache.chunk import Chunk, Columns
 from sparsemm.cache.layer import SparseLayer
 from sparsemm.cache.stats import CacheRecord
 from sparsemm.errors import CacheError
 from sparsemm.plan import Plan
+
+logger = logging.getLogger(__name__)
 
 
 class SparseCache(Cache):
@@ -18,6 +25,9 @@ class SparseCache(Cache):
 
     Made by the patched model when a generation starts; returned as `past_key_values`. `copy.deepcopy` gives an
     independent cache, so a compressed prompt can be continued several times.
+
+    A forward is all or nothing: `begin_chunk`, the layers, then `end_chunk`, or `roll_back` after an exception. What
+    cannot be rolled back leaves the cache broken: every later use but `reset` raises `CacheError`.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -27,24 +37,48 @@ class SparseCache(Cache):
         self._forget()
 
     def _forget(self) -> None:
-        self.chunk: Chunk | None = None
-        self.attention_mask: Tensor | None = None  # of all columns seen, as last handed in; None = all ones
-        self.rope_deltas: Tensor | None = None  # Qwen2-VL: M-RoPE offset of generated tokens, [batch, 1]
+        self.chunk: Chunk | None = None  # of the forward or the steps under way
+        self._begun = 0  # columns fed when the steps under way began
+        self._broken: str | None = None
+        self.record.columns, self.record.rope_deltas = Columns(), None
+
+    @property
+    def columns(self) -> Columns:
+        """The columns fed by whole forwards."""
+        return self.record.columns
+
+    @property
+    def rope_deltas(self) -> Tensor | None:
+        """M-RoPE offset of generated tokens, int64 `[batch, 1]`, where the model has one."""
+        return self.record.rope_deltas
 
     def memory_bytes(self) -> int:
-        """Bytes held by all layers: rows, slack and index tensors."""
-        return sum(layer.memory_bytes() for layer in self.layers)
+        """Bytes held: rows, slack, masks and index tensors."""
+        return self.record.memory_bytes()
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        self._refuse_if_broken()
+        return self.layers[layer_idx].seen
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held; -1 before the first prompt."""
+        return self.columns.batch if self.columns.count else -1
+
+    # -- whole forwards ---------------------------------------------------------------------------------------------
 
     def begin_chunk(self, attention_mask: Tensor | None, batch: int, columns: int) -> None:
-        """Announce the columns of the coming forward.
+        """Announce the columns of the coming forward, which `end_chunk` or `roll_back` must end.
 
         Args:
-            attention_mask: `[batch, seen + columns]`, 1 = token, 0 = padding; None when every column is a token.
+            attention_mask: `[batch, seen + columns]`, 1 = token, 0 = padding; None when every new column is a token.
 
         Raises:
-            CacheError: The mask is not two-dimensional, has another length, or the batch size changed.
+            CacheError: The mask has another shape or contradicts the columns cached, the batch size changed, or the
+                cache is broken.
         """
-        seen = self.get_seq_length()
+        self._check()
+        fed, seen = self.columns, self.columns.count
         if attention_mask is not None:
             found = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
             if found != (batch, seen + columns):
@@ -52,20 +86,93 @@ class SparseCache(Cache):
                     f"attention_mask has shape {found}, expected the 2-D {(batch, seen + columns)}, 1 = token and 0 "
                     f"= padding: {seen} columns are cached and {columns} are new; other masks are not supported"
                 )
-        if self.chunk is not None and seen and batch != self.batch_size:
-            raise CacheError(f"the cache holds {self.batch_size} sequences, got a batch of {batch}")
-        first = seen == 0
+        if seen and batch != fed.batch:
+            raise CacheError(f"the cache holds {fed.batch} sequences, got a batch of {batch}")
+        needs_lengths = seen == 0 or columns > 1
         mask = None if attention_mask is None else attention_mask[:, seen:].bool()
-        self.chunk = Chunk.of(mask, batch, columns, needs_lengths=first or columns > 1)
-        self.attention_mask = attention_mask
-        if first:
-            self.record.prompt_tokens[:] = self.chunk.lengths
-            self.record.appended_rows = 0
-        elif columns > 1 and self.plan.config.compress_turns == "every":
-            self.record.prompt_tokens[:] = self._tokens_seen(seen + columns)
-            self.record.appended_rows = 0
-        else:
-            self.record.appended_rows += sum(self.chunk.lengths) if self.chunk.lengths else batch * columns
+        if mask is not None and seen and (needs_lengths or mask.device.type == "cpu"):
+            before = attention_mask[:, :seen].bool()
+            if not bool(before.all() if fed.mask is None else torch.equal(before, fed.mask.to(before.device))):
+                raise CacheError(
+                    "attention_mask tells the cached columns to be other tokens and padding than they were fed as"
+                )
+        chunk = Chunk.of(mask, batch, columns, needs_lengths=needs_lengths)
+        if seen == 0:
+            chunk = dataclasses.replace(chunk, prompt_lengths=chunk.lengths)
+        elif columns > 1 and self.plan.config.compress_turns == "every" and self.plan.method.compresses:
+            # A row with fewer than two new tokens reads as it would alone, where one token is a decode step.
+            compressed = [new > 1 for new in chunk.lengths]
+            if any(compressed):
+                lengths = fed.followed_by(chunk).lengths()
+                lengths = [length if again else None for length, again in zip(lengths, compressed, strict=True)]
+                chunk = dataclasses.replace(chunk, prompt_lengths=lengths)
+        self.chunk = chunk
+
+    def end_chunk(self, mrope_positions: Tensor | None = None) -> None:
+        """Account for the forward that `begin_chunk` announced, which has run through all layers.
+
+        `mrope_positions`: The `position_ids` of its columns, `[batch or 1, columns]` or `[3 or 4, batch, columns]`,
+        where the model offsets the positions of later tokens.
+        """
+        record, chunk = self.record, self.chunk
+        columns = self.columns.followed_by(chunk)
+        if self.columns.count == 0 or chunk.columns > 1:
+            record.rope_deltas = None if mrope_positions is None else columns.rope_deltas(mrope_positions)
+        if chunk.prompt_lengths is not None:
+            before = record.prompt_tokens if self.columns.count else chunk.lengths
+            record.prompt_tokens = [
+                old if new is None else new for new, old in zip(chunk.prompt_lengths, before, strict=True)
+            ]
+            record.kept = [layer.prompt_rows for layer in self.layers]
+        self.chunk = None
+        record.columns = columns
+
+    def roll_back(self) -> None:
+        """Undo what a broken-off forward or decode step did to the layers; mark the cache broken if that is impossible.
+
+        Everything goes back to the columns counted by `end_chunk` and `count_steps`. Rows that the forward has chosen
+        among (`compress_turns="every"`) or was moving cannot come back.
+        """
+        if self._broken is not None:
+            return
+        self._broken = "was left in the middle of a forward by an exception"
+        fed = self.columns
+        try:
+            if fed.count == 0:
+                for layer in self.layers:
+                    layer.reset()
+            elif any(layer.torn or layer.filled > fed.count for layer in self.layers):
+                return
+            else:
+                for layer, rows in zip(self.layers, self.record.kept, strict=True):
+                    layer.restore(fed, fed)
+                    layer.prompt_rows = rows
+        except Exception as error:  # the first one is what the caller is to see
+            logger.warning("the cache could not be rolled back: %s", error)
+            return
+        self.chunk = self._broken = None
+
+    def _refuse_if_broken(self) -> None:
+        if self._broken is not None:
+            raise CacheError(f"this cache {self._broken}; start a new one, or empty it with reset()")
+
+    def _check(self) -> None:
+        """Raise `CacheError` for a broken cache, and one whose layers differ."""
+        self._refuse_if_broken()
+        seen = [layer.seen for layer in self.layers]
+        if any(count != self.columns.count for count in seen):
+            raise CacheError(
+                f"the layers of this cache hold {seen} columns where {self.columns.count} were fed: a forward did not "
+                "run to its end; start a new cache, or empty it with reset()"
+            )
+
+    @contextmanager
+    def _change(self, what: str) -> Iterator[None]:
+        """Something done to all layers, after which they agree; an exception in between breaks the cache."""
+        self._check()
+        self._broken = f"was left in the middle of {what} by an exception"
+        yield
+        self._broken = None
 
     # -- decode steps without host work -----------------------------------------------------------------------------
 
@@ -80,35 +187,29 @@ class SparseCache(Cache):
         Such a forward can be captured in a CUDA graph and replayed. It needs `room`, and `count_steps` once it has run.
         `watched` is for steps that are not captured: the layers' accounts are then right while a step still runs.
         """
-        if self.batch_size < 0:
+        self._check()
+        if self.columns.count == 0:
             raise CacheError("decode steps need a prompt in the cache; run the prompt through the model first")
-        self.chunk = Chunk.of_step(self.batch_size, counted=watched)
+        self._begun = self.columns.count
+        self.chunk = Chunk.of_step(self.columns.batch, counted=watched)
 
     def count_steps(self, steps: int) -> None:
-        """Account on the host for `steps` forwards since `begin_steps` or the last call."""
-        if not self.chunk.counted:
-            for layer in self.layers:
-                layer.count(steps)
-        batch = self.batch_size
-        self.record.appended_rows += steps * batch
-        if self.attention_mask is not None:
-            self.attention_mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(batch, steps)], dim=1)
+        """Account on the host for the forwards since `begin_steps`, `steps` in all. Saying so again changes nothing."""
+        self.record.columns = self.columns.first(self._begun).followed_by(Chunk.of_step(self.columns.batch), steps)
+        for layer in self.layers:
+            layer.seen = self.columns.count
 
     def grow(self, rows: int) -> None:
         """Make room for at least `rows` more tokens. Buffers move: graphs captured before must not be replayed."""
-        for layer in self.layers:
-            layer.grow(rows)
+        self._check()
+        try:
+            for layer in self.layers:
+                layer.grow(rows)
+        except BaseException:
+            self.roll_back()
+            raise
 
-    @property
-    def batch_size(self) -> int:
-        """Sequences held; -1 before the first prompt."""
-        first = self.layers[0]
-        return first.lens.shape[0] // self.plan.num_kv_heads if first.is_initialized else -1
-
-    def _tokens_seen(self, columns: int) -> list[int]:
-        if self.attention_mask is None:
-            return [columns] * self.batch_size
-        return self.attention_mask.sum(1).tolist()
+    # -- beams, batches, taking back --------------------------------------------------------------------------------
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last columns: a negative count, or (as transformers < 5.20 calls it) a positive final size.
@@ -116,41 +217,46 @@ class SparseCache(Cache):
         Raises:
             CacheError: The columns reach into a compressed prompt, whose dropped rows cannot be brought back.
         """
-        seen = self.get_seq_length()
-        columns = -tokens_to_remove if tokens_to_remove <= 0 else max(0, seen - tokens_to_remove)
-        if columns == 0 or seen == 0:
+        self._check()
+        fed = self.columns
+        columns = -tokens_to_remove if tokens_to_remove <= 0 else max(0, fed.count - tokens_to_remove)
+        if columns == 0 or fed.count == 0:
             return
-        removable = self.layers[0].removable
+        removable = min(layer.removable for layer in self.layers)
         if columns > removable:
             raise CacheError(
-                f"cannot take back {columns} of {seen} cached columns: only the last {removable} were appended after "
-                "the prompt was compressed"
+                f"cannot take back {columns} of {fed.count} cached columns: only the last {removable} were appended "
+                "after the prompt was compressed"
             )
-        batch = self.batch_size
-        if self.attention_mask is None:
-            rows = torch.full((batch,), columns, dtype=torch.int32)
-        else:
-            kept = self.attention_mask[:, : seen - columns]
-            rows = self.attention_mask[:, seen - columns : seen].sum(1, dtype=torch.int32)
-            self.attention_mask = kept
-        for layer in self.layers:
-            layer.remove_columns(columns, rows)
-        self.record.appended_rows = max(0, self.record.appended_rows - int(rows.sum()))
+        with self._change("crop"):
+            left = fed.first(fed.count - columns)
+            for layer in self.layers:
+                layer.restore(left, fed)
+                layer.prompt_rows = torch.minimum(layer.prompt_rows, layer.lens)
+            record, tokens = self.record, left.lengths()
+            record.columns, record.kept = left, [layer.prompt_rows for layer in self.layers]
+            record.prompt_tokens = [min(pair) for pair in zip(record.prompt_tokens, tokens, strict=True)]
 
     def reset(self) -> None:
         super().reset()
         self._forget()
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the batch rows `indices` (repeats allowed)."""
-        batch = self.batch_size
-        super().batch_select_indices(indices)
-        for name in ("attention_mask", "rope_deltas"):
-            tensor = getattr(self, name)
-            if tensor is not None and batch > 0:
-                # Sampling and beams expand the prompts after the M-RoPE offsets were computed: one row serves several.
-                tensor = tensor.repeat_interleave(batch // tensor.shape[0], dim=0)
-                setattr(self, name, tensor[indices.to(tensor.device)])
+        """Keep the batch rows `indices` (repeats allowed). Raises `IndexError` for a row that is not there."""
+        self._check()
+        rows = torch.arange(self.columns.batch)[indices.cpu()]
+        if self.columns.count == 0:
+            return
+        if len(rows) == 0:
+            raise CacheError("no sequence would be left in the cache; empty it with reset()")
+        with self._change("a selection of batch rows"):
+            super().batch_select_indices(rows)
+            record = self.record
+            record.prompt_tokens = [record.prompt_tokens[row] for row in rows.tolist()]
+            record.kept = [layer.prompt_rows for layer in self.layers]
+            record.columns = record.columns.select(rows)
+            if record.rope_deltas is not None:
+                record.rope_deltas = record.rope_deltas[rows.to(record.rope_deltas.device)]
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
         """Give beam i the rows of beam `beam_idx[i]`."""
@@ -158,5 +264,4 @@ class SparseCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times, copies side by side."""
-        if self.batch_size > 0:
-            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+        self.batch_select_indices(torch.arange(self.columns.batch).repeat_interleave(repeats))

@@ -1,4 +1,4 @@
-"""The columns of one forward: which are tokens, which padding."""
+"""The columns that a cache is fed: which are tokens, which padding; those of one forward, and all so far."""
 
 from __future__ import annotations
 
@@ -23,29 +23,32 @@ class Chunk:
         num_later: int32 `[batch, columns]`, valid columns behind each one; None where column order already says it.
         counted: Whether layers account for the columns as they come. False in decode steps that may be replayed from a
             CUDA graph, where no Python runs: `SparseCache.count_steps` accounts for them afterwards.
+        prompt_lengths: Valid tokens seen with this chunk, for each batch row that it compresses; None for a row that
+            keeps all it has. None altogether: nothing is compressed.
     """
 
     batch: int
     columns: int
-    mask: Tensor | None
-    lengths: list[int] | None
-    order: Tensor | None
-    num_later: Tensor | None
+    mask: Tensor | None = None
+    lengths: list[int] | None = None
+    order: Tensor | None = None
+    num_later: Tensor | None = None
     counted: bool = True
+    prompt_lengths: list[int | None] | None = None
 
     @classmethod
     def of_step(cls, batch: int, *, counted: bool = False) -> Chunk:
         """One decoded token of every sequence."""
-        return cls(batch, 1, None, [1] * batch, None, None, counted)
+        return cls(batch, 1, lengths=[1] * batch, counted=counted)
 
     @classmethod
     def of(cls, mask: Tensor | None, batch: int, columns: int, *, needs_lengths: bool) -> Chunk:
         if mask is not None and (needs_lengths or mask.device.type == "cpu") and bool(mask.all()):
             mask = None
         if mask is None:
-            return cls(batch, columns, None, [columns] * batch, None, None)
+            return cls(batch, columns, lengths=[columns] * batch)
         if not needs_lengths:  # a decoded column: nothing is behind it
-            return cls(batch, columns, mask, None, None, None)
+            return cls(batch, columns, mask)
         num_later = (mask.flip(1).cumsum(1).flip(1) - mask.long()).int()
         left_padded = bool((mask[:, 1:] >= mask[:, :-1]).all())
         order = None if left_padded else mask.int().argsort(dim=1, stable=True)
@@ -65,3 +68,55 @@ class Chunk:
     def right_aligned(self, states: Tensor) -> Tensor:
         """`states` `[batch, heads, columns, head_dim]` with the valid columns at the right end, in order."""
         return states if self.order is None else take_columns(states, self.order)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """All columns that a cache was fed, by forwards that ran to their end.
+
+    Attributes:
+        mask: bool `[batch, count]`, True = a token, or None when every column is one.
+    """
+
+    batch: int = 0
+    count: int = 0
+    mask: Tensor | None = None
+
+    def followed_by(self, chunk: Chunk, times: int = 1) -> Columns:
+        count = self.count + times * chunk.columns
+        if self.mask is None and chunk.mask is None:
+            return Columns(chunk.batch, count)
+        like = chunk.mask if self.mask is None else self.mask
+        parts = [
+            like.new_ones(chunk.batch, columns) if mask is None else mask.to(like.device)
+            for mask, columns in ((self.mask, self.count), (chunk.mask, times * chunk.columns))
+        ]
+        return Columns(chunk.batch, count, torch.cat(parts, dim=1))
+
+    def first(self, count: int) -> Columns:
+        return Columns(self.batch, count, None if self.mask is None else self.mask[:, :count].clone())
+
+    def select(self, indices: Tensor) -> Columns:
+        mask = None if self.mask is None else self.mask[indices.to(self.mask.device)]
+        return Columns(len(indices), self.count, mask)
+
+    def tokens(self, begin: int = 0, end: int | None = None) -> Tensor | int:
+        """Tokens of each batch row among the columns begin .. end - 1: int32 `[batch]`, or one number for all rows."""
+        end = self.count if end is None else end
+        return end - begin if self.mask is None else self.mask[:, begin:end].sum(1, dtype=torch.int32)
+
+    def rope_deltas(self, position_ids: Tensor) -> Tensor:
+        """How far the next token's M-RoPE position is from the number of tokens: int64 `[batch, 1]`.
+
+        `position_ids` of the columns fed last, `[batch or 1, columns]`, or `[3 or 4, batch, columns]` where a fourth,
+        first axis counts text tokens.
+        """
+        highest = position_ids[-3:].amax((0, 2)) if position_ids.dim() == 3 else position_ids.amax(1)
+        tokens = self.tokens()
+        tokens = tokens if isinstance(tokens, int) else tokens.to(highest.device)
+        return (highest + 1 - tokens).expand(self.batch)[:, None].clone()
+
+    def lengths(self) -> list[int]:
+        """Tokens of each batch row, on the host."""
+        tokens = self.tokens()
+        return [tokens] * self.batch if isinstance(tokens, int) else tokens.tolist()

@@ -10,7 +10,7 @@ from torch import LongTensor, Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 import sparsemm.ops  # noqa: F401  (defines torch.ops.sparsemm)
-from sparsemm.cache.chunk import Chunk
+from sparsemm.cache.chunk import Chunk, Columns
 from sparsemm.cache.selection import KeptRows, choose_rows
 from sparsemm.cache.stats import CacheRecord
 from sparsemm.errors import CacheError
@@ -49,9 +49,24 @@ class SparseLayer(CacheLayerMixin):
         self.lens: Tensor | None = None
         self.overflow: Tensor | None = None
         self.seen = 0  # columns fed, padding included
-        self.removable = 0  # columns that `crop` can take back
-        self.room = 0  # rows that every list can still take, known without asking the device
-        self.longest = 0  # upper bound of the rows of any list
+        # A list holds `kept` rows, and the tokens of the columns from `filled` on; so `restore` needs nobody to count.
+        self.kept: Tensor | None = None  # int32 [batch * num_kv_heads], as are the prompt rows kept last
+        self.prompt_rows: Tensor | None = None
+        self.filled = 0
+        self.frozen = 0  # the columns whose rows were chosen among, which `crop` cannot take back
+        self.capacity = 0  # columns for which every list has slots, known without asking the device
+        self.torn = False  # rows are being moved; left True by an exception
+        self.record.layer_bytes[self.layer_idx] = 0
+
+    @property
+    def removable(self) -> int:
+        """Columns that `crop` can take back."""
+        return self.seen - self.frozen
+
+    @property
+    def room(self) -> int:
+        """Tokens that every list can still take."""
+        return self.capacity - self.seen
 
     # -- what transformers asks -----------------------------------------------------------------------------------
 
@@ -90,14 +105,11 @@ class SparseLayer(CacheLayerMixin):
             key,
             starts=starts,
             num_queries=lengths.clamp(max=window),
-            prompt_lengths=chunk.lengths,
+            prompt_lengths=chunk.prompt_lengths,
             scaling=scale,
         )
-        self._fill(key, value, rows)
-        self.seen = chunk.columns
-        nothing_dropped = rows.total == sum(chunk.lengths) * self.plan.num_kv_heads
-        self.removable = chunk.columns if nothing_dropped else 0
-        self.longest = max(chunk.lengths)
+        everything = rows.total == sum(chunk.lengths) * self.plan.num_kv_heads
+        self._fill(key, value, rows, chunk.columns, frozen=0 if everything else chunk.columns)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, scale: float) -> Tensor:
         """Append the chunk and attend to everything kept: query, key, value as above for n columns; `[B, Hq, n, D]`."""
@@ -111,7 +123,7 @@ class SparseLayer(CacheLayerMixin):
             kept = self._decode(query, scale, none_later)
             out = merge_attention(kept, causal_attention(query, key, value, scale, chunk.mask))
             self._append(key, value, chunk)
-        if self.plan.config.compress_turns == "every" and chunk.columns > 1 and self.plan.method.compresses:
+        if chunk.prompt_lengths is not None:
             self._compress_again(query, chunk, scale)
         return out
 
@@ -129,9 +141,9 @@ class SparseLayer(CacheLayerMixin):
             raise CacheError("rows of a compressed cache are not columns; look at attention with method='fullkv'")
         batch, num_query_heads, columns, head_dim = query.shape
         num_kv_heads = self.plan.num_kv_heads
-        row = torch.arange(self.longest, device=query.device)
+        row = torch.arange(self.seen, device=query.device)
         slots = (self.offsets[:-1, None] + row).clamp(max=self.key_buffer.shape[0] - 1)
-        key = self.key_buffer[slots].view(batch, num_kv_heads, 1, self.longest, head_dim)
+        key = self.key_buffer[slots].view(batch, num_kv_heads, 1, self.seen, head_dim)
         grouped = query.view(batch, num_kv_heads, -1, columns, head_dim)
         logits = grouped.float() @ key.float().transpose(-1, -2)
         later = torch.arange(columns - 1, -1, -1, device=query.device)  # tokens stored after each of them
@@ -140,12 +152,21 @@ class SparseLayer(CacheLayerMixin):
 
     def memory_bytes(self) -> int:
         """Bytes of the buffers, slack included, and of the index tensors."""
-        tensors = (self.key_buffer, self.value_buffer, self.offsets, self.lens, self.overflow)
+        tensors = (
+            self.key_buffer,
+            self.value_buffer,
+            self.offsets,
+            self.lens,
+            self.kept,
+            self.prompt_rows,
+            self.overflow,
+        )
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
-    def _fill(self, key: Tensor, value: Tensor, rows: KeptRows) -> None:
+    def _fill(self, key: Tensor, value: Tensor, rows: KeptRows, columns: int, *, frozen: int) -> None:
         """Move the chosen rows of key and value `[B, Hkv, T, D]` into new buffers with `plan.reserve` rows of slack a
-        list."""
+        list; `columns` is how many were fed by then."""
+        self.torn = True
         reserve, lists = self.plan.reserve, rows.kept.numel()
         self.offsets = rows.cu_kept + reserve * torch.arange(lists + 1, dtype=torch.int32, device=key.device)
         shape = (rows.total + reserve * lists, key.shape[-1])
@@ -153,13 +174,14 @@ class SparseLayer(CacheLayerMixin):
         torch.ops.sparsemm.compact(
             key, value, rows.positions, rows.cu_kept, self.offsets, self.key_buffer, self.value_buffer
         )
-        self.lens = rows.kept.reshape(-1).clone()
+        self.lens, self.kept, self.prompt_rows = (rows.kept.reshape(-1).clone() for _ in range(3))
         self.overflow = torch.zeros(1, dtype=torch.int32, device=key.device)
-        self.room = reserve
+        self.seen = self.filled = columns
+        self.capacity, self.frozen = columns + reserve, frozen
         self.is_initialized = True
-        self.record.kept[self.layer_idx] = rows.kept
         self.record.row_bytes = 2 * key.shape[-1] * key.element_size()
         self._note_bytes()
+        self.torn = False
 
     def _note_bytes(self) -> None:
         self.record.layer_bytes[self.layer_idx] = self.memory_bytes()
@@ -171,14 +193,7 @@ class SparseLayer(CacheLayerMixin):
             key, value, self.offsets, self.lens, self.key_buffer, self.value_buffer, self.overflow, chunk.mask
         )
         if chunk.counted:
-            self.count(chunk.columns)
-
-    def count(self, columns: int) -> None:
-        """Account on the host for `columns` columns that were appended on the device."""
-        self.room -= columns
-        self.seen += columns
-        self.removable += columns
-        self.longest += columns
+            self.seen += chunk.columns
 
     def grow(self, rows: int) -> None:
         """Give every list at least `rows` more slots behind its slack. The buffers move."""
@@ -195,16 +210,20 @@ class SparseLayer(CacheLayerMixin):
         moved = slot + extra * torch.searchsorted(self.offsets[1:], slot, right=True, out_int32=True)
         for name in ("key_buffer", "value_buffer"):  # the old one is freed before the next is made
             old = getattr(self, name)
-            new = old.new_empty(slots + extra * lists, old.shape[1])
-            setattr(self, name, new.index_copy_(0, moved.long(), old))
+            new = old.new_empty(slots + extra * lists, old.shape[1]).index_copy_(0, moved.long(), old)
+            self.torn = True
+            setattr(self, name, new)
+            del old, new
         self.offsets = self.offsets + extra * torch.arange(lists + 1, dtype=torch.int32, device=self.offsets.device)
-        self.room += extra
+        self.capacity += extra
         self._note_bytes()
+        self.torn = False
 
     def _compress_again(self, query: Tensor, chunk: Chunk, scale: float) -> None:
         """Kept rows and the new chunk compete, ranked by the chunk's last queries (`compress_turns="every"`)."""
         batch, num_kv_heads = chunk.batch, self.plan.num_kv_heads
-        width = int(self.lens.max())
+        lens = self.lens.cpu()
+        width = int(lens.max())
         slots = self.offsets[:-1, None] + self.lens[:, None] - width
         slots = (slots + torch.arange(width, device=slots.device)).clamp(min=0)
         key, value = (
@@ -216,13 +235,15 @@ class SparseLayer(CacheLayerMixin):
             self.layer_idx,
             chunk.right_aligned(query)[:, :, chunk.columns - window :],
             key,
-            starts=(width - self.lens).view(batch, num_kv_heads).cpu(),
+            starts=(width - lens).view(batch, num_kv_heads),
             num_queries=torch.tensor(chunk.lengths, dtype=torch.int32).clamp(max=window),
-            prompt_lengths=self.record.prompt_tokens,
+            prompt_lengths=chunk.prompt_lengths,
             scaling=scale,
         )
-        self._fill(key, value, rows)
-        self.removable = 0
+        if rows.total < int(lens.sum()):
+            self._fill(key, value, rows, self.seen, frozen=self.seen)
+        else:  # the rows stay where they are
+            self.prompt_rows = rows.kept.reshape(-1).clone()
 
     # -- beams, batches, taking back ------------------------------------------------------------------------------
 
@@ -240,12 +261,25 @@ class SparseLayer(CacheLayerMixin):
         index = indices.to(self.lens.device)
         capacity = self.offsets.diff().view(-1, num_kv_heads)[index].reshape(-1)
         self.offsets = torch.nn.functional.pad(capacity.cumsum(0, dtype=torch.int32), (1, 0))
-        self.lens = self.lens.view(-1, num_kv_heads)[index].reshape(-1)
+        self.lens, self.kept, self.prompt_rows = (
+            tensor.view(-1, num_kv_heads)[index].reshape(-1) for tensor in (self.lens, self.kept, self.prompt_rows)
+        )
         self._note_bytes()
 
-    def remove_columns(self, columns: int, rows: Tensor) -> None:
-        """Take back the last `columns` columns, `rows` int32 `[batch]` of which hold a token in each batch row."""
-        self.lens -= rows.to(self.lens.device).repeat_interleave(self.plan.num_kv_heads)
-        self.seen -= columns
-        self.removable -= columns
-        self.room += columns
+    def restore(self, columns: Columns, fed: Columns) -> None:
+        """Take back what was fed behind `columns`, of all that was `fed`. Nothing moves.
+
+        Not behind columns that were chosen among.
+        """
+        if columns.count < self.filled:
+            self.kept = self.kept - self._per_list(fed.tokens(columns.count, self.filled))
+            # The tokens taken back leave slots only in lists that held them: none is counted on.
+            self.capacity -= self.filled - columns.count
+            self.filled = columns.count
+        self.lens.copy_(self.kept + self._per_list(columns.tokens(self.filled)))
+        self.seen = columns.count
+
+    def _per_list(self, tokens: Tensor | int) -> Tensor | int:
+        if isinstance(tokens, int):
+            return tokens
+        return tokens.to(self.lens.device).repeat_interleave(self.plan.num_kv_heads)

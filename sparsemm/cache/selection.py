@@ -66,7 +66,7 @@ def choose_rows(
     *,
     starts: Tensor,
     num_queries: Tensor,
-    prompt_lengths: list[int],
+    prompt_lengths: list[int | None],
     scaling: float | None = None,
 ) -> KeptRows:
     """Choose the rows that one layer keeps.
@@ -79,7 +79,8 @@ def choose_rows(
         starts: int32 `[batch, num_kv_heads]` on the CPU, the first valid column of each list.
         num_queries: int32 `[batch]` on the CPU, how many of the n queries are valid (the last ones).
         prompt_lengths: Valid tokens seen of each sequence, which the budgets are computed for. More than a list holds
-            when earlier turns dropped rows: a head keeps what its budget allows of the rows it has.
+            when earlier turns dropped rows: a head keeps what its budget allows of the rows it has. None for a sequence
+            that keeps them all.
         scaling: Factor of the attention logits, the attention module's own; None is head_dim ** -0.5.
     """
     config, method = plan.config, plan.method
@@ -93,7 +94,12 @@ def choose_rows(
     if method.layer_budgets is not None:
         kept = available
     else:
-        budgets = torch.stack([plan.budgets(length)[layer_idx] for length in prompt_lengths])
+        budgets = torch.stack(
+            [
+                rows if length is None else plan.budgets(length)[layer_idx]
+                for length, rows in zip(prompt_lengths, available, strict=True)
+            ]
+        )
         kept = torch.minimum(torch.maximum(budgets, available.clamp(max=window)), available)
     beyond_window = kept - available.clamp(max=window)
     cu_kept = pad(kept.flatten().cumsum(0), (1, 0))
@@ -178,7 +184,7 @@ def _choose_by_scores(
     key: Tensor,
     starts: Tensor,
     num_queries: Tensor,
-    prompt_lengths: list[int],
+    prompt_lengths: list[int | None],
     scaling: float,
 ) -> KeptRows:
     """`choose_rows` for methods whose budgets depend on the scores of the layer (AdaKV)."""
@@ -199,7 +205,7 @@ def _choose_by_scores(
     beyond_window = torch.where(covered_device.bool(), available_device - in_window, beyond_window)
     kept = beyond_window + in_window
     cu_kept = pad(kept.flatten().cumsum(0, dtype=torch.int32), (1, 0))
-    everything_there = torch.equal(available, torch.tensor(prompt_lengths)[:, None].expand_as(available).int())
+    everything_there = available.tolist() == [[length] * num_kv_heads for length in prompt_lengths]
     if config.rounding == "exact" and everything_there:
         total = num_kv_heads * sum(min(config.budget, length) for length in prompt_lengths)
     else:
@@ -208,8 +214,10 @@ def _choose_by_scores(
     return KeptRows(positions, kept, cu_kept, total)
 
 
-def _covered(config: CompressionConfig, prompt_length: int) -> bool:
+def _covered(config: CompressionConfig, prompt_length: int | None) -> bool:
     """Whether a layer-wise method leaves such a prompt uncompressed (spec section 3; `paper` jumps at the budget)."""
+    if prompt_length is None:
+        return True
     if config.rounding == "paper":
         return config.budget > prompt_length
     return config.budget >= prompt_length

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import LongTensor, Tensor
 
+from sparsemm.cache.chunk import Columns
 from sparsemm.errors import CacheError
 from sparsemm.plan import Plan
 
@@ -20,7 +21,7 @@ class CacheStats:
         kept_rows: LongTensor `[batch, num_layers, num_kv_heads]`, prompt rows kept, without generated rows or slack.
         nominal_budget: The budget asked for; None for methods that keep every row.
         effective_budgets: Kept prompt rows / (L * Hkv), per sequence.
-        cache_bytes: Bytes held now: rows, slack and index tensors.
+        cache_bytes: Bytes held now: rows, slack, masks and index tensors.
         full_cache_bytes: Bytes of the keys and values of all tokens seen so far, padding excluded.
     """
 
@@ -45,17 +46,23 @@ class CacheRecord:
 
     plan: Plan
     prompt_tokens: list[int] = field(default_factory=list)
-    kept: dict[int, Tensor] = field(default_factory=dict)  # layer -> int32 [batch, num_kv_heads], on its device
+    kept: list[Tensor] = field(default_factory=list)  # of each layer, int32 [batch * num_kv_heads], on its device
+    columns: Columns = field(default_factory=Columns)
+    rope_deltas: Tensor | None = None  # M-RoPE offset of generated tokens, int64 [batch, 1]
     layer_bytes: dict[int, int] = field(default_factory=dict)
-    appended_rows: int = 0  # valid tokens behind the prompts, summed over the batch
     row_bytes: int = 0  # one key row and one value row
+
+    def memory_bytes(self) -> int:
+        """Bytes held by the layers and beside them."""
+        beside = (self.columns.mask, self.rope_deltas)
+        return sum(self.layer_bytes.values()) + sum(tensor.nbytes for tensor in beside if tensor is not None)
 
     def stats(self) -> CacheStats:
         """Raises `CacheError` before a prompt has gone through all layers."""
         plan = self.plan
-        if len(self.kept) < plan.num_layers:
+        if not self.kept:
             raise CacheError("no prompt has been through the model yet; call generate, then read the statistics")
-        kept = torch.stack([self.kept[layer].long().cpu() for layer in range(plan.num_layers)], dim=1)
+        kept = torch.stack([rows.long().cpu().view(-1, plan.num_kv_heads) for rows in self.kept], dim=1)
         return CacheStats(
             method=plan.config.method,
             rounding=plan.config.rounding,
@@ -63,9 +70,6 @@ class CacheRecord:
             kept_rows=kept,
             nominal_budget=plan.config.budget if plan.method.compresses else None,
             effective_budgets=kept.double().mean(dim=(1, 2)).tolist(),
-            cache_bytes=sum(self.layer_bytes.values()),
-            full_cache_bytes=(sum(self.prompt_tokens) + self.appended_rows)
-            * self.row_bytes
-            * plan.num_kv_heads
-            * plan.num_layers,
+            cache_bytes=self.memory_bytes(),
+            full_cache_bytes=sum(self.columns.lengths()) * self.row_bytes * plan.num_kv_heads * plan.num_layers,
         )

@@ -124,7 +124,7 @@ def generate(
         sequences = model.generate(**tensors, **options, custom_generate=loop)
         return GenerationOutput(
             sequences=sequences,
-            prompt_columns=tensors["input_ids"].shape[1],
+            prompt_columns=loop.prompt_columns,
             cache=loop.cache,
             stats=loop.cache.record.stats(),
             captures=0 if loop.runner is None else loop.runner.captures,

@@ -53,10 +53,14 @@ class CudaGraphs:
 
     def capture(self, body: Callable[[], None]) -> Callable[[], None]:
         """Record `body` without running it; the function returned replays it on the current stream."""
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, a streamer's reader say, may use CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            body()
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:
+            # Other threads, a streamer's reader say, may use CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                body()
+        except BaseException:
+            torch.cuda.set_stream(current)  # a capture that fails to end leaves its own one current
+            raise
         return graph.replay
 
 
@@ -64,11 +68,11 @@ class StepRunner:
     """Runs `body`, a step that appends one token of every sequence to `cache`, as often as asked.
 
     The first run is an ordinary one: it is a real step, and warms up what the libraries set up lazily. The second is
-    captured, and from then on replayed. When the buffers are full they grow, and the step is captured anew.
+    captured, and from then on replayed. When the buffers are full they grow, and the step is captured anew. A step that
+    is broken off by an exception is taken back.
 
     Attributes:
         captures: Graphs captured so far.
-        steps: Steps run so far.
     """
 
     def __init__(
@@ -89,38 +93,44 @@ class StepRunner:
         """
         self.watched = watched
         self.body, self.cache, self.growth = body, cache, growth
-        self.captures = self.steps = 0
+        self.captures = 0
         self._graphs = graphs
         self._replay: Callable[[], None] | None = None
-        self._uncounted = 0
-        self._room = cache.room
-        cache.begin_steps(watched=watched)
+        self._warm = False  # whether a first step has set up what the libraries set up lazily
+        self._begin()
+
+    def _begin(self) -> None:
+        self._room, self._steps = self.cache.room, 0  # steps until the buffers are full, and those run
+        self.cache.begin_steps(watched=self.watched)
 
     def __call__(self) -> None:
-        if self._room == 0:
+        if self._steps == self._room:
             self._make_room()
-        if self._graphs is not None and self.steps == 0:
-            self._graphs.warm_up(self.body)
-        else:
-            if self._graphs is not None and self._replay is None:
-                self._capture()
-            (self._replay or self.body)()
-        self.steps += 1
-        self._uncounted += 1
-        self._room -= 1
+        try:
+            if self._graphs is None:
+                self.body()
+            elif not self._warm:
+                self._graphs.warm_up(self.body)
+                self._warm = True
+            else:
+                if self._replay is None:
+                    self._capture()
+                (self._replay or self.body)()
+            self._steps += 1  # from here on the step is a whole one
+        except BaseException:
+            self.finish()
+            self.cache.roll_back()
+            raise
 
     def finish(self) -> None:
         """Bring the cache's accounting up to date. To be called after the last step, and harmless in between."""
-        steps, self._uncounted = self._uncounted, 0
-        if steps:
-            self.cache.count_steps(steps)
+        self.cache.count_steps(self._steps)
 
     def _make_room(self) -> None:
         self.finish()
         self._replay = None  # its memory is freed before the buffers grow, and it must never run again
         self.cache.grow(self.growth)
-        self._room = self.cache.room
-        self.cache.begin_steps(watched=self.watched)
+        self._begin()
 
     def _capture(self) -> None:
         try:

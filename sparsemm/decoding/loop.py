@@ -19,8 +19,8 @@ from sparsemm.decoding.clock import Clock
 from sparsemm.decoding.graph import CudaGraphs, StepRunner, why_no_graph
 from sparsemm.decoding.step import DecodeStep
 from sparsemm.decoding.tiling import PROMPT_TILE, tiled_prompt
+from sparsemm.decoding.verdict import layers_serve
 from sparsemm.errors import ConfigError
-from sparsemm.patching import is_stock_cache
 from sparsemm.plan import Plan
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ class DecodeLoop:
 
     Attributes:
         cache: Of the last call; continue it with `past_key_values`.
+        prompt_columns: Columns of the prompt in what the last call returned, padding included; 0 where it was embedded
+            by the caller.
         runner: Of the last call; None when the first token was the last.
         step: The forward of one token that the runner repeats.
         prefill_seconds: From the call to the first token, of the last call.
@@ -63,6 +65,7 @@ class DecodeLoop:
         self.handle, self.reserve, self.prompt_tile, self.streamer = handle, reserve, prompt_tile, streamer
         self.graph = obstacle is None if graph is None else graph
         self.cache: SparseCache | None = None
+        self.prompt_columns = 0
         self.step: DecodeStep | None = None
         self.runner: StepRunner | None = None
         self.time_steps = time_steps
@@ -80,10 +83,11 @@ class DecodeLoop:
     ) -> LongTensor:
         """Called by `model.generate`. Returns int64 `[batch, prompt + new tokens]`."""
         _refuse_other_modes(generation_config, model_kwargs)
-        max_length, prompt_length = stopping_criteria.max_length, input_ids.shape[1]
+        max_length, self.prompt_columns = stopping_criteria.max_length, input_ids.shape[1]
         clock = Clock(input_ids.device)
         position_ids = model_kwargs["position_ids"]
-        cache = self._cache_for(model_kwargs.get("past_key_values"), max_length - prompt_length)
+        plan = self.handle.plan.with_reserve(self.reserve or max(1, max_length - self.prompt_columns))
+        cache = self.make_cache(model_kwargs.get("past_key_values"), plan)
         with tiled_prompt(self.handle.text_model, self.prompt_tile):
             outputs = model._prefill(input_ids, generation_config, {**model_kwargs, "past_key_values": cache})
         step = DecodeStep(model, cache, position_ids, outputs.logits[:, -1].to(input_ids.device))
@@ -91,15 +95,17 @@ class DecodeLoop:
         choose = _Choice(step, input_ids, max_length, logits_processor, stopping_criteria, generation_config)
         monitor = _Monitor(choose, self.streamer)
         choose()
+        self.cache, self.step, self.runner = cache, step, None
+        remaining = max_length - self.prompt_columns - 1
+        if remaining > 0:
+            step.by_model = not self._layers_serve(step)
         clock.mark()
         monitor.note()
-        self.cache, self.step, self.runner = cache, step, None
-        remaining = max_length - prompt_length - 1
         if remaining > 0 and not monitor.finished():
             if cache.room < min(remaining, cache.plan.reserve):  # a later turn
                 cache.grow(min(remaining, cache.plan.reserve))
             body = _one_after_the_other(step, choose) if choose.on_device else step
-            graphs = CudaGraphs(input_ids.device) if self.graph else None
+            graphs = CudaGraphs(input_ids.device) if self.graph and not step.by_model else None
             self.runner = StepRunner(body, cache, graphs, watched=self.handle.observer is not None)
             try:
                 for _ in range(remaining):
@@ -120,16 +126,16 @@ class DecodeLoop:
         self.decode_seconds, self.step_seconds = sum(steps), steps[:-1]
         return choose.sequences[:, : choose.length - surplus]
 
-    def _cache_for(self, given: Any, new_tokens: int) -> SparseCache:
-        """The cache of an earlier turn, or an empty one with room for the whole answer."""
-        made_by_generate = is_stock_cache(given) and given.get_seq_length() == 0
-        if given is not None and not made_by_generate:
-            return given  # if it is of another kind, the patch says why it is of no use
-        return self.make_cache(self.handle.plan.with_reserve(self.reserve or max(1, new_tokens)))
+    def make_cache(self, given: Any, plan: Plan) -> SparseCache:
+        """The cache of an earlier turn, or the empty one given with room for the whole answer."""
+        return self.handle.adopt(given, plan)
 
-    def make_cache(self, plan: Plan) -> SparseCache:
-        """The empty cache of a first turn."""
-        return SparseCache(plan)
+    def _layers_serve(self, step: DecodeStep) -> bool:
+        observer, self.handle.observer = self.handle.observer, None  # is to see every token once
+        try:
+            return layers_serve(step)
+        finally:
+            self.handle.observer = observer
 
 
 class _Choice:

@@ -15,12 +15,14 @@ class DecodeStep:
 
     Calling it runs only device work on tensors that stay where they are: every shape is the same at each step, nothing
     is read back, no allocation depends on a length. So one call can be captured in a CUDA graph and replayed. The
-    decoder layers are called directly: the model around them prepares masks and checks arguments on the host.
+    decoder layers are called directly: the model around them prepares masks and checks arguments on the host. Where it
+    does more than that (`verdict.layers_serve`), `by_model` makes every step a forward of the model.
 
     Attributes:
         token: int64 `[batch, 1]`, the token to feed; set before each step.
         positions: int64 `[batch, 1]` or, for M-RoPE, `[3, batch, 1]`.
         logits: float32 `[batch, vocab_size]`, written by each step.
+        by_model: Whether steps go through the model's own forward, which is no device work alone.
     """
 
     def __init__(self, model: nn.Module, cache: SparseCache, prompt_positions: Tensor, logits: Tensor) -> None:
@@ -35,6 +37,7 @@ class DecodeStep:
         Raises:
             UnsupportedModelError: The language model's weights are kept elsewhere and loaded as a whole.
         """
+        self.model, self.by_model = model, False
         self.text_model = family_of(model).text_model(model)
         self.lm_head = model.get_output_embeddings()
         hook = getattr(self.text_model, "_hf_hook", None)
@@ -54,6 +57,18 @@ class DecodeStep:
 
     @torch.no_grad()
     def __call__(self) -> None:
+        self.logits.copy_(self.forward_of_model() if self.by_model else self.forward_of_layers(), non_blocking=True)
+        self.positions += 1
+
+    def forward_of_model(self) -> Tensor:
+        """Logits `[batch, vocab_size]` of the token by the model's own forward, which accounts for it in the cache."""
+        output = self.model(
+            input_ids=self.token, position_ids=self.positions, past_key_values=self.cache, use_cache=True
+        )
+        return output.logits[:, -1]
+
+    def forward_of_layers(self) -> Tensor:
+        """The same by the decoder layers, after `cache.begin_steps`."""
         hidden_states = self.text_model.embed_tokens(self.token)
         position_embeddings = self.text_model.rotary_emb(hidden_states, self.positions)
         for layer in self.text_model.layers:
@@ -64,6 +79,4 @@ class DecodeStep:
                 past_key_values=self.cache,
                 use_cache=True,
             )
-        logits = self.lm_head(self.text_model.norm(hidden_states))
-        self.logits.copy_(logits[:, -1], non_blocking=True)
-        self.positions += 1
+        return self.lm_head(self.text_model.norm(hidden_states))[:, -1]

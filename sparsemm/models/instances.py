@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -9,6 +10,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
+
+from sparsemm.errors import PatchError
 
 T = TypeVar("T")
 
@@ -47,8 +50,30 @@ def device_of(module: nn.Module) -> torch.device:
     return next(itertools.chain(module.parameters(), module.buffers())).device
 
 
+class Replacement:
+    """What stands in for a method of one module instance while a patch lasts.
+
+    Attributes:
+        original: The method, to call and to look at.
+    """
+
+    def __init__(self, original: Callable[..., Any], function: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)  # transformers and accelerate read the names of parameters
+        self.original, self._function = original, function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise PatchError("a patched model cannot be copied or pickled; remove the patch first")
+
+
 class Findings(Generic[T]):
-    """What was found out about models, each remembered while forwards, weights and settings stay as they were then."""
+    """What was found out about models, each remembered while forwards, weights and settings stay as they were then.
+
+    What a `Replacement` stands in for counts, not what it does. Weights changed behind autograd's back, by way of
+    `.data`, are not noticed.
+    """
 
     def __init__(self) -> None:
         self._known: weakref.WeakKeyDictionary[nn.Module, tuple[list[_Trait], T]] = weakref.WeakKeyDictionary()
@@ -70,9 +95,11 @@ _Trait = tuple[Any, Any]
 
 
 def _traits(module: nn.Module) -> Iterator[_Trait]:
-    """Forward, weights and plain settings of a module and its parts, each with what changes in place."""
+    """Forward, hooks, weights and plain settings of a module and its parts, each with what changes in place."""
     for part in module.modules():
         forward = getattr(part, forward_name(part))
+        while isinstance(forward, Replacement):
+            forward = forward.original
         yield getattr(forward, "__func__", forward), None
         for tensor in (*part._parameters.values(), *part._buffers.values()):
             if tensor is not None:
@@ -80,7 +107,8 @@ def _traits(module: nn.Module) -> Iterator[_Trait]:
         settings = {
             name: value for name, value in vars(part).items() if isinstance(value, (str, int, float, type(None)))
         }
-        yield None, {**settings, "training": None}
+        hooks = (*part._forward_pre_hooks, *part._forward_hooks)  # numbers that are given once
+        yield None, {**settings, "training": None, "_forward_hooks": hooks}
 
 
 def _weakly(trait: _Trait) -> _Trait:

@@ -143,7 +143,7 @@ def cached_keys(layer: SparseLayer) -> Tensor:
     # Under fullkv every list has the same length, and begins at a multiple of the same capacity.
     capacity = int(layer.offsets[1])
     lists = layer.key_buffer[: capacity * (len(layer.offsets) - 1)].view(-1, capacity, layer.key_buffer.shape[-1])
-    return lists[:, : layer.longest]
+    return lists[:, : layer.seen]
 
 
 def choose_heads(

@@ -8,7 +8,7 @@ import gc
 import pytest
 import torch
 from greedy_runs import NEW, all_configs, assert_close, config, greedy, scores, text_inputs
-from toy_models import FAMILIES, toy_inputs, toy_model
+from toy_models import FAMILIES, single_row, toy_inputs, toy_model
 from transformers import DynamicCache
 
 import sparsemm
@@ -71,24 +71,6 @@ def test_each_row_of_a_padded_batch_reads_as_if_alone(family, method, rounding):
             assert_close(together[:, row], alone[:, 0])
 
 
-def single_row(inputs, row):
-    """Row `row` of toy inputs without its padding (one image a row)."""
-    batch = inputs["input_ids"].shape[0]
-    valid = inputs["attention_mask"][row].bool()
-    single = {}
-    for name, tensor in inputs.items():
-        if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
-            single[name] = tensor[row : row + 1, valid]
-        elif name == "pixel_values" and "image_grid_thw" in inputs:
-            patches = inputs["image_grid_thw"].prod(1)
-            begin = int(patches[:row].sum())
-            single[name] = tensor[begin : begin + int(patches[row])]
-        else:
-            assert tensor.shape[0] == batch
-            single[name] = tensor[row : row + 1]
-    return single
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["snapkv", "adakv", "random"])
 @pytest.mark.parametrize("rounding", ["exact", "paper"])
@@ -110,8 +92,10 @@ def test_kept_rows_and_bytes(family, method, rounding):
     row_bytes = 2 * 4 * head_dim
     lists = 2 * text.num_key_value_heads
     slots = int(stats.kept_rows.sum()) + text.num_hidden_layers * lists * 10
-    index_bytes = text.num_hidden_layers * 4 * (2 * lists + 2)
-    assert cache.memory_bytes() == stats.cache_bytes == slots * row_bytes + index_bytes
+    index_bytes = text.num_hidden_layers * 4 * (4 * lists + 2)
+    beside = 2 * (max(lengths) + 7) if min(lengths) < max(lengths) else 0  # the mask
+    beside += 2 * 8 if family == "qwen2-vl" else 0  # offsets of M-RoPE
+    assert cache.memory_bytes() == stats.cache_bytes == slots * row_bytes + index_bytes + beside
     rows_of_all = text.num_hidden_layers * text.num_key_value_heads * (sum(lengths) + 2 * 7)
     assert stats.full_cache_bytes == rows_of_all * row_bytes
     assert cache.get_seq_length() == inputs["input_ids"].shape[1] + 7

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 import sparsemm
+from sparsemm.plan import Plan
 
 TOLERANCE = 1e-5
 NEW = 6
@@ -52,3 +53,22 @@ def assert_close(actual, expected):
 def text_inputs(length, batch=1, seed=0):
     ids = torch.randint(10, 60, (batch, length), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def reachable_bytes(root):
+    """Bytes of the storages of all tensors that can be reached from an object by its attributes and containers."""
+    storages, seen, waiting = {}, set(), [root]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen or isinstance(item, (type, Plan)):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, (list, tuple, set)):
+            waiting += item
+        elif hasattr(item, "__dict__"):
+            waiting += vars(item).values()
+    return sum(storages.values())

@@ -187,6 +187,24 @@ def toy_inputs(
     return {"input_ids": input_ids, "attention_mask": attention_mask, **extras}
 
 
+def single_row(inputs, row):
+    """Row `row` of toy inputs without its padding (one image a row)."""
+    batch = inputs["input_ids"].shape[0]
+    valid = inputs["attention_mask"][row].bool()
+    single = {}
+    for name, tensor in inputs.items():
+        if name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            single[name] = tensor[row : row + 1, valid]
+        elif name == "pixel_values" and "image_grid_thw" in inputs:
+            patches = inputs["image_grid_thw"].prod(1)
+            begin = int(patches[:row].sum())
+            single[name] = tensor[begin : begin + int(patches[row])]
+        else:
+            assert tensor.shape[0] == batch
+            single[name] = tensor[row : row + 1]
+    return single
+
+
 CHARACTERS = "".join(map(chr, range(32, 127)))
 """The text tokens of `toy_processor`: one character each, from `FIRST_TEXT_ID` on."""
 
