@@ -65,7 +65,7 @@ def score_files(model: str) -> list[Path]:
 
 def file_name(*parts: object) -> str:
     """The parts of a name that are not None, with nothing in them that a file could not be called by."""
-    texts = (re.sub(r"[^\w.]+", "_", str(part)).strip("_")[:40] for part in parts if part is not None)
+    texts = (re.sub(r"[^\w.-]+", "_", str(part)).strip("_")[:40] for part in parts if part is not None)
     return "-".join(texts)
 
 
