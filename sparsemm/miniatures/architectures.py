@@ -9,7 +9,7 @@ from sparsemm.errors import ConfigError
 from sparsemm.miniatures.tokenizer import CHAT_TEMPLATES, build_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+    from transformers import PreTrainedModel, ProcessorMixin
 
 FAMILIES = ("llava-vicuna", "llava-mistral", "qwen2-vl")
 
@@ -53,9 +53,46 @@ def check_family(family: str) -> str:
     return family
 
 
-def _llava_config(family: str, dims: Dimensions, tokenizer: PreTrainedTokenizerFast) -> Any:
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, MistralConfig
+def build_config(family: str, dims: Dimensions | None = None) -> Any:
+    """The Hugging Face configuration of `family`. Raises `ConfigError` for an unknown family."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, MistralConfig, Qwen2VLConfig
 
+    dims = dims or DIMENSIONS[check_family(family)]
+    tokenizer = build_tokenizer(family)
+    rope = {"rope_type": "default", "rope_theta": dims.rope_theta}
+    text = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=dims.hidden_size,
+        intermediate_size=dims.intermediate_size,
+        num_hidden_layers=dims.num_layers,
+        num_attention_heads=dims.num_heads,
+        num_key_value_heads=dims.num_kv_heads,
+        max_position_embeddings=1024,
+        rope_parameters=rope,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    if family == "qwen2-vl":
+        rope["mrope_section"] = [2, 5, 9]
+        names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+        return Qwen2VLConfig(
+            text_config=text | {"use_sliding_window": False},
+            vision_config=dict(
+                depth=dims.vision_layers,
+                embed_dim=dims.vision_size,
+                hidden_size=dims.hidden_size,
+                mlp_ratio=dims.vision_intermediate // dims.vision_size,
+                num_heads=dims.vision_heads,
+                patch_size=dims.patch_size,
+                spatial_merge_size=dims.cell // dims.patch_size,
+                temporal_patch_size=2,
+            ),
+            **{f"{key}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in names.items()},
+            tie_word_embeddings=True,
+        )
+    text["head_dim"] = dims.hidden_size // dims.num_heads
     vision = CLIPVisionConfig(
         hidden_size=dims.vision_size,
         intermediate_size=dims.vision_intermediate,
@@ -65,25 +102,9 @@ def _llava_config(family: str, dims: Dimensions, tokenizer: PreTrainedTokenizerF
         patch_size=dims.patch_size,
         projection_dim=dims.vision_size,
     )
-    common = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=dims.hidden_size,
-        intermediate_size=dims.intermediate_size,
-        num_hidden_layers=dims.num_layers,
-        num_attention_heads=dims.num_heads,
-        num_key_value_heads=dims.num_kv_heads,
-        head_dim=dims.hidden_size // dims.num_heads,
-        max_position_embeddings=1024,
-        rope_parameters={"rope_type": "default", "rope_theta": dims.rope_theta},
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-    )
-    text = LlamaConfig(**common) if family == "llava-vicuna" else MistralConfig(sliding_window=None, **common)
     return LlavaNextConfig(
         vision_config=vision,
-        text_config=text,
+        text_config=LlamaConfig(**text) if family == "llava-vicuna" else MistralConfig(sliding_window=None, **text),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_grid_pinpoints=[[dims.page_size, dims.page_size]],
         vision_feature_layer=-1,
@@ -91,55 +112,6 @@ def _llava_config(family: str, dims: Dimensions, tokenizer: PreTrainedTokenizerF
         image_seq_length=(dims.page_size // 2 // dims.patch_size) ** 2,
         tie_word_embeddings=True,
     )
-
-
-def _qwen_config(dims: Dimensions, tokenizer: PreTrainedTokenizerFast) -> Any:
-    from transformers import Qwen2VLConfig
-
-    def token_id(name: str) -> int:
-        return tokenizer.convert_tokens_to_ids(f"<|{name}|>")
-
-    text = dict(
-        vocab_size=len(tokenizer),
-        hidden_size=dims.hidden_size,
-        intermediate_size=dims.intermediate_size,
-        num_hidden_layers=dims.num_layers,
-        num_attention_heads=dims.num_heads,
-        num_key_value_heads=dims.num_kv_heads,
-        max_position_embeddings=1024,
-        use_sliding_window=False,
-        rope_parameters={"rope_type": "default", "rope_theta": dims.rope_theta, "mrope_section": [2, 5, 9]},
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-    )
-    vision = dict(
-        depth=dims.vision_layers,
-        embed_dim=dims.vision_size,
-        hidden_size=dims.hidden_size,
-        mlp_ratio=dims.vision_intermediate // dims.vision_size,
-        num_heads=dims.vision_heads,
-        patch_size=dims.patch_size,
-        spatial_merge_size=dims.cell // dims.patch_size,
-        temporal_patch_size=2,
-    )
-    return Qwen2VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=token_id("image_pad"),
-        video_token_id=token_id("video_pad"),
-        vision_start_token_id=token_id("vision_start"),
-        vision_end_token_id=token_id("vision_end"),
-        tie_word_embeddings=True,
-    )
-
-
-def build_config(family: str, dims: Dimensions | None = None) -> Any:
-    """The Hugging Face configuration of `family`. Raises `ConfigError` for an unknown family."""
-    dims = dims or DIMENSIONS[check_family(family)]
-    tokenizer = build_tokenizer(family)
-    return _qwen_config(dims, tokenizer) if family == "qwen2-vl" else _llava_config(family, dims, tokenizer)
 
 
 def build_model(family: str, *, seed: int = 0, dims: Dimensions | None = None) -> PreTrainedModel:

@@ -39,7 +39,8 @@ class Batch:
 
     `input_ids` int64 `[B, S]` holds the page's symbols at image tokens; `labels` int64 `[B, S]` the next token where it
     is learned, else -100; `positions` int64 `[3, S]` the M-RoPE positions (three equal rows for 1-D RoPE); `image` the
-    slice of S that the image tokens take; `pixels` uint8 `[B, height, width, 3]` or None.
+    slice of S that the image tokens take; `pixels` uint8 `[B, height, width, 3]` or None; `blanks` the symbols without
+    ink: a blank cell's and a newline's.
     """
 
     input_ids: torch.Tensor
@@ -47,6 +48,7 @@ class Batch:
     positions: torch.Tensor
     image: slice
     pixels: np.ndarray | None
+    blanks: torch.Tensor
 
 
 tokenizer_of = cache(build_tokenizer)
@@ -125,12 +127,6 @@ def _character_ids(family: str) -> dict[str, int]:
     return {text: index for text, index in tokenizer_of(family).get_vocab().items() if len(text) == 1}
 
 
-def blank_ids(family: str) -> list[int]:
-    """The symbols of image tokens without ink: a blank cell's and a newline's."""
-    ids = _character_ids(family)
-    return [ids[" "], ids["\n"]]
-
-
 def image_positions(family: str, start: int, rows: int, columns: int) -> tuple[np.ndarray, int]:
     """RoPE positions of the image tokens, `[3, tokens]`, and the position of the text that follows."""
     if family == "qwen2-vl":
@@ -175,4 +171,8 @@ def make_batch(
     image = slice(first, first + block.shape[1])
     tail = np.tile(np.arange(after_image, after_image + length - image.stop), (3, 1))
     positions = np.concatenate([np.tile(np.arange(first), (3, 1)), block, tail], axis=1)
-    return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(positions), image, pixels)
+    characters = _character_ids(family)
+    return Batch(
+        *map(torch.from_numpy, (input_ids, labels, positions)), image, pixels,
+        blanks=torch.tensor([characters[" "], characters["\n"]]),
+    )  # fmt: skip

@@ -59,37 +59,34 @@ def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
     )
 
 
+def _content(image: str) -> str:
+    """The part of a chat template that writes a message's text, and `image` where an image stands."""
+    return (
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}{{ '" + image + "' }}"
+        "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+        "{% endfor %}{% endif %}"
+    )
+
+
 # BOS is written by the templates, so that text made by `apply_chat_template` is tokenized as it stands.
 CHAT_TEMPLATES = {
     "llava-vicuna": (
         "{{ '<s>' }}{% for message in messages %}"
         "{% if message['role'] == 'user' %}{{ 'USER: ' }}{% else %}{{ ' ASSISTANT:' }}{% endif %}"
-        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-        "{% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}{{ '<image>\\n' }}"
-        "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-        "{% endfor %}{% endif %}"
-        "{% if message['role'] == 'assistant' %}{{ '</s>' }}{% endif %}"
+        + _content("<image>\\n")
+        + "{% if message['role'] == 'assistant' %}{{ '</s>' }}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
     ),
     "llava-mistral": (
-        "{{ '<s>' }}{% for message in messages %}"
-        "{% if message['role'] == 'user' %}{{ '[INST] ' }}{% endif %}"
-        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-        "{% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}{{ '<image>\\n' }}"
-        "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-        "{% endfor %}{% endif %}"
-        "{% if message['role'] == 'user' %}{{ ' [/INST]' }}{% else %}{{ '</s>' }}{% endif %}"
-        "{% endfor %}"
+        "{{ '<s>' }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}{% endif %}"
+        + _content("<image>\\n")
+        + "{% if message['role'] == 'user' %}{{ ' [/INST]' }}{% else %}{{ '</s>' }}{% endif %}{% endfor %}"
     ),
     "qwen2-vl": (
         "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-        "{% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
-        "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-        "{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+        + _content("<|vision_start|><|image_pad|><|vision_end|>")
+        + "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
     ),
 }

@@ -14,20 +14,16 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from operator import mul
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparsemm.errors import DataError
 from sparsemm.io import write_bytes_atomic
 from sparsemm.miniatures.architectures import Dimensions, build_model
-from sparsemm.miniatures.batches import IGNORE, Batch, blank_ids, make_batch
+from sparsemm.miniatures.batches import Batch, make_batch
+from sparsemm.miniatures.losses import ATTENTION, loss
 from sparsemm.miniatures.stages import CURRICULUM, SCHEDULE, Schedule, Stage
-from sparsemm.miniatures.vision import image_embeddings
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +33,6 @@ WARMUP = 50
 GRADIENT_CLIP = 1.0
 AVERAGE_DECAY = 0.99
 """Decay a step of the running mean of the weights, which is what is judged and exported."""
-NOISE = 0.3
-"""Length of the random vector added to a symbol's embedding, whose own length is 1."""
 
 
 @dataclass
@@ -72,17 +66,6 @@ def heldout_batches(family: str, stage: Stage, pages: int) -> tuple[Batch, ...]:
     return tuple(make_batch(family, mix, pages, (7, 7, 7), split="heldout", draw=draw) for mix in mixes)
 
 
-def _float32_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
-) -> Any:
-    """Torch's attention, whose backward pass takes a CPU up to four times as long in bfloat16 as in float32."""
-    with torch.autocast("cpu", enabled=False):
-        return sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
-
-
-AttentionInterface.register("float32_sdpa", _float32_attention)
-
-
 class Trainer:
     """One run in `folder`: model, running mean of the weights, optimizers (new for each stage) and progress."""
 
@@ -94,7 +77,7 @@ class Trainer:
         self.stages, self.schedule = tuple(stages), schedule
         self.progress = Progress(family, seed, threads)
         self.model = build_model(family, seed=seed, dims=dims)
-        self.model.set_attn_implementation("float32_sdpa")
+        self.model.set_attn_implementation(ATTENTION)
         self.model.get_input_embeddings().weight.requires_grad_(False)
         self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self._begin_stage()
@@ -126,51 +109,19 @@ class Trainer:
 
     # ---- one step ----------------------------------------------------------------------------------------------
 
-    def _language_loss(self, batch: Batch, image: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of the answers' tokens, and which of them are predicted."""
-        embeddings = F.embedding(batch.input_ids, self.model.get_input_embeddings().weight)
-        if image is None:  # symbols: the embedding of each cell's character, disturbed as a vision tower would
-            image = embeddings[:, batch.image]
-            generator = torch.Generator().manual_seed(self.progress.seed * 1_000_003 + self.progress.total_steps)
-            image = image + NOISE / image.shape[-1] ** 0.5 * torch.randn(image.shape, generator=generator)
-        embeddings = torch.cat([embeddings[:, : batch.image.start], image, embeddings[:, batch.image.stop :]], dim=1)
-        positions = batch.positions[:1]
-        if self.progress.family == "qwen2-vl":
-            positions = batch.positions[:, None].expand(3, len(embeddings), -1)
-        hidden = self.model.model.language_model(
-            inputs_embeds=embeddings, position_ids=positions, use_cache=False
-        ).last_hidden_state
-        chosen = batch.labels != IGNORE
-        logits, targets = self.model.lm_head(hidden[chosen]).float(), batch.labels[chosen]
-        return F.cross_entropy(logits, targets), logits.argmax(-1) == targets
-
-    def _glyph_loss(self, batch: Batch, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Names the cells through the tied embedding table, and pulls each embedding onto its character's row.
-
-        Blank cells are most of a page: they and the inked ones weigh the same; the hits are the inked ones'.
-        """
-        table = self.model.get_input_embeddings().weight
-        targets = batch.input_ids[:, batch.image]
-        inked = ~torch.isin(targets, torch.tensor(blank_ids(self.progress.family)))
-        image = image.float()
-        logits = image @ table.T * table.shape[1] ** 0.5
-        named = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-        loss = named + (image - table[targets]).square().sum(-1)
-        return loss[inked].mean() + loss[~inked].mean(), (logits.argmax(-1) == targets)[inked]
-
-    def loss(self, stage: Stage, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Loss, and for each of the answers' tokens (or the cells) whether it is right; bfloat16 where that is safe."""
-        with torch.autocast("cpu", torch.bfloat16):
-            image = image_embeddings(self.model, batch.pixels) if stage.kind != "symbols" else None
-            return self._glyph_loss(batch, image) if stage.kind == "glyphs" else self._language_loss(batch, image)
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """`losses.loss` of a batch of the stage under way."""
+        # Symbols are disturbed in another way at every step.
+        generator = torch.Generator().manual_seed(self.progress.seed * 1_000_003 + self.progress.total_steps)
+        return loss(self.model, self.stage.kind, batch, generator)
 
     def step(self) -> float:
         """One update; returns its loss."""
         state, stage = self.progress, self.stage
         key = (state.seed, state.stage, state.step)
         batch = make_batch(state.family, stage.mix, stage.batch_size, key, draw=stage.kind != "symbols")
-        loss, _ = self.loss(stage, batch)
-        loss.backward()
+        value, _ = self.loss(batch)
+        value.backward()
         nn.utils.clip_grad_norm_(self.trained, GRADIENT_CLIP)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -185,7 +136,7 @@ class Trainer:
         state.step += 1
         state.total_steps += 1
         state.history[stage.name] = state.step
-        return loss.item()
+        return value.item()
 
     # ---- the run -----------------------------------------------------------------------------------------------
 
@@ -206,7 +157,7 @@ class Trainer:
         """Teacher-forced accuracy of the mean weights on held-out pages: that of the task which is read worse."""
         batches = heldout_batches(self.progress.family, self.stage, self.schedule.heldout_pages)
         with self.mean_weights():
-            return min(self.loss(self.stage, batch)[1].float().mean().item() for batch in batches)
+            return min(self.loss(batch)[1].float().mean().item() for batch in batches)
 
     def judge(self) -> None:
         """Looks at held-out pages: halves the learning rate, or ends the stage, when they say so."""
@@ -235,13 +186,13 @@ class Trainer:
         bar = tqdm(initial=done, total=done + to_come, disable=not progress, unit="cell", unit_scale=True)
         while self.stage is not None and state.total_steps != last:
             bar.set_description(self.stage.name, refresh=False)
-            loss = self.step()
+            value = self.step()
             now = time.monotonic()
             state.seconds, clock = state.seconds + now - clock, now
             if state.step % self.schedule.judged_every == 0:
                 self.judge()
                 stage, total, minutes, accuracy = state.curve[-1]
-                logger.info("%s: %d steps, %.1f min, loss %.3f, held out %.4f", stage, total, minutes, loss, accuracy)
+                logger.info("%s: %d steps, %.1f min, loss %.3f, held out %.4f", stage, total, minutes, value, accuracy)
                 bar.set_postfix_str(f"held out {accuracy:.3f}", refresh=False)
             if now - saved > self.schedule.save_seconds:
                 self.save()
