@@ -217,7 +217,7 @@ class PatchHandle:
         return cache
 
     def _keep_rope_deltas_with_the_cache(self) -> None:
-        """Qwen2-VL keeps the M-RoPE offset of generated tokens on the model, where two conversations would mix."""
+        """The offset of generated tokens in M-RoPE is kept on the model, where two conversations would mix."""
         inner = self.model.model
         before = inner.rope_deltas
         self._undo.append(lambda: setattr(inner, "rope_deltas", before))

@@ -92,7 +92,7 @@ def _check_layer_types(text_model: nn.Module) -> None:
     for layer_idx, (layer, kind) in enumerate(zip(text_model.layers, layer_types or (), strict=False)):
         if kind != "full_attention":
             with _layer(layer_idx, layer):
-                raise UnsupportedModelError(_LAYER_TYPES.get(kind, f"it is of type {kind!r}").format(window))
+                raise UnsupportedModelError(_LAYER_TYPES.get(kind, f"it is of type {kind!r}").format(window or "some"))
 
 
 def _prove(

@@ -247,7 +247,9 @@ LANGUAGE_MODELS: dict[str, Callable[[], tuple[Any, ProcessorMixin]]] = {
     "qwen3": lambda: _language_model("qwen3"),
     "phi3": lambda: _language_model("phi3", sliding_window=None, **_PLAIN_ROPE),
     "smollm3": lambda: _language_model("smollm3", no_rope_layers=[1, 0]),
-    "granite": lambda: _language_model("granite", attention_multiplier=0.4),
+    "granite": lambda: _language_model(
+        "granite", attention_multiplier=0.4, embedding_multiplier=3.0, residual_multiplier=0.7, logits_scaling=2.0
+    ),
 }
 
 
