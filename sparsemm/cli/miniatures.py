@@ -38,7 +38,11 @@ def train(
 
     quiet(verbose=no_progress)
     folder = folder or Path("runs/miniatures") / family
-    trainer = run(family, folder, seed=seed, threads=threads, steps=steps, fresh=fresh, progress=not no_progress)
+    try:
+        trainer = run(family, folder, seed=seed, threads=threads, steps=steps, fresh=fresh, progress=not no_progress)
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; the same command goes on from {folder}, at most a minute earlier", err=True)
+        raise typer.Exit(130) from None
     if trainer.stage is None:
         typer.echo(write(trainer, output or folder / family, pages=pages)["summary"])
     else:

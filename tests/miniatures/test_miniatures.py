@@ -16,9 +16,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny_miniatures import SCHEDULE, STAGES, tiny_dims, tiny_trainer
+from typer.testing import CliRunner
 
+from sparsemm.cli import miniatures as cli
 from sparsemm.documents import LABELS, READ_PROMPT, field_prompt, make_page
 from sparsemm.errors import ConfigError, DataError
+from sparsemm.miniatures import export as export_module
 from sparsemm.miniatures import train as train_module
 from sparsemm.miniatures.architectures import FAMILIES, build_config, build_model, build_processor
 from sparsemm.miniatures.batches import IGNORE, Mix, draw_layout, image_positions, make_batch, prompt_ids, tokenizer_of
@@ -114,6 +117,10 @@ def test_training_forward_equals_the_stock_model(family):
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
 
 
 class Killed(Exception):
@@ -216,39 +223,53 @@ def test_the_mean_weights_are_judged_and_put_back(tmp_path):
     assert any(not torch.equal(p, trainer.average[name]) for name, p in trainer.model.named_parameters())
 
 
-def test_train_goes_on_from_its_own_checkpoint_only(tmp_path, monkeypatch):
-    def tiny(family, folder, *, seed, threads):
+@pytest.fixture
+def tiny(monkeypatch):
+    """Whatever trains, trains a tiny model with a tiny curriculum; its pages are not read."""
+
+    def make(family, folder, *, seed, threads):
         return Trainer(
             family, folder, seed=seed, threads=threads, stages=STAGES, schedule=SCHEDULE, dims=tiny_dims(family)
         )
 
-    monkeypatch.setattr(train_module, "Trainer", tiny)
+    reading = json.loads((ASSETS / "llava-vicuna" / "reading.json").read_text())
+    monkeypatch.setattr(train_module, "Trainer", make)
+    monkeypatch.setattr(export_module, "read_pages", lambda folder, pages: reading)
+    yield make
+    torch.set_num_threads(1)
+
+
+def test_train_goes_on_from_its_own_checkpoint_only(tmp_path, tiny):
     assert train("llava-mistral", tmp_path, steps=1).progress.total_steps == 1
     assert train("llava-mistral", tmp_path, steps=1).progress.total_steps == 2
     assert train("llava-mistral", tmp_path, steps=1, fresh=True).progress.total_steps == 1
     for other in ({"family": "qwen2-vl"}, {"seed": 1}, {"threads": 2}):
         with pytest.raises(DataError, match="--fresh"):
             train(**{"family": "llava-mistral", "folder": tmp_path, **other})
-    torch.set_num_threads(1)
 
 
-def test_export_writes_the_mean_weights(tmp_path, monkeypatch):
-    from sparsemm.miniatures import export as export_module
+def test_the_command_trains_from_nothing_to_a_folder(tmp_path, tiny, monkeypatch):
+    def run(*options):
+        command = ["train", "--family", "llava-vicuna", "--folder", str(tmp_path), *options]
+        return CliRunner().invoke(cli.app, command)
 
-    trainer = tiny_trainer("llava-vicuna", tmp_path / "run")
-    trainer.run()
-    monkeypatch.setattr(
-        export_module,
-        "read_pages",
-        lambda folder, pages: json.loads((ASSETS / "llava-vicuna" / "reading.json").read_text()),
-    )
-    export_module.export(trainer, tmp_path / "model", pages=1)
-    model = type(trainer.model).from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    stopped = run("--steps", "2")
+    assert stopped.exit_code == 0 and "2 steps done, in stage symbols; the same command goes on" in stopped.output
+    assert not (tmp_path / "llava-vicuna").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "judge", interrupt)
+        interrupted = run()
+    assert interrupted.exit_code == 130 and "the same command goes on" in interrupted.output
+    assert run("--no-progress").exit_code == 0
+    trainer = tiny("llava-vicuna", tmp_path, seed=0, threads=1)
+    trainer.load()
+    assert trainer.stage is None
+    model = type(trainer.model).from_pretrained(tmp_path / "llava-vicuna", dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, trainer.average[name].bfloat16()), name
-    training = json.loads((tmp_path / "model" / "training.json").read_text())
+    training = json.loads((tmp_path / "llava-vicuna" / "training.json").read_text())
     assert training["stage_under_way"] is None and training["steps"] == sum(training["steps_by_stage"].values())
-    card = (tmp_path / "model" / "README.md").read_text()
+    card = (tmp_path / "llava-vicuna" / "README.md").read_text()
     assert "--family llava-vicuna --seed 0 --threads 1` from nothing" in card and "the whole curriculum" in card
 
 
