@@ -51,7 +51,7 @@ class _Loaded:
 
 
 class SparseMMModel(lmms):
-    """Base of the two models; `family` names the checkpoints it takes.
+    """A checkpoint of any family; where `family` is set, of that one alone.
 
     Args:
         pretrained: Checkpoint folder or hub id.
@@ -72,7 +72,7 @@ class SparseMMModel(lmms):
     """
 
     is_simple = False
-    family = ""
+    family: str | None = None
 
     def __init__(
         self,
@@ -120,9 +120,8 @@ class SparseMMModel(lmms):
         )
         self.loaded = _Loaded(*loaded)
         self._family = family_of(self.loaded.network)
-        if self._family.name != self.family:
-            other = f"sparsemm_{self._family.name}"
-            raise UnsupportedModelError(f"{pretrained} is no checkpoint for {type(self).__name__}; use model {other}")
+        if self.family not in (None, self._family.name):
+            raise UnsupportedModelError(f"{pretrained} is no checkpoint for {type(self).__name__}; use model sparsemm")
 
     def use(self, *, progress: str | os.PathLike[str] | None = None, **config: Any) -> None:
         """Take other settings; the weights stay loaded. Raises `ConfigError` when one does not hold."""

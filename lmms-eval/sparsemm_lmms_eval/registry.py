@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lmms_eval.models.registry_v2 import ModelManifest
 
 MODEL_CLASSES = {
+    "sparsemm": "sparsemm_lmms_eval.model.SparseMMModel",
     "sparsemm_llava_next": "sparsemm_lmms_eval.model.SparseMMLlavaNext",
     "sparsemm_qwen2_vl": "sparsemm_lmms_eval.model.SparseMMQwen2VL",
 }

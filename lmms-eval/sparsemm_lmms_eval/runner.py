@@ -18,7 +18,6 @@ from sparsemm.io import read_json, write_bytes_atomic, write_json_atomic
 from sparsemm.runs.results import environment
 from sparsemm_lmms_eval import TASKS_FOLDER
 from sparsemm_lmms_eval.grid import OFFLINE_TASKS, Cell
-from sparsemm_lmms_eval.registry import MODEL_CLASSES
 
 logger = logging.getLogger(__name__)
 
@@ -109,13 +108,8 @@ class _Torchrun:
 def load(cell: Cell) -> Any:
     """The lmms-eval model of a cell, its settings included."""
     from lmms_eval.models import get_model
-    from transformers import AutoConfig
 
-    model_type = AutoConfig.from_pretrained(cell.model, trust_remote_code=False).model_type
-    name = f"sparsemm_{model_type}"
-    if name not in MODEL_CLASSES:
-        raise DataError(f"{cell.model} is of type {model_type!r}; models are {', '.join(MODEL_CLASSES)}")
-    return get_model(name)(pretrained=cell.model, **cell.loading, **cell.settings)
+    return get_model("sparsemm")(pretrained=cell.model, **cell.loading, **cell.settings)
 
 
 def run_cell(cell: Cell, folder: Path, model: Any) -> None:

@@ -6,14 +6,27 @@ from typing import Annotated
 
 import typer
 
-from sparsemm.cli import bench, chase, data, evaluate, generate, head_rows, head_scores, mask, miniatures, tables, viz
+from sparsemm.cli import (
+    bench,
+    chase,
+    data,
+    evaluate,
+    generate,
+    head_rows,
+    head_scores,
+    mask,
+    miniatures,
+    models,
+    tables,
+    viz,
+)
 from sparsemm.cli.common import quiet
 from sparsemm.cli.program import Program, run_program
 
 app = Program(help="Visual heads and per-head key/value caches for vision-language models.")
 for command in (
     generate.generate, evaluate.evaluate, evaluate.report, evaluate.quickstart, chase.chase, mask.mask,
-    head_rows.head_rows, tables.tables,
+    head_rows.head_rows, tables.tables, models.models,
 ):  # fmt: skip
     app.command()(command)
 for name, room in {

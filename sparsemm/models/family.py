@@ -32,6 +32,8 @@ class ModelFamily(ABC):
     """Name of the one transformers class that is supported."""
     processor_class: str
     """Name of its processor class in transformers."""
+    image_tokens: str
+    """How an image becomes tokens, in words."""
     nested_images: bool = False
     """Whether the processor wants a list of images for each prompt, instead of all in one."""
 

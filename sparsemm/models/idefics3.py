@@ -19,6 +19,7 @@ class Idefics3(ModelFamily):
     name = "idefics3"
     model_class = "Idefics3ForConditionalGeneration"
     processor_class = "Idefics3Processor"
+    image_tokens = "tiles, then the whole image"
     nested_images = True
 
     def text_model(self, model: nn.Module) -> nn.Module:

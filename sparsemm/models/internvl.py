@@ -19,6 +19,7 @@ class InternVL(ModelFamily):
     name = "internvl"
     model_class = "InternVLForConditionalGeneration"
     processor_class = "InternVLProcessor"
+    image_tokens = "tiles, then a thumbnail"
 
     def image_layouts(
         self,

@@ -18,6 +18,7 @@ class Llava(ModelFamily):
     name = "llava"
     model_class = "LlavaForConditionalGeneration"
     processor_class = "LlavaProcessor"
+    image_tokens = "one grid over the centre of the image, or over the square it is padded to"
 
     def load_processor(
         self, path: str, *, min_pixels: int | None = None, max_pixels: int | None = None

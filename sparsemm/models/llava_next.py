@@ -19,6 +19,7 @@ class LlavaNext(Llava):
     name = "llava_next"
     model_class = "LlavaNextForConditionalGeneration"
     processor_class = "LlavaNextProcessor"
+    image_tokens = "base grid, then high-resolution rows with newlines"
 
     def image_layouts(
         self, config: PretrainedConfig, inputs: Mapping[str, Tensor], **sources: Any

@@ -20,6 +20,7 @@ class LlavaOnevision(ModelFamily):
     name = "llava_onevision"
     model_class = "LlavaOnevisionForConditionalGeneration"
     processor_class = "LlavaOnevisionProcessor"
+    image_tokens = "base grid, then high-resolution rows with newlines, fewer where there are too many"
 
     def image_layouts(
         self, config: PretrainedConfig, inputs: Mapping[str, Tensor], **sources: Any

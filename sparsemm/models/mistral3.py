@@ -18,6 +18,7 @@ class Mistral3(ModelFamily):
     name = "mistral3"
     model_class = "Mistral3ForConditionalGeneration"
     processor_class = "PixtralProcessor"
+    image_tokens = "one grid at the image's own aspect ratio"
 
     def image_layouts(
         self, config: PretrainedConfig, inputs: Mapping[str, Tensor], **sources: Any

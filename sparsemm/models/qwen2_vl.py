@@ -21,6 +21,7 @@ class Qwen2VL(ModelFamily):
     name = "qwen2_vl"
     model_class = "Qwen2VLForConditionalGeneration"
     processor_class = "Qwen2VLProcessor"
+    image_tokens = "one grid at the image's own aspect ratio"
 
     def load_processor(
         self, path: str, *, min_pixels: int | None = None, max_pixels: int | None = None

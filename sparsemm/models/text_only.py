@@ -21,6 +21,7 @@ class TextOnly(ModelFamily):
     name = "text"
     model_class = "AutoModelForCausalLM"
     processor_class = "AutoTokenizer"
+    image_tokens = "none"
 
     def text_model(self, model: nn.Module) -> nn.Module:
         inner = getattr(model, "model", None)

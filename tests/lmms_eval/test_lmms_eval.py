@@ -102,7 +102,7 @@ def test_settings_are_checked_before_weights_are_read(checkpoints: Path) -> None
         build(here, method="fullkv", batch_size="many")
     with pytest.raises(ConfigError, match="decode_backend='fast'"):
         build(here, method="fullkv", decode_backend="fast")
-    with pytest.raises(UnsupportedModelError, match="use model sparsemm_llava_next"):
+    with pytest.raises(UnsupportedModelError, match="use model sparsemm"):
         build(str(checkpoints / "llava-mistral"), method="fullkv", device="cpu")
 
 

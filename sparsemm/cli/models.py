@@ -1,0 +1,34 @@
+"""`sparsemm models`: the families, and what is tested of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+_TESTED = """\
+Also every language model without images whose attention layers can be proved when it is patched: Llama, Mistral,
+Qwen2, Qwen3, SmolLM3, Phi-3 and Granite are tested.
+
+Tested of every family, on small random models with its real processor: the patched model at full budget gives the
+stock model's logits; eviction equals a masked full cache; a painted box changes the image tokens that the layout
+names; the chase counts as a brute force over attention matrices does. Mistral3 is tested on tensors: its processor
+needs torchvision. SmolVLM's needs num2words."""
+
+
+def models() -> None:
+    """List the families of models that can be patched, and what the tests show of each."""
+    from sparsemm.cli.common import MINIATURES, resolve_model
+    from sparsemm.io import read_json
+    from sparsemm.models import FAMILIES
+    from sparsemm.runs.markdown import markdown_table
+
+    trained: dict[str, list[str]] = {}
+    for name in MINIATURES:
+        trained.setdefault(read_json(Path(resolve_model(name)) / "config.json")["model_type"], []).append(name)
+    rows = [
+        [name, family.model_class, family.image_tokens, ", ".join(trained.get(name, []))]
+        for name, family in FAMILIES.items()
+    ]
+    typer.echo(markdown_table(["model_type", "class", "image tokens", "miniatures"], rows, left=4))
+    typer.echo(f"\n{_TESTED}")
