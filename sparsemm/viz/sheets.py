@@ -193,8 +193,8 @@ def _frame(axes: Any, cells: np.ndarray, region: Region) -> None:
     edges = edges * ((right - left) / cols, (bottom - top) / rows) + (left - 0.5, top - 0.5)
     # One path, so that its edges join without a seam.
     path = Path(edges, [Path.MOVETO, Path.LINETO] * (len(edges) // 2))
-    effects = [Stroke(linewidth=2.6, foreground="white"), Normal()]
-    style = dict(edgecolor=LINES[0], linewidth=1.3, capstyle="projecting", clip_on=False, path_effects=effects)
+    effects = [Stroke(linewidth=2.2, foreground="white"), Normal()]
+    style = dict(edgecolor=LINES[0], linewidth=1.0, capstyle="projecting", clip_on=False, path_effects=effects)
     axes.add_patch(PathPatch(path, fill=False, **style))
 
 
