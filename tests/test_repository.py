@@ -157,6 +157,17 @@ def test_continuous_integration_runs_the_tests() -> None:
     assert "pytest" in plan and "ruff check" in plan and "ruff format --check" in plan
 
 
+def test_pages_lead_somewhere_and_the_first_is_short() -> None:
+    """Every relative link and picture of the Markdown files is in the repository."""
+    pages = [name for name in tracked() if name.endswith(".md")]
+    for name in pages:
+        text = re.sub(r"```.*?```", "", (ROOT / name).read_text(), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)|src=\"([^\"]+)\"", text):
+            address = "".join(target)
+            assert address.startswith("https://") or ((ROOT / name).parent / address).exists(), f"{name}: {address}"
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 220
+
+
 def test_no_path_of_one_machine() -> None:
     """Absolute home, root or work folders mean nothing on another machine."""
     pattern = re.compile(rb"(?<![\w.$/-])/(?:root|home/\w|work/|Users/\w|mnt/\w)")
