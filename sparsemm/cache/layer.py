@@ -240,10 +240,12 @@ class SparseLayer(CacheLayerMixin):
             prompt_lengths=chunk.prompt_lengths,
             scaling=scale,
         )
-        if rows.total < int(lens.sum()):
+        # What a batch row gained without being chosen among is no part of its prompt.
+        again = torch.tensor([length is not None for length in chunk.prompt_lengths], device=key.device)
+        prompt_rows = torch.where(self._per_list(again), rows.kept.reshape(-1), self.prompt_rows)
+        if rows.total < int(lens.sum()):  # else the rows stay where they are
             self._fill(key, value, rows, self.seen, frozen=self.seen)
-        else:  # the rows stay where they are
-            self.prompt_rows = rows.kept.reshape(-1).clone()
+        self.prompt_rows = prompt_rows
 
     # -- beams, batches, taking back ------------------------------------------------------------------------------
 
@@ -280,6 +282,7 @@ class SparseLayer(CacheLayerMixin):
         self.seen = columns.count
 
     def _per_list(self, tokens: Tensor | int) -> Tensor | int:
+        """A value of each batch row, for each of its lists."""
         if isinstance(tokens, int):
             return tokens
         return tokens.to(self.lens.device).repeat_interleave(self.plan.num_kv_heads)
