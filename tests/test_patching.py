@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from greedy_runs import assert_close, config, greedy, scores, text_inputs
+from greedy_runs import assert_close, config, greedy, scores, text_inputs, without_heads
 from toy_models import FAMILIES, toy_inputs, toy_model
 from transformers import QuantizedCache, StaticCache
 
@@ -29,26 +27,11 @@ def test_use_cache_false_is_the_unpatched_model():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", ["zero_query", "zero_output"])
 def test_masked_heads_equal_a_model_with_edited_weights(family, mode):
-    """zero_query: q_proj rows (and bias) of the head set to 0; zero_output: o_proj columns set to 0."""
     model = toy_model(family)
     inputs = toy_inputs(model, 2)
     table = scores(model)
     settings = config("mask", None, head_scores=table, mask_ratio=0.4, mask_mode=mode)
-    edited = copy.deepcopy(model)
-    values = torch.as_tensor(table.values)
-    count = int(0.4 * values.numel())
-    chosen = values.flatten().argsort(descending=True)[:count]
-    for index in chosen.tolist():
-        layer_idx, head = divmod(index, values.shape[1])
-        attention = edited.model.language_model.layers[layer_idx].self_attn
-        rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
-        with torch.no_grad():
-            if mode == "zero_query":
-                attention.q_proj.weight[rows] = 0
-                if attention.q_proj.bias is not None:
-                    attention.q_proj.bias[rows] = 0
-            else:
-                attention.o_proj.weight[:, rows] = 0
+    edited = without_heads(model, table, 0.4, mode)
     _, expected, _ = greedy(edited, inputs)
     _, unmasked, _ = greedy(model, inputs)
     with sparsemm.patch(model, settings) as handle:

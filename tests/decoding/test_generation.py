@@ -10,6 +10,8 @@ from graph_emulation import EmulatedGraphs
 from greedy_runs import assert_close, config, scores, text_inputs
 from toy_models import FAMILIES, IMAGE_ID, toy_inputs, toy_model
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaNextConfig,
@@ -446,6 +448,36 @@ def test_tiles_change_nothing_but_rounding(family, monkeypatch):
                 rows = slice(int(ours.offsets[row_list]), int(ours.offsets[row_list] + ours.lens[row_list]))
                 assert_close(ours.key_buffer[rows], theirs.key_buffer[rows])
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("kind", ["glm4", "olmo2", "qwen3_moe"])
+def test_every_norm_and_feed_forward_part_works_in_tiles(kind):
+    """Four norms a layer, norms behind attention and MLP only, a mixture of experts."""
+    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    kv = dict(num_key_value_heads=1, head_dim=16, pad_token_id=0, num_experts=4, num_experts_per_tok=2)
+    text_model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **kv)).eval().model
+    seen = {}
+
+    def watch(name, module):
+        original = module.forward
+
+        def forward(hidden_states):
+            seen.setdefault(name, []).append(hidden_states.shape[1])
+            return original(hidden_states)
+
+        module.forward = forward
+
+    for name, module in [*text_model.layers[1].named_children(), ("last norm", text_model.norm)]:
+        if name != "self_attn":
+            watch(name, module)
+    ids = torch.arange(2 * 17).view(2, 17)
+    with torch.no_grad():
+        whole = text_model(ids).last_hidden_state
+        expected = {name: [*columns, 7, 7, 3] for name, columns in seen.items()}
+        with tiled_prompt(text_model, 7):
+            tiled = text_model(ids).last_hidden_state
+    assert_close(tiled, whole)
+    assert seen == expected and len(seen) == {"glm4": 6, "olmo2": 4, "qwen3_moe": 4}[kind]
 
 
 def test_rotation_in_tiles_is_exact(monkeypatch):

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from greedy_runs import assert_close, config, greedy, scores
+from greedy_runs import assert_close, config, greedy, scores, without_heads
 from masked_twin import MARGIN, MaskedTwin
 from PIL import Image
 from toy_vlms import LANGUAGE_MODELS, TOYS, mistral3_inputs, toy_vlm
@@ -104,3 +104,15 @@ def test_eviction_is_a_masked_full_cache(name):
         assert any(dropped.any() for dropped in twin.dropped.values())
         assert torch.equal(ids, expected_ids)
         assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("mode", ["zero_query", "zero_output"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "internvl", "phi3"])
+def test_masked_heads_equal_a_model_with_edited_weights(name, mode):
+    """q/k norms; biases; one projection for query, key and value."""
+    model, processor = toy(name)
+    inputs = inputs_of(name, model, processor)
+    table = scores(model)
+    _, expected, _ = greedy(without_heads(model, table, 0.4, mode), inputs)
+    with sparsemm.patch(model, config("mask", None, head_scores=table, mask_ratio=0.4, mask_mode=mode)):
+        assert_close(greedy(model, inputs)[1], expected)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 import sparsemm
+from sparsemm.models import family_of
 from sparsemm.plan import Plan
 
 TOLERANCE = 1e-5
@@ -72,3 +75,23 @@ def reachable_bytes(root):
         elif hasattr(item, "__dict__"):
             waiting += vars(item).values()
     return sum(storages.values())
+
+
+def without_heads(model, table, share, mode):
+    """A copy whose best heads of `table` are edited away: rows (and bias) of the query's projection set to 0
+    (zero_query: uniform attention), or columns of the output's (zero_output)."""
+    edited = copy.deepcopy(model)
+    values = torch.as_tensor(table.values)
+    for index in values.flatten().argsort(descending=True)[: int(share * values.numel())].tolist():
+        layer_idx, head = divmod(index, values.shape[1])
+        attention = family_of(edited).text_model(edited).layers[layer_idx].self_attn
+        rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+        query = attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.q_proj
+        with torch.no_grad():
+            if mode == "zero_output":
+                attention.o_proj.weight[:, rows] = 0
+                continue
+            query.weight[rows] = 0
+            if query.bias is not None:
+                query.bias[rows] = 0
+    return edited
