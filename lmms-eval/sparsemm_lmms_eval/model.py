@@ -23,6 +23,7 @@ from sparsemm.errors import ConfigError, UnsupportedModelError
 from sparsemm.runs.journal import Journal
 
 DEFAULT_NEW_TOKENS = 1024
+RECORD_VERSION = 2  # of what is noted of an answer
 """Longest answer where a task sets none (TextVQA): its answers end by themselves long before."""
 
 
@@ -32,8 +33,9 @@ class SampleCounts(TokenCounts):
 
     Attributes:
         figures: JSON values: `nominal_budget`, `effective_budget` (this prompt's kept rows per kv head),
-            `cache_bytes` and `full_cache_bytes` (the batch's, divided by its size), `ms_per_token` (one decoding step
-            of the batch; None when nothing was decoded), `prefill_ms` (divided by the batch's size), `config`.
+            `cache_bytes` and `full_cache_bytes` (the batch's, divided by its size), `cache_share` (`share_of_full` for
+            as many new tokens as the task allows), `ms_per_token` (one decoding step of the batch; None when nothing
+            was decoded), `prefill_ms` (divided by the batch's size), `config`.
     """
 
     figures: dict[str, Any] | None = None
@@ -133,6 +135,7 @@ class SparseMMModel(lmms):
         except TypeError as error:
             raise ConfigError(f"unknown or missing model argument ({error})") from None
         self.progress = None if progress is None else Path(progress)
+        self._warm = False
 
     @property
     def device(self) -> torch.device:
@@ -177,7 +180,7 @@ class SparseMMModel(lmms):
             config["head_scores"] = Path(config["head_scores"]).name
         journals = {}
         for task in {request.args[4] for request in requests}:
-            settings = {"task": task, "config": config}
+            settings = {"task": task, "config": config, "record": RECORD_VERSION}
             path = None
             earlier: dict[int, dict[str, Any]] = {}
             if self.progress is not None:
@@ -199,6 +202,7 @@ class SparseMMModel(lmms):
 
     def _answer(self, batch: list[Instance], handle: sparsemm.PatchHandle) -> list[dict[str, Any]]:
         """Text and figures of each request of a batch, as JSON values."""
+        from sparsemm.cache import share_of_full
         from sparsemm.decoding.generation import generate_greedy
 
         network, processor = self.loaded.network, self.loaded.processor
@@ -212,6 +216,9 @@ class SparseMMModel(lmms):
         inputs = self._family.build_inputs(processor, None, conversations, device=network.device)
         limit = int(settings.get("max_new_tokens", DEFAULT_NEW_TOKENS))
         with torch.inference_mode():
+            if not self._warm:  # lazy set-up, of the process or of the method, is no document's cost
+                generate_greedy(network, inputs, min(3, limit))
+                self._warm = True
             tokens, clock = generate_greedy(network, inputs, limit)
         texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         stats, size = handle.stats, len(batch)
@@ -229,6 +236,7 @@ class SparseMMModel(lmms):
                     "effective_budget": stats.effective_budgets[row],
                     "cache_bytes": stats.cache_bytes / size,
                     "full_cache_bytes": stats.full_cache_bytes / size,
+                    "cache_share": share_of_full(stats.effective_budgets[row], stats.prompt_tokens[row], limit),
                     "ms_per_token": 1000 * clock.decode_seconds / clock.decode_steps if clock.decode_steps else None,
                     "prefill_ms": 1000 * clock.prefill_seconds / size,
                     "batch_size": size,
@@ -241,7 +249,7 @@ class SparseMMModel(lmms):
         timed = [record for record in records if record["ms_per_token"] is not None]
         seconds = sum(each["ms_per_token"] * each["output_tokens"] / each["batch_size"] for each in timed) / 1000
         tokens = sum(record["output_tokens"] for record in records)
-        names = ("effective_budget", "cache_bytes", "full_cache_bytes")
+        names = ("effective_budget", "cache_bytes", "full_cache_bytes", "cache_share")
         log_metrics(
             total_elapsed_time=seconds,
             total_gen_tokens=tokens,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
+import statistics
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from typing import Any
 from sparsemm.errors import DataError
 from sparsemm.io import read_json, write_bytes_atomic, write_json_atomic
 from sparsemm.runs.results import environment
+from sparsemm.runs.spread import show_spread, spread_of
 from sparsemm_lmms_eval import TASKS_FOLDER
 from sparsemm_lmms_eval.grid import OFFLINE_TASKS, Cell
 
@@ -57,10 +60,10 @@ def run_cells(
 def describe(summary: dict[str, Any]) -> str:
     """One line on a finished cell."""
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items())
-    speed = "" if summary["ms_per_token"] is None else f", {summary['ms_per_token']:.1f} ms/token"
+    speed = "" if summary["ms_per_token"] is None else f", {show_spread(summary['ms_per_token'], 1)} ms/token"
     return (
         f"{metrics}; effective budget {summary['effective_budget']:.1f}, "
-        f"cache {100 * summary['cache_bytes'] / summary['full_cache_bytes']:.0f} % of full{speed}, "
+        f"cache {100 * summary['cache_share']:.1f} % of full{speed}, "
         f"{summary['seconds']:.0f} s"
     )
 
@@ -164,22 +167,37 @@ def run_cell(cell: Cell, folder: Path, model: Any) -> None:
 
 
 def summarise(metrics: dict[str, Any], samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Scores of a task, and the means of its samples' figures."""
+    """Scores of a task, those of each of its documents, and the means of their figures.
+
+    `scores` holds the metrics that are means of what the samples hold under their name, in the order of the documents;
+    `ms_per_token` is median and quartiles over the documents.
+    """
     counts = [sample["token_counts"][0] for sample in samples]
     timed = [count["ms_per_token"] for count in counts if count["ms_per_token"] is not None]
+    means = {
+        name.partition(",")[0]: value
+        for name, value in metrics.items()
+        if isinstance(value, (int, float)) and "_stderr" not in name
+    }
+    scores = {name: [sample.get(name) for sample in samples] for name in means}
     return {
-        "metrics": {
-            name.partition(",")[0]: value
-            for name, value in metrics.items()
-            if isinstance(value, (int, float)) and "_stderr" not in name
+        "metrics": means,
+        "scores": {
+            name: values
+            for name, values in scores.items()
+            if all(isinstance(value, (int, float)) for value in values)
+            and math.isclose(statistics.fmean(values), means[name], rel_tol=1e-6, abs_tol=1e-9)
         },
         "documents": len(samples),
         "nominal_budget": counts[0]["nominal_budget"],
         **{
-            name: sum(count[name] for count in counts) / len(counts)
-            for name in ("input_tokens", "output_tokens", "effective_budget", "cache_bytes", "full_cache_bytes")
+            name: statistics.fmean(count[name] for count in counts)
+            for name in (
+                *("input_tokens", "output_tokens", "effective_budget"),
+                *("cache_bytes", "full_cache_bytes", "cache_share"),
+            )
         },
-        "ms_per_token": sum(timed) / len(timed) if timed else None,
+        "ms_per_token": spread_of(timed) if timed else None,
     }
 
 

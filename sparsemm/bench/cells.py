@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from sparsemm.decoding.clock import Clock
 from sparsemm.errors import ConfigError
 from sparsemm.runs.results import Run, RunFile, environment
-from sparsemm.runs.spread import Spread, spread_of
+from sparsemm.runs.spread import Spread, is_noisy, spread_of
 
 Times = dict[str, list[float]]
 """Seconds measured, by what took them."""
@@ -42,6 +43,10 @@ class BenchCell(Run):
     @property
     def key(self) -> tuple[str]:
         return place_key(self.place)
+
+    @property
+    def noisy(self) -> bool:
+        return is_noisy(self.times.values())
 
     def ms(self, name: str) -> float:
         """Median milliseconds of `name`."""
@@ -114,10 +119,17 @@ def run_benchmark(
     return results
 
 
-def wait_for(device: torch.device) -> None:
-    """Return when the device has done what it was asked to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def take_turns(ways: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, *, warmup: int = 1) -> Times:
+    """Seconds of every way in every round behind `warmup` others. The ways take turns, so that what disturbs one
+    disturbs the others; the device has done what one asks of it before the next begins."""
+    seconds: Times = {name: [] for name in ways}
+    for _ in range(warmup + rounds):
+        for name, run in ways.items():
+            clock = Clock(device)
+            run()
+            clock.mark()
+            seconds[name] += clock.seconds()
+    return {name: values[warmup:] for name, values in seconds.items()}
 
 
 def release_memory(device: torch.device) -> None:

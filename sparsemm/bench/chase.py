@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsemm.bench.cells import BenchResults, Times, run_benchmark, wait_for
+from sparsemm.bench.cells import BenchResults, Times, run_benchmark, take_turns
 from sparsemm.chase import READ_PROMPT, chase_page
 from sparsemm.chase.matching import match_rule, token_texts
 from sparsemm.decoding.generation import generate_greedy
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.models import family_of
-from sparsemm.runs.spread import take_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -72,7 +71,7 @@ def chase_cost(
 
     for page in tqdm(pages, unit="page", disable=not progress):
         turns = {name: functools.partial(count, name, page) for name in ways}
-        for name, seconds in take_turns(turns, repeats, wait=lambda: wait_for(model.device)).items():
+        for name, seconds in take_turns(turns, repeats, model.device).items():
             times[name] = [total + value for total, value in zip(times[name], seconds, strict=True)]
     medians = {name: statistics.median(values) for name, values in times.items()}
     return times, {

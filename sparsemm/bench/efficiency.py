@@ -10,6 +10,7 @@ from sparsemm.errors import DataError
 from sparsemm.runs.lines import Panel, draw_panels
 from sparsemm.runs.markdown import markdown_table, table_of
 from sparsemm.runs.plots import LABELS
+from sparsemm.runs.spread import show_spread
 
 PAPER_SPEEDUP = {8192: 1.16, 16384: 1.5, 32768: 1.87}
 """Decoding speed-up of SparseMM over the full cache by prompt length: LLaVA-NeXT-Vicuna-7B, budget 256."""
@@ -41,8 +42,8 @@ def format_tables(results: BenchResults) -> str:
     place = {"prompt": _place("prompt_tokens"), "method": _place("method"), "budget": _place("budget")}
     failed = [cell for cell in results.runs if cell.status != OK]
     columns = {
-        "first token ms": lambda cell: f"{cell.ms('first_token'):.1f}",
-        "ms/token": lambda cell: f"{cell.ms('step'):.2f}",
+        "first token ms": lambda cell: show_spread(cell.times["first_token"], 1, 1000),
+        "ms/token": lambda cell: show_spread(cell.times["step"], 2, 1000),
         "tokens/s": _figure("tokens_per_second", "{:.1f}"),
         "x hf": lambda cell: _shown(_ratio(results, cell, "hf")),
         "x full, same loop": lambda cell: _shown(_ratio(results, cell, "fullkv")),
@@ -58,7 +59,7 @@ def format_tables(results: BenchResults) -> str:
         parts.append(table_of(latency, {**place, "batch": _place("batch"), **columns}))
     columns = {
         "largest batch": _figure("largest_batch", "{}"),
-        "ms/step": lambda cell: f"{cell.ms('step'):.2f}",
+        "ms/step": lambda cell: show_spread(cell.times["step"], 2, 1000),
         "tokens/s": _figure("tokens_per_second", "{:,.0f}"),
         "cache MB a sequence": _figure("bytes_per_sequence", "{:,.1f}", 1e6),
     }

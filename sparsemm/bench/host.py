@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool1d
 
 import sparsemm
-from sparsemm.bench.cells import BenchResults, Times, run_benchmark
+from sparsemm.bench.cells import BenchResults, Times, run_benchmark, take_turns
 from sparsemm.bench.measure import NEVER_ENDS
 from sparsemm.bench.shapes import prompt_inputs, skewed_head_scores
 from sparsemm.cache import CacheRecord, SparseLayer
 from sparsemm.cache.chunk import Chunk
 from sparsemm.decoding.generation import stock_greedy
 from sparsemm.plan import Plan
-from sparsemm.runs.spread import take_turns
 
 VICUNA = {"num_heads": 32, "num_kv_heads": 32, "head_dim": 128, "prompt_tokens": 4096, "budget": 256}
 
@@ -39,7 +38,7 @@ def layer_costs(
     The plain way: one head at a time, scores, top-k, gather and concatenation; and a new cache with every row copied
     for every token, list by list or as one flat buffer. The two take turns. Also bytes held and the formula.
     """
-    generator = torch.Generator().manual_seed(0)
+    cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
     query, key, value = (
         torch.randn(1, heads, prompt_tokens, head_dim, generator=generator, dtype=dtype)
         for heads in (num_heads, num_kv_heads, num_kv_heads)
@@ -59,7 +58,7 @@ def layer_costs(
         "compress": lambda: layer.store_prompt(query, key, value, prompt, head_dim**-0.5),
         "compress_per_head": compress_plainly,
     }
-    times = take_turns(ways, repeats)
+    times = take_turns(ways, repeats, cpu)
     kept, held = int(layer.lens.sum()), layer.memory_bytes()
     new_key, new_value = (torch.randn(1, num_kv_heads, 1, head_dim, dtype=dtype) for _ in range(2))
 
@@ -83,7 +82,7 @@ def layer_costs(
         "append_per_head_copy": append_by_copying,
         "append_flat_copy": append_flat,
     }
-    times |= take_turns(ways, min(48, plan.reserve - 4))
+    times |= take_turns(ways, min(48, plan.reserve - 4), cpu)
     row = 2 * head_dim * key.element_size()
     slack = plan.reserve * num_kv_heads
     return times, {

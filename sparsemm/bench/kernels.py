@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from sparsemm.bench.cells import OK, BenchCell, BenchResults, Times, run_benchmark
+from sparsemm.bench.cells import OK, BenchCell, BenchResults, Times, run_benchmark, take_turns
 from sparsemm.bench.kernel_calls import CALLS, Workspace, row_counts
 from sparsemm.bench.memory import copy_bandwidth
 from sparsemm.bench.shapes import SHAPES, attention_shape, shape_config, skewed_head_scores
 from sparsemm.errors import ConfigError
 from sparsemm.head_scores import HeadScores
 from sparsemm.ops import library
-from sparsemm.runs.spread import spread_of, take_turns
+from sparsemm.runs.spread import show_spread, spread_of
 
 logger = logging.getLogger(__name__)
 
@@ -65,31 +65,21 @@ def time_calls(calls: list[Callable[[], Any]], device: torch.device, repeats: in
         for call in calls:
             call()
 
-    if device.type != "cuda":
-        return [seconds / len(calls) for seconds in take_turns({"": once}, repeats)[""]], False
-    side = torch.cuda.Stream(device)
-    with torch.cuda.stream(side):
-        once()
-    side.synchronize()
     run, captured = once, False
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
+    if device.type == "cuda":
+        side = torch.cuda.Stream(device)
+        with torch.cuda.stream(side):
             once()
-        run, captured = graph.replay, True
-    except RuntimeError as error:  # a backend that synchronises cannot be captured: timed as it is
-        logger.debug("not captured: %s", error)
-        torch.cuda.synchronize(device)
-    run()
-    seconds = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1000 / len(calls))
-    return seconds, captured
+        side.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                once()
+            run, captured = graph.replay, True
+        except RuntimeError as error:  # a backend that synchronises cannot be captured: timed as it is
+            logger.debug("not captured: %s", error)
+            torch.cuda.synchronize(device)
+    return [seconds / len(calls) for seconds in take_turns({"": run}, repeats, device)[""]], captured
 
 
 @dataclass
@@ -190,13 +180,13 @@ def run(
 
 
 def format_cell(cell: BenchCell) -> str:
-    """One line: the cell, its bytes, and per contestant microseconds and share of the copy bandwidth."""
+    """One line: the cell, its bytes, and per contestant microseconds (quartiles) and share of the copy bandwidth."""
     place, figures = cell.place, cell.figures
     budget = "full" if place["budget"] is None else place["budget"]
     label = f"{place['shape']} T={place['prompt']} b={budget} B={place['batch']} {place['distribution']}"
     if cell.status != OK:
         return f"{label} {place['operation']}: skipped, {cell.status}"
     shares = figures["of_copy_bandwidth"].items()
-    parts = [f"{name} {1000 * cell.ms(name):.1f} us ({100 * share:.0f} %)" for name, share in shares]
+    parts = [f"{name} {show_spread(cell.times[name], 1, 1e6)} us, {100 * share:.0f} %" for name, share in shares]
     parts += [f"{name} failed" for name in figures["failed"]]
-    return f"{label} {place['operation']}: {figures['bytes'] / 1e6:.1f} MB; {', '.join(parts)}"
+    return f"{label} {place['operation']}: {figures['bytes'] / 1e6:.1f} MB; {'; '.join(parts)}"

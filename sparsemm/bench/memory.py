@@ -11,10 +11,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsemm.bench.cells import wait_for
+from sparsemm.bench.cells import take_turns
 from sparsemm.bench.shapes import attention_shape
 from sparsemm.models import family_of
-from sparsemm.runs.spread import take_turns
 
 
 class _Alive(TorchDispatchMode):
@@ -79,5 +78,5 @@ def copy_bandwidth(device: torch.device, size: int | None = None) -> float:
     size = size or (1 << 30 if device.type == "cuda" else 1 << 26)
     source = torch.zeros(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    seconds = take_turns({"copy": lambda: target.copy_(source)}, 10, wait=lambda: wait_for(device))["copy"]
+    seconds = take_turns({"copy": lambda: target.copy_(source)}, 10, device)["copy"]
     return 2 * size / min(seconds)

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import sparsemm
-from sparsemm.bench.cells import Times, release_memory, wait_for
+from sparsemm.bench.cells import Times, release_memory, take_turns
 from sparsemm.bench.measure import NEVER_ENDS
 from sparsemm.bench.memory import weight_bytes
 from sparsemm.decoding import DecodeLoop, DecodeStep, StepRunner, why_no_graph
 from sparsemm.decoding.graph import CudaGraphs
 from sparsemm.errors import ConfigError
-from sparsemm.runs.spread import take_turns
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ def largest_batch(
             try:
                 _, step = prepare(model, handle, inputs, batch, steps)
                 # The first two warm up and capture.
-                seconds = take_turns({"step": step}, steps, warmup=2, wait=lambda: wait_for(model.device))
+                seconds = take_turns({"step": step}, steps, model.device, warmup=2)
             except torch.cuda.OutOfMemoryError:
                 logger.info("%s: a batch of %d does not fit", method, batch)
                 batch = int(0.85 * batch)

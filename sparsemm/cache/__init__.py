@@ -6,6 +6,6 @@ The attention forward (`sparsemm.attention`) calls `SparseLayer.store_prompt` fo
 
 from sparsemm.cache.cache import SparseCache
 from sparsemm.cache.layer import SparseLayer
-from sparsemm.cache.stats import CacheRecord, CacheStats
+from sparsemm.cache.stats import CacheRecord, CacheStats, share_of_full
 
-__all__ = ["CacheRecord", "CacheStats", "SparseCache", "SparseLayer"]
+__all__ = ["CacheRecord", "CacheStats", "SparseCache", "SparseLayer", "share_of_full"]

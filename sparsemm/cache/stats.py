@@ -23,6 +23,7 @@ class CacheStats:
         effective_budgets: Kept prompt rows / (L * Hkv), per sequence.
         cache_bytes: Bytes held now: rows, slack, masks and index tensors.
         full_cache_bytes: Bytes of the keys and values of all tokens seen so far, padding excluded.
+        token_bytes: Bytes of the keys and values of one token in all layers.
     """
 
     method: str
@@ -33,11 +34,26 @@ class CacheStats:
     effective_budgets: list[float]
     cache_bytes: int
     full_cache_bytes: int
+    token_bytes: int
 
     @property
     def effective_budget(self) -> float:
         """Mean of `effective_budgets` over the sequences."""
         return sum(self.effective_budgets) / len(self.effective_budgets)
+
+
+def share_of_full(kept_rows: float, prompt_tokens: float, new_tokens: float) -> float:
+    """What share of a full cache's rows a compressed one has: both for the same prompt and the same new tokens.
+
+    The one definition of "% of full": 1 for a full cache whatever room it has, and the same for every method however
+    many tokens it generated itself. Slots without a row (slack) and index tensors are not in it.
+
+    Args:
+        kept_rows: Prompt rows a kv head, mean over the heads.
+        prompt_tokens: Prompt rows a kv head of the full cache.
+        new_tokens: For which both have a row.
+    """
+    return (kept_rows + new_tokens) / (prompt_tokens + new_tokens)
 
 
 @dataclass
@@ -63,6 +79,7 @@ class CacheRecord:
         if not self.kept:
             raise CacheError("no prompt has been through the model yet; call generate, then read the statistics")
         kept = torch.stack([rows.long().cpu().view(-1, plan.num_kv_heads) for rows in self.kept], dim=1)
+        token_bytes = self.row_bytes * plan.num_kv_heads * plan.num_layers
         return CacheStats(
             method=plan.config.method,
             rounding=plan.config.rounding,
@@ -71,5 +88,6 @@ class CacheRecord:
             nominal_budget=plan.config.budget if plan.method.compresses else None,
             effective_budgets=kept.double().mean(dim=(1, 2)).tolist(),
             cache_bytes=self.memory_bytes(),
-            full_cache_bytes=sum(self.columns.lengths()) * self.row_bytes * plan.num_kv_heads * plan.num_layers,
+            full_cache_bytes=sum(self.columns.lengths()) * token_bytes,
+            token_bytes=token_bytes,
         )

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from sparsemm.cli.common import parse_list
+from sparsemm.cli.common import parse_integers, parse_list
 from sparsemm.cli.options import Rounding
 
 
@@ -20,6 +20,7 @@ def tables(
     whole: Annotated[bool, typer.Option("--all", help="Also parts of which nothing was measured.")] = False,
     ratio: Annotated[float, typer.Option(help="The ratio of SparseMM's cells in Tables 2 to 4.")] = 0.1,
     rounding: Annotated[Rounding | None, typer.Option(help="Only cells of this rounding.")] = None,
+    windows: Annotated[str | None, typer.Option(help="Only cells of these window sizes, such as 8,12.")] = None,
     metric: Annotated[str | None, typer.Option(help="Another metric, for the tasks that have it.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for all four formats and the figure.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Image file of the main figure.")] = None,
@@ -31,7 +32,8 @@ def tables(
     from sparsemm.tables.measurements import write_measurements
     from sparsemm.tables.render import ENDINGS
 
-    cells = read_measurements(results, rounding=rounding)
+    sizes = None if windows is None else parse_integers(windows, "--windows")
+    cells = read_measurements(results, rounding=rounding, windows=sizes)
     built = build_tables(cells, numbers=parse_list(only), ratio=ratio, metric=metric, whole=whole)
     typer.echo(render_tables(built, form), nl=False)
     if collect is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsemm.cache import share_of_full
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError
 from sparsemm.experiments.session import (
@@ -20,6 +21,7 @@ from sparsemm.experiments.session import (
 )
 from sparsemm.methods import get_method
 from sparsemm.runs.results import RunFile, environment
+from sparsemm.runs.spread import Spread, is_noisy, spread_of
 
 if TYPE_CHECKING:
     from sparsemm.head_scores import HeadScores
@@ -38,11 +40,12 @@ class Cell(PageScores):
         effective_budget: Prompt rows really kept / (layers * kv heads), mean over the documents.
         prompt_tokens: Prompt length in tokens, mean over the documents.
         documents: Number of documents.
-        cache_bytes: Bytes the cache held at the end, a document: prompt and generated rows, slack, index tensors.
-        full_cache_bytes: Bytes of the keys and values of every token, a document.
-        ms_per_token: Wall time of one decoding step of a whole batch, in ms, the median of the batches; None when
-            nothing was decoded.
-        prefill_ms: Wall time of the prompt's forward a document, in ms; image features already at hand.
+        new_tokens: Tokens that every cache had room for, whatever was generated.
+        cache_bytes: Bytes the cache held at the end, a document: prompt rows, room for `new_tokens`, index tensors.
+        full_cache_bytes: Bytes of the keys and values of the prompt and of `new_tokens` tokens, a document.
+        ms_per_token: Wall time of one decoding step of a whole batch, in ms, over the batches; None when nothing was
+            decoded.
+        prefill_ms: Wall time of the prompt's forward a document, in ms, over the batches; image features at hand.
         tokens: Tokens generated, summed over the documents (to the end of the longest answer of each batch).
         config: The settings of the run (`CompressionConfig.to_dict`).
         environment: Versions and hardware (`environment`).
@@ -53,18 +56,28 @@ class Cell(PageScores):
     effective_budget: float
     prompt_tokens: float
     documents: int
+    new_tokens: int
     cache_bytes: float
     full_cache_bytes: float
-    ms_per_token: float | None
-    prefill_ms: float
+    ms_per_token: Spread | None
+    prefill_ms: Spread
     tokens: int
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
 
     @property
     def cache_share(self) -> float:
-        """`cache_bytes / full_cache_bytes`; above 1 for a full cache with slack."""
-        return self.cache_bytes / self.full_cache_bytes
+        """What share of a full cache's rows it keeps, for the same prompt and `new_tokens` (`share_of_full`)."""
+        return share_of_full(self.effective_budget, self.prompt_tokens, self.new_tokens)
+
+    @property
+    def slack_bytes(self) -> float:
+        """Bytes held beyond those rows: slots without one, index tensors."""
+        return self.cache_bytes - self.cache_share * self.full_cache_bytes
+
+    @property
+    def noisy(self) -> bool:
+        return is_noisy([self.ms_per_token, self.prefill_ms])
 
     @property
     def key(self) -> Key:
@@ -72,8 +85,8 @@ class Cell(PageScores):
         return self.method, self.nominal_budget
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, `cache_share` included for readers of the file."""
-        return {**super().to_dict(), "cache_share": self.cache_share}
+        """JSON values, `cache_share` and `slack_bytes` included for readers of the file."""
+        return {**super().to_dict(), "cache_share": self.cache_share, "slack_bytes": self.slack_bytes}
 
 
 class Results(RunFile[Cell]):
@@ -128,7 +141,9 @@ def evaluate(
         settings,
         configs,
         lambda key: nullcontext(configs[key]),
-        lambda key, readings: _cell(key, configs[key], readings, environment(reader.model.device)),
+        lambda key, readings: _cell(
+            key, configs[key], readings, reader.max_new_tokens, environment(reader.model.device)
+        ),
     )
     return [results.find(*key) for key in configs]
 
@@ -160,20 +175,24 @@ def make_grid(
     return configs
 
 
-def _cell(key: Key, config: CompressionConfig, readings: Sequence[BatchReading], place: dict[str, Any]) -> Cell:
-    stats, timings = [reading.stats for reading in readings], [reading.timing for reading in readings]
+def _cell(
+    key: Key, config: CompressionConfig, readings: Sequence[BatchReading], new_tokens: int, place: dict[str, Any]
+) -> Cell:
+    stats = [reading.stats for reading in readings]
     kept = [budget for each in stats for budget in each.effective_budgets]
-    seconds = [timing.decode_seconds / timing.decode_steps for timing in timings if timing.decode_steps]
+    prompt_tokens = statistics.fmean(length for each in stats for length in each.prompt_tokens)
+    steps = [1000 * t.decode_seconds / t.decode_steps for t in (r.timing for r in readings) if t.decode_steps]
     return Cell(
         method=key[0],
         nominal_budget=key[1],
-        effective_budget=sum(kept) / len(kept),
-        prompt_tokens=sum(sum(each.prompt_tokens) for each in stats) / len(kept),
+        effective_budget=statistics.fmean(kept),
+        prompt_tokens=prompt_tokens,
         documents=len(kept),
+        new_tokens=new_tokens,
         cache_bytes=sum(each.cache_bytes for each in stats) / len(kept),
-        full_cache_bytes=sum(each.full_cache_bytes for each in stats) / len(kept),
-        ms_per_token=1000 * statistics.median(seconds) if seconds else None,
-        prefill_ms=1000 * sum(timing.prefill_seconds for timing in timings) / len(kept),
+        full_cache_bytes=(prompt_tokens + new_tokens) * stats[0].token_bytes,
+        ms_per_token=spread_of(steps) if steps else None,
+        prefill_ms=spread_of([1000 * each.timing.prefill_seconds / len(each.pages) for each in readings]),
         tokens=sum(reading.num_tokens for reading in readings),
         config=config.to_dict(),
         environment=place,

@@ -120,7 +120,8 @@ def _configs(
 def summarise(runs: Sequence[MaskedRun], metric: str = "accuracy") -> list[dict[str, Any]]:
     """One row per number of heads: `num_heads`, `share`, `visual`, and of random heads `mean`, `std`, `low`, `high`.
 
-    With no head masked, both sides are the whole model. `std` is the sample's (0 of a single seed).
+    `visual_error` is the standard error over the documents. With no head masked, both sides are the whole model. `std`
+    is the sample's (0 of a single seed).
 
     Raises:
         ConfigError: The metric is unknown.
@@ -130,13 +131,14 @@ def summarise(runs: Sequence[MaskedRun], metric: str = "accuracy") -> list[dict[
     rows = []
     for count in sorted({run.num_heads for run in runs}):
         mine = [run for run in runs if run.num_heads == count]
-        visual = [getattr(run, metric) for run in mine if run.kind in ("none", "visual")]
+        visual = next((run for run in mine if run.kind in ("none", "visual")), None)
         drawn = [getattr(run, metric) for run in mine if run.kind in ("none", "random")]
         rows.append(
             {
                 "num_heads": count,
                 "share": mine[0].share,
-                "visual": visual[0] if visual else None,
+                "visual": None if visual is None else getattr(visual, metric),
+                "visual_error": None if visual is None else visual.error(metric),
                 "mean": statistics.fmean(drawn) if drawn else None,
                 "std": statistics.stdev(drawn) if len(drawn) > 1 else 0.0,
                 "low": min(drawn, default=None),

@@ -10,6 +10,7 @@ from sparsemm.experiments.evaluate import Cell, Results
 from sparsemm.runs.lines import Panel, draw_panels
 from sparsemm.runs.markdown import table_of
 from sparsemm.runs.metrics import METRIC_LABELS
+from sparsemm.runs.spread import show_spread
 
 
 def format_table(cells: list[Cell], *, metric: str = "accuracy", task: str | None = None) -> str:
@@ -17,15 +18,16 @@ def format_table(cells: list[Cell], *, metric: str = "accuracy", task: str | Non
 
     `task` takes the documents of that task, or part of one ("read/3 words"), alone.
 
-    Budgets are prompt rows per kv head; bytes are those of one document's cache at its end (prompt rows, generated rows
-    and slack), beside the share of what all its tokens' keys and values take; ms/token is one decoding step of a batch.
+    Budgets are prompt rows per kv head. Bytes are those that one document's cache holds; "% of full" is the share of a
+    full cache's rows, both for the same prompt and the same new tokens, and "slack %" what is held beyond those rows,
+    in the same unit. ms/token is one decoding step of a batch: median and quartiles over the batches.
 
     Raises:
-        DataError: There is no cell.
+        DataError: There is no cell, or the group is unknown.
     """
     if not cells:
         raise DataError("there is no result to show; run the evaluation first")
-    tasks = sorted({task for cell in cells for task in cell.tasks}, reverse=True)
+    tasks = sorted({each for cell in cells for each in cell.tasks}, reverse=True)
     columns: dict[str, Callable[[Cell], str]] = {
         "method": lambda cell: cell.method,
         "budget": lambda cell: "-" if cell.nominal_budget is None else str(cell.nominal_budget),
@@ -40,7 +42,8 @@ def format_table(cells: list[Cell], *, metric: str = "accuracy", task: str | Non
     columns |= {
         "cache bytes": lambda cell: f"{cell.cache_bytes:,.0f}",
         "% of full": lambda cell: f"{100 * cell.cache_share:.1f}",
-        "ms/token": lambda cell: "" if cell.ms_per_token is None else f"{cell.ms_per_token:.2f}",
+        "slack %": lambda cell: f"{100 * cell.slack_bytes / cell.full_cache_bytes:.1f}",
+        "ms/token": lambda cell: show_spread(cell.ms_per_token),
     }
     return table_of(cells, columns)
 
@@ -53,7 +56,7 @@ def describe(results: Results) -> str:
         f"{settings['model']}, {settings['documents']} held-out documents, batches of {settings['batch_size']}, "
         f"{settings['dtype']} on {place.get('hardware', settings['device'])} ({place.get('threads', '?')} threads); "
         f"window {options.get('window_size')}, ratio {options.get('ratio')}, {options.get('rounding')} rounding, "
-        f"seed {options.get('seed')}; cache bytes with room for {settings['max_new_tokens']} generated tokens; "
+        f"seed {options.get('seed')}; caches with room for {settings['max_new_tokens']} new tokens; "
         f"torch {place.get('torch')}, transformers {place.get('transformers')}."
     )
 
@@ -62,6 +65,8 @@ def plot_accuracy(
     cells: list[Cell], path: str | Path, *, metric: str = "accuracy", task: str | None = None, title: str | None = None
 ) -> None:
     """Draw a metric against the budget: one line a method, methods that keep every row as horizontal lines.
+
+    Bars and bands are standard errors over the documents.
 
     Args:
         cells: Cells of one evaluation.
@@ -77,5 +82,5 @@ def plot_accuracy(
         raise DataError(f"metric={metric!r} is unknown; use one of {', '.join(METRIC_LABELS)}")
     panel = Panel(METRIC_LABELS[metric] + (f" ({task})" if task else ""), title)
     for cell in cells:
-        panel.add(cell.method, cell.nominal_budget, cell.mean(metric, task))
+        panel.add(cell.method, cell.nominal_budget, cell.mean(metric, task), cell.error(metric, task))
     draw_panels([[panel]], path, x_label="Budget (prompt rows kept per kv head)", size=(7.2, 4.6))

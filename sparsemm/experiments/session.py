@@ -20,7 +20,7 @@ from sparsemm.decoding.generation import Timing, generate_greedy, remember_image
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.models import family_of
 from sparsemm.models.identity import identity_of
-from sparsemm.runs.metrics import mean_metrics, score_metrics
+from sparsemm.runs.metrics import mean_metrics, score_metrics, standard_error
 from sparsemm.runs.results import Run, RunFile, environment
 
 if TYPE_CHECKING:
@@ -250,6 +250,10 @@ class PageScores(Run):
     def mean(self, metric: str, group: str | None = None) -> float:
         """Of `documents_of`."""
         return statistics.fmean(self.documents_of(metric, group))
+
+    def error(self, metric: str, group: str | None = None) -> float | None:
+        """The standard error of `mean`; None of one document."""
+        return standard_error(self.documents_of(metric, group))
 
 
 def page_scores(readings: Sequence[BatchReading]) -> dict[str, Any]:

@@ -22,6 +22,10 @@ _OTHER_STYLES = (("#E69F00", "P"), ("#56B4E9", "X"), ("#000000", "*"), ("#F0A58A
 _LEVELS = {"fullkv": ("black", "--"), "mask": ("#56B4E9", "-."), "mask_random": ("#B8860B", ":")}
 
 
+Value = tuple[float, float | None]
+"""What was measured, and its standard error where it is known."""
+
+
 @dataclass
 class Panel:
     """One pair of axes.
@@ -29,26 +33,34 @@ class Panel:
     Attributes:
         y_label: What is drawn.
         title: Above it.
-        lines: By method: (x, y).
+        group: Panels of one group have one range of y.
+        lines: By method, by x.
         levels: Of methods that have one value only: a horizontal line.
     """
 
     y_label: str
     title: str | None = None
-    lines: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-    levels: dict[str, float] = field(default_factory=dict)
+    group: str = ""
+    lines: dict[str, dict[float, Value]] = field(default_factory=dict)
+    levels: dict[str, Value] = field(default_factory=dict)
 
-    def add(self, method: str, x: float | None, y: float) -> None:
+    def add(self, method: str, x: float | None, y: float, error: float | None = None) -> None:
         """One value; without an `x` that of a level."""
         if x is None:
-            self.levels[method] = y
+            self.levels[method] = (y, error)
         else:
-            self.lines.setdefault(method, []).append((x, y))
+            self.lines.setdefault(method, {})[x] = (y, error)
 
     @property
     def places(self) -> list[float]:
         """All x."""
-        return sorted({x for points in self.lines.values() for x, *_ in points})
+        return sorted({x for line in self.lines.values() for x in line})
+
+    @property
+    def top(self) -> float:
+        """The highest y, error bar included."""
+        values = [*self.levels.values(), *(value for line in self.lines.values() for value in line.values())]
+        return max(y + (error or 0.0) for y, error in values)
 
 
 def draw_panels(
@@ -61,7 +73,7 @@ def draw_panels(
     title: str | None = None,
     size: tuple[float, float] = (4.6, 3.4),
 ) -> None:
-    """Draw the panels, row by row, with one legend below them.
+    """Draw the panels, row by row, with one legend below them; y from 0, the same range for all panels of a group.
 
     Args:
         rows: Panels; rows may differ in number.
@@ -74,7 +86,8 @@ def draw_panels(
     Raises:
         DataError: No panel holds a line, or the file ending is unknown.
     """
-    if not any(panel.lines for row in rows for panel in row):
+    drawn = [panel for row in rows for panel in row]
+    if not any(panel.lines for panel in drawn):
         raise DataError("no result has a budget, so there is nothing to draw a line through")
     width = max(map(len, rows))
     figure = new_figure(size[0] * width, size[1] * len(rows) + 0.5)
@@ -86,27 +99,40 @@ def draw_panels(
             _draw(axes, panel, labels)
             _log2_axis(axes, panel.places, x_label, x_form)
             plain_axes(axes, panel.title)
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.05 * max(each.top for each in drawn if each.group == panel.group) or 1)
             axes.set_ylabel(panel.y_label)
             handles, names = axes.get_legend_handles_labels()
             legend |= dict(zip(names, handles, strict=True))
     if title:
         figure.suptitle(title, fontsize=11)
+    flat = {labels[method] for method in _LEVELS}
+    names = sorted(legend, key=lambda name: name in flat)  # methods, then what they are measured against
     columns = max(2, int(size[0] * width / 1.9))
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    figure.legend(
+        [legend[name] for name in names], names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
     save_figure(figure, path)
 
 
 def _draw(axes: Any, panel: Panel, labels: Mapping[str, str]) -> None:
     for method in sorted(panel.levels, key=list(_LEVELS).index):
         colour, dashes = _LEVELS[method]
-        axes.axhline(panel.levels[method], color=colour, linestyle=dashes, linewidth=1.4, label=labels[method])
+        level, error = panel.levels[method]
+        axes.axhline(level, color=colour, linestyle=dashes, linewidth=1.4, label=labels[method])
+        if error:
+            axes.axhspan(level - error, level + error, color=colour, alpha=0.12, linewidth=0)
     others = iter(_OTHER_STYLES * len(panel.lines))
     for method in sorted(panel.lines, key=lambda name: list(_STYLES).index(name) if name in _STYLES else len(_STYLES)):
         colour, marker = _STYLES[method] if method in _STYLES else next(others)
         own = method == "sparsemm"
-        axes.plot(
-            *zip(*sorted(panel.lines[method]), strict=True),
+        places = sorted(panel.lines[method])
+        values, errors = zip(*(panel.lines[method][x] for x in places), strict=True)
+        axes.errorbar(
+            places,
+            values,
+            yerr=None if None in errors else errors,
+            capsize=2.5,
+            elinewidth=1.0,
             color=colour,
             marker=marker,
             markersize=6 if own else 5,

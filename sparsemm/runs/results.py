@@ -25,6 +25,11 @@ class Run:
         """What tells a run from the others of its file."""
         raise NotImplementedError
 
+    @property
+    def noisy(self) -> bool:
+        """Whether its timings spread so far that the run is to be measured again."""
+        return False
+
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return dataclasses.asdict(self)
@@ -106,12 +111,17 @@ class RunFile(Generic[AnyRun]):
         return next((run for run in self.runs if run.key == key), None)
 
     def missing(self, keys: Iterable[Key]) -> list[Key]:
-        """Those of `keys` that have no run yet."""
-        return [key for key in keys if self.find(*key) is None]
+        """Those of `keys` that have no run yet, or a noisy one."""
+        kept = {run.key for run in self.runs if not run.noisy}
+        return [key for key in keys if key not in kept]
 
     def add(self, run: AnyRun) -> None:
-        """Append a finished run and write the whole file at once."""
-        self.runs.append(run)
+        """Append a finished run, or put it in the place of an earlier one of its key, and write the whole file."""
+        keys = [each.key for each in self.runs]
+        if run.key in keys:
+            self.runs[keys.index(run.key)] = run
+        else:
+            self.runs.append(run)
         self.write()
 
     def write(self) -> None:

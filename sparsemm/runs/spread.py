@@ -1,14 +1,15 @@
-"""Timings: taking turns, warming up, and what is reported of repeated measurements."""
+"""What is reported of repeated measurements: median, quartiles, and whether they agree."""
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 Spread = dict[str, float]
 """A timing as JSON: `median`, quartiles `q25` and `q75`, and `count` of measurements."""
+
+NOISY = 0.5
+"""Where the quartiles lie further apart than this share of the median, a timing says little."""
 
 
 def spread_of(values: Sequence[float]) -> Spread:
@@ -17,23 +18,14 @@ def spread_of(values: Sequence[float]) -> Spread:
     return {"median": median, "q25": q25, "q75": q75, "count": len(values)}
 
 
-def take_turns(
-    ways: Mapping[str, Callable[[], Any]], rounds: int, *, warmup: int = 1, wait: Callable[[], Any] = lambda: None
-) -> dict[str, list[float]]:
-    """Seconds of every way in every round. The ways take turns, so that what disturbs one disturbs the others.
+def is_noisy(spreads: Iterable[Spread | None]) -> bool:
+    """Whether any of them is too wide to be kept."""
+    return any(each is not None and each["q75"] - each["q25"] > NOISY * each["median"] for each in spreads)
 
-    Args:
-        ways: What to time, by name.
-        rounds: Rounds timed.
-        warmup: Rounds before them, which are not.
-        wait: Returns when the device has done what it was asked to; called around every timing.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(warmup + rounds):
-        for name, run in ways.items():
-            wait()
-            start = time.perf_counter()
-            run()
-            wait()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: values[warmup:] for name, values in seconds.items()}
+
+def show_spread(spread: Spread | None, digits: int = 2, scale: float = 1) -> str:
+    """`2.31 (2.20–2.45)`: median and quartiles, `noisy` behind them where they are; nothing of nothing."""
+    if spread is None:
+        return ""
+    median, q25, q75 = (f"{scale * spread[name]:.{digits}f}" for name in ("median", "q25", "q75"))
+    return f"{median} ({q25}–{q75})" + (" noisy" if is_noisy([spread]) else "")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sparsemm.errors import ConfigError
+from sparsemm.miniatures.architectures import FAMILIES
 from sparsemm.runs.plots import LABELS
 from sparsemm.tables.measurements import Measurement
 from sparsemm.tables.paper import (
@@ -28,12 +29,14 @@ FULL = "all rows"
 
 @dataclass(frozen=True)
 class Entry:
-    """One cell: what was measured and what the paper printed, both in the benchmark's unit; None where absent."""
+    """One cell: what was measured (and its standard error over the documents) and what the paper printed, both in the
+    benchmark's unit; None where absent."""
 
     measured: float | None = None
     paper: float | None = None
     effective_budget: float | None = None
     failed: bool = False
+    standard_error: float | None = None
 
     @property
     def difference(self) -> float | None:
@@ -123,12 +126,21 @@ def _parts(number: str, measurements: Sequence[Measurement], ratio: float, metri
             name = benchmark_of(m.task, m.metrics).name
             place = (paper_model(m.model) or m.model, name, m.budget if number == "1" else None)
             (cells if place in cells else others).setdefault(place, []).append(m)
-    cells |= {place: others[place] for place in sorted(others) if _is_part(number, place[1], others[place], ratio)}
+    ordered = sorted(others, key=lambda place: (_rank(FAMILIES, place[0]), _rank(_NAMES, place[1]), place[2]))
+    cells |= {place: others[place] for place in ordered if _is_part(number, place[1], others[place], ratio)}
     for place, here in cells.items():
         for window, chosen in _by_window(here):
             rows = {(_row(number, m, ratio), _column(number, m)): m for m in chosen}
             if number != "2" or not window or any(row == "window+uniform" for row, _ in rows):
                 yield _table(number, place, rows, metric, window)
+
+
+_NAMES = [each.name for each in benchmarks().values()]
+
+
+def _rank(known: Sequence[str], name: str) -> tuple[int, str]:
+    """Known names in their order, then others by the alphabet."""
+    return (known.index(name) if name in known else len(known), name)
 
 
 def _row(number: str, m: Measurement, ratio: float) -> str | None:
@@ -203,14 +215,16 @@ def _entry(benchmark: Benchmark, m: Measurement | None, paper: float | None) -> 
         return Entry(paper=paper)
     value = m.metrics.get(benchmark.metric)
     measured = None if value is None else value * benchmark.scale
-    return Entry(measured, paper, m.effective_budget, failed=m.error is not None or value is None)
+    error = m.standard_errors.get(benchmark.metric)
+    failed = m.error is not None or value is None
+    return Entry(measured, paper, m.effective_budget, failed, None if error is None else error * benchmark.scale)
 
 
 def _notes(cells: Sequence[Measurement]) -> tuple[str, ...]:
     """How they were measured, and which failed."""
     finished = [m for m in cells if m.error is None]
     roundings = sorted({m.rounding for m in finished if m.budget is not None})
-    windows = sorted({m.window_size for m in finished if not _of_any_window(m)})
+    windows = sorted({m.window_size for m in finished if not m.of_any_window})
     documents = sorted({m.documents for m in finished if m.documents is not None})
     notes = [f"rounding {', '.join(roundings) or 'of no effect'}"] if finished else []
     notes += [f"window {', '.join(map(str, windows))}"] if windows else []
@@ -223,11 +237,7 @@ def _by_window(cells: Sequence[Measurement]) -> list[tuple[str, list[Measurement
 
     Cells that keep every row, or none but the window's, belong to every part.
     """
-    windows = sorted({m.window_size for m in cells if not _of_any_window(m)})
+    windows = sorted({m.window_size for m in cells if not m.of_any_window})
     if len(windows) < 2:
         return [("", list(cells))]
-    return [(f"window {w}", [m for m in cells if _of_any_window(m) or m.window_size == w]) for w in windows]
-
-
-def _of_any_window(m: Measurement) -> bool:
-    return m.budget is None or (m.method == "sparsemm" and m.budget == m.window_size)
+    return [(f"window {w}", [m for m in cells if m.of_any_window or m.window_size == w]) for w in windows]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,14 @@ from typing import Any
 from sparsemm.errors import DataError
 from sparsemm.io import read_json
 from sparsemm.methods import get_method
+from sparsemm.runs.metrics import standard_error
 from sparsemm.runs.results import Run, RunFile
+from sparsemm.runs.spread import Spread
 
 logger = logging.getLogger(__name__)
 
 _RESULTS = re.compile(r"\d{8}_\d{6}_results\.json|failed\.json")
+_ERROR = "_stderr"  # behind the name of a metric
 _ARGUMENT = re.compile(r"(?:^|,)(\w+)=")
 
 
@@ -30,10 +33,11 @@ class Measurement(Run):
         method, budget, ratio, window_size, rounding, mask_ratio, seed: Settings; `budget` is None for methods that keep
             every row.
         metrics: lmms-eval's values, by metric.
+        standard_errors: Of those metrics that are means over the documents, where the documents' scores are known.
         effective_budget: Prompt rows really kept per kv head, mean over the documents.
         documents: Number of documents.
-        cache_share: Bytes held / bytes of a full cache, at the end of a document.
-        ms_per_token: Wall time of a decoding step, in ms.
+        cache_share: What share of a full cache's rows was kept (`sparsemm.cache.share_of_full`).
+        ms_per_token: Wall time of a decoding step, in ms: median and quartiles; in older results a mean.
         seconds: Wall time of the cell.
         error: Why there are no metrics, for a cell that failed.
     """
@@ -48,12 +52,18 @@ class Measurement(Run):
     mask_ratio: float = 0.1
     seed: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
+    standard_errors: dict[str, float] = field(default_factory=dict)
     effective_budget: float | None = None
     documents: int | None = None
     cache_share: float | None = None
-    ms_per_token: float | None = None
+    ms_per_token: Spread | float | None = None
     seconds: float | None = None
     error: str | None = None
+
+    @property
+    def of_any_window(self) -> bool:
+        """Whether the window does not matter, or is all that is kept (Table 2's first row)."""
+        return self.budget is None or (self.method == "sparsemm" and self.budget == self.window_size)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -63,8 +73,8 @@ class Measurement(Run):
         return self.model, self.task, self.method, self.budget, relevant, window
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values, without those that are None."""
-        return {name: value for name, value in super().to_dict().items() if value is not None}
+        """JSON values, without those that are None or empty."""
+        return {name: value for name, value in super().to_dict().items() if value not in (None, {})}
 
 
 class Measurements(RunFile[Measurement]):
@@ -76,12 +86,15 @@ class Measurements(RunFile[Measurement]):
     LISTED = "cells"
 
 
-def read_measurements(paths: Iterable[str | Path], *, rounding: str | None = None) -> list[Measurement]:
+def read_measurements(
+    paths: Iterable[str | Path], *, rounding: str | None = None, windows: Collection[int] | None = None
+) -> list[Measurement]:
     """All cells in files and, recursively, folders; of two runs of one cell the one written last.
 
     Args:
         paths: Result files or folders.
         rounding: Keep only cells of this rounding (and those it does not concern).
+        windows: The same for window sizes.
 
     Raises:
         DataError: A path does not exist, a file has another form, or there is no result.
@@ -97,6 +110,8 @@ def read_measurements(paths: Iterable[str | Path], *, rounding: str | None = Non
     kept: dict[tuple[Any, ...], Measurement] = {}
     for _, each in sorted(found, key=lambda pair: (pair[1].error is None, pair[0])):  # a success replaces a failure
         if rounding is not None and each.budget is not None and each.rounding != rounding:
+            continue
+        if windows is not None and not each.of_any_window and each.window_size not in windows:
             continue
         before = kept.pop(each.key, None)
         if before is not None and before.error is None and before.metrics != each.metrics:
@@ -137,9 +152,12 @@ def _from_runner(part: Mapping[str, Any]) -> Measurement:
         cell["task"],
         cell["settings"],
         metrics=summary["metrics"],
+        standard_errors={
+            name: error for name, scores in summary.get("scores", {}).items() if (error := standard_error(scores))
+        },
         effective_budget=summary["effective_budget"],
         documents=summary["documents"],
-        cache_share=summary["cache_bytes"] / summary["full_cache_bytes"],
+        cache_share=summary.get("cache_share"),
         ms_per_token=summary["ms_per_token"],
         seconds=summary["seconds"],
     )
@@ -154,24 +172,21 @@ def _from_lmms_eval(document: Mapping[str, Any], file: Path) -> list[Measurement
     kept = document.get("throughput", {})
     measured = []
     for task, values in document["results"].items():
-        metrics = {
-            name.partition(",")[0]: value
-            for name, value in values.items()
-            if isinstance(value, (int, float)) and "_stderr" not in name
-        }
-        share = None
-        if kept.get("avg_full_cache_bytes"):
-            share = kept["avg_cache_bytes"] / kept["avg_full_cache_bytes"]
+        numbers = {name.partition(",")[0]: value for name, value in values.items() if isinstance(value, (int, float))}
+        # One mean over all tasks of the run: of this one only where it was the only one.
+        alone = kept if len(document["results"]) == 1 else {}
         measured.append(
             _measurement(
                 settings["pretrained"],
                 task,
                 settings,
-                metrics=metrics,
-                # One mean over all tasks of the run: of this one only where it was the only one.
-                effective_budget=kept.get("avg_effective_budget") if len(document["results"]) == 1 else None,
+                metrics={name: value for name, value in numbers.items() if not name.endswith(_ERROR)},
+                standard_errors={
+                    name.removesuffix(_ERROR): value for name, value in numbers.items() if name.endswith(_ERROR)
+                },
+                effective_budget=alone.get("avg_effective_budget"),
                 documents=document.get("n-samples", {}).get(task, {}).get("effective"),
-                cache_share=share if len(document["results"]) == 1 else None,
+                cache_share=alone.get("avg_cache_share"),
             )
         )
     return measured

@@ -131,7 +131,8 @@ def draw_masking(
     """Reading against the number of masked heads: the visual ones, and the mean and range of random others.
 
     Args:
-        rows: One per number of heads: `num_heads`, `share`, `visual`, `mean`, `low`, `high`, `seeds`.
+        rows: One per number of heads: `num_heads`, `share`, `visual` and its `visual_error` (standard error over the
+            documents, None where unknown), `mean`, `low`, `high`, `seeds`.
         label: What was measured.
         title: Above the axes.
 
@@ -148,8 +149,12 @@ def draw_masking(
     others = f"random other heads (mean of {max(row['seeds'] for row in rows)})"
     axes.fill_between(heads, low, high, color=LINES[0], alpha=0.2, linewidth=0, label="range of the seeds")
     axes.plot(heads, mean, color=LINES[0], marker="s", linewidth=1.8, label=others)
-    seen = [(row["num_heads"], row["visual"]) for row in rows if row["visual"] is not None]
-    axes.plot(*zip(*seen, strict=True), color=LINES[1], marker="o", linewidth=2.2, label="highest visual scores")
+    seen = [row for row in rows if row["visual"] is not None]
+    places, visual, errors = ([row[name] for row in seen] for name in ("num_heads", "visual", "visual_error"))
+    axes.errorbar(
+        places, visual, yerr=None if None in errors else errors, capsize=2.5, elinewidth=1.0, color=LINES[1],
+        marker="o", linewidth=2.2, label="highest visual scores",
+    )  # fmt: skip
     counts = [row["num_heads"] for row in rows]
     axes.set_xticks(counts, [f"{row['num_heads']}\n{100 * row['share']:.1f} %" for row in rows], fontsize=8)
     axes.set(xlabel="Masked query heads, and their share", ylabel=label)

@@ -39,7 +39,7 @@ def test_a_run_counts_bytes_and_is_taken_up_again(tmp_path, monkeypatch):
     output = tmp_path / "kernels.json"
     results = kernels.run(**options, output=output)
     assert results == BenchResults.load(output)
-    assert len(results.runs) == 9 and all("us (" in kernels.format_cell(cell) for cell in results.runs)
+    assert len(results.runs) == 9 and all(" us, " in kernels.format_cell(cell) for cell in results.runs)
     by_operation = {cell.place["operation"]: cell for cell in results.runs}
     append, decode = by_operation["append"], by_operation["decode"]
     assert append.figures["bytes"] == 2 * 2 * 2 * 8 * 32 * 4  # read and write, key and value, batch 2, 8 heads, floats

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sparsemm.head_scores import HeadScores
 from sparsemm.miniatures.architectures import build_model, build_processor
 from sparsemm.models import family_of
 from sparsemm.runs.metrics import mean_metrics
+from sparsemm.runs.spread import spread_of
 
 SCORES = HeadScores(torch.arange(1.0, 9.0).view(2, 4), source="test")
 NEW_TOKENS = 4
@@ -64,19 +66,63 @@ def test_cells_hold_what_was_run(reader: tuple[Any, Any], pages: list[Any], tmp_
         assert cell.documents == 5
         # Three batches of 2, 2 and 1 pages, decoded to their end.
         assert cell.tokens == 5 * NEW_TOKENS
-        assert cell.ms_per_token > 0 and cell.prefill_ms > 0
+        assert cell.ms_per_token["count"] == cell.prefill_ms["count"] == 3
+        assert 0 < cell.ms_per_token["q25"] <= cell.ms_per_token["median"] <= cell.ms_per_token["q75"]
+        assert cell.prefill_ms["median"] > 0
         assert cell.environment["torch"] == torch.__version__
         assert cell.config["window_size"] == 4
         assert {task: len(cell.documents_of("anls", task)) for task in cell.tasks} == {"read": 3, "field": 2}
     small, full = cells[1], cells[0]
     rows = small.effective_budget + NEW_TOKENS
     row_bytes = 2 * 32 * 4 * TINY_MINIATURE.num_layers * TINY_MINIATURE.num_kv_heads
-    assert small.cache_bytes >= rows * row_bytes - row_bytes
-    assert small.cache_share < 0.2 < 1.0 <= full.cache_share < 1.2
-    assert full.full_cache_bytes == pytest.approx((full.prompt_tokens + NEW_TOKENS - 1) * row_bytes)
+    assert small.cache_bytes == pytest.approx(rows * row_bytes + small.slack_bytes) and small.slack_bytes >= 0
+    assert small.cache_share == pytest.approx(rows / (small.prompt_tokens + NEW_TOKENS)) and full.cache_share == 1.0
+    assert {cell.full_cache_bytes for cell in cells} == {(full.prompt_tokens + NEW_TOKENS) * row_bytes}
     stored = Results.load(tmp_path / "results.json")
     assert stored.cells == cells
     assert stored.settings["model"] == "toy" and stored.settings["options"]["mask_ratio"] == 0.25
+
+
+def test_the_share_of_a_full_cache_does_not_depend_on_what_is_generated(
+    reader: tuple[Any, Any], pages: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers of one token and of four: same prompt, same room, same share; a full cache has all of it."""
+    settings: dict[str, Any] = dict(methods=["fullkv", "snapkv"], budgets=[16])
+    longer = run(reader, pages, **settings)
+    monkeypatch.setattr(reader[0].generation_config, "eos_token_id", list(range(reader[0].lm_head.out_features)))
+    shorter = run(reader, pages, **settings)
+    assert [cell.tokens for cell in shorter] == [5, 5] and [cell.tokens for cell in longer] == [20, 20]
+    assert [cell.cache_share for cell in shorter] == [cell.cache_share for cell in longer]
+    assert longer[0].cache_share == 1.0
+
+
+def test_every_cell_is_warmed_up(reader: tuple[Any, Any], pages: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    real = generate_greedy
+    monkeypatch.setattr(
+        "sparsemm.experiments.session.generate_greedy",
+        lambda model, inputs, tokens: (asked.append(tokens), real(model, inputs, tokens))[1],
+    )
+    run(reader, pages, methods=["fullkv", "snapkv"], budgets=[16])
+    assert asked == 2 * [3, NEW_TOKENS, NEW_TOKENS, NEW_TOKENS]
+
+
+def test_a_noisy_cell_is_measured_again(
+    reader: tuple[Any, Any], pages: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "results.json"
+    before = run(reader, pages, output=path, methods=["fullkv", "snapkv"], budgets=[16])
+    document = json.loads(path.read_text())
+    document["cells"][0]["ms_per_token"] = {"median": 1.0, "q25": 0.9, "q75": 1.5, "count": 3}
+    document["cells"][1]["ms_per_token"] = document["cells"][1]["prefill_ms"] = spread_of([1.0, 1.1])
+    path.write_text(json.dumps(document))
+    monkeypatch.setattr("sparsemm.runs.spread.NOISY", 0.5)
+    assert "noisy" in format_table(Results.load(path).cells)
+    after = run(reader, pages, output=path, methods=["fullkv", "snapkv"], budgets=[16])
+    stored = Results.load(path).cells
+    assert [cell.key for cell in stored] == [cell.key for cell in before], "in its place, once"
+    assert stored[0].ms_per_token != {"median": 1.0, "q25": 0.9, "q75": 1.5, "count": 3} and stored == after
+    assert stored[1].ms_per_token == spread_of([1.0, 1.1]), "the other is kept"
 
 
 def test_scores_are_those_of_the_text_the_unpatched_model_gives(reader: tuple[Any, Any], pages: list[Any]) -> None:
@@ -239,10 +285,11 @@ def cell(method: str, budget: int | None, accuracy: float) -> Cell:
         exact_match=0.25,
         anls=0.5,
         scores={"field/2 lines": part, "read/1 words": part},
-        cache_bytes=2048.0 * (budget or 220),
+        new_tokens=3,
+        cache_bytes=2048.0 * ((budget or 217) + 3) + 4096,
         full_cache_bytes=2048.0 * 220,
-        ms_per_token=None if method == "mask" else 1.5,
-        prefill_ms=3.0,
+        ms_per_token=None if method == "mask" else spread_of([1.0, 1.5, 2.0]),
+        prefill_ms=spread_of([3.0]),
         tokens=64,
     )
 
@@ -261,7 +308,9 @@ def test_table_shows_every_cell() -> None:
     assert columns[0][:4] == ["method", "budget", "effective", "accuracy"]
     row = dict(zip(columns[0], columns[3], strict=True))
     assert row["method"] == "snapkv" and row["budget"] == "8" and row["effective"] == "8.00"
-    assert row["cache bytes"] == "16,384" and row["% of full"] == "3.6" and row["ms/token"] == "1.50"
+    assert row["cache bytes"] == "26,624" and row["ms/token"] == "1.50 (1.25–1.75)"
+    assert (row["% of full"], row["slack %"]) == ("5.0", "0.9")  # (8 + 3) / (217 + 3), and 4,096 bytes of 450,560
+    assert dict(zip(columns[0], columns[2], strict=True))["% of full"] == "100.0"
     assert row["accuracy: read"] == row["accuracy: field"] == "0.080"
     assert columns[2][1] == "-" and columns[-1][-1] == ""
     with pytest.raises(DataError, match="no result"):
@@ -286,7 +335,7 @@ def test_description_names_the_settings() -> None:
         "options": {"window_size": 4, "ratio": 0.1, "rounding": "exact", "seed": 0},
     }  # fmt: skip
     text = describe(Results(settings, CELLS))
-    for part in ("toy", "8 held-out", "batches of 4", "window 4", "ratio 0.1", "exact", "48 generated"):
+    for part in ("toy", "8 held-out", "batches of 4", "window 4", "ratio 0.1", "exact", "48 new tokens"):
         assert part in text
 
 
@@ -294,14 +343,26 @@ def test_plot_is_an_image_with_a_line_a_method(tmp_path: Path, monkeypatch: pyte
     from matplotlib.axes import Axes
 
     drawn: dict[str, list[float]] = {}
-    plot, level = Axes.plot, Axes.axhline
-    monkeypatch.setattr(Axes, "plot", lambda s, x, y, **k: (drawn.update({k["label"]: list(y)}), plot(s, x, y, **k))[1])
+    bars, level = Axes.errorbar, Axes.axhline
+    errors: dict[str, Any] = {}
+
+    def draw(axes: Axes, x: Any, y: Any, **options: Any) -> Any:
+        drawn[options["label"]], errors[options["label"]] = list(y), options["yerr"]
+        return bars(axes, x, y, **options)
+
+    monkeypatch.setattr(Axes, "errorbar", draw)
     monkeypatch.setattr(Axes, "axhline", lambda s, y, **k: (drawn.update({k["label"]: [y]}), level(s, y, **k))[1])
     plot_accuracy(CELLS, tmp_path / "new" / "accuracy.png", title="toy")
     with Image.open(tmp_path / "new" / "accuracy.png") as image:
         assert image.width > 600 and image.height > 300
         assert len(image.convert("RGB").getcolors(1 << 20)) > 20
     assert drawn.pop("SnapKV") == pytest.approx([0.08, 0.64])
+    assert all(each == (0.0, 0.0) for each in errors.values()), "all documents alike"
+    plot_accuracy(CELLS, tmp_path / "new" / "exact.png", metric="exact_match", task="read")
+    assert errors["SnapKV"] == pytest.approx((0.25, 0.25)), "one of four: sample deviation 0.5, of the mean half of it"
+    drawn.clear()
+    plot_accuracy(CELLS, tmp_path / "new" / "accuracy.png")
+    drawn.pop("SnapKV")
     assert drawn == {
         "Full cache": [0.9], "SparseMM": [0.08, 0.64], "new_method": [0.08, 0.64], "Visual heads masked": [0.4],
     }  # fmt: skip

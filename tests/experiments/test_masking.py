@@ -129,7 +129,8 @@ def test_results_are_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def by_hand() -> list[MaskedRun]:
     def run(kind: str, count: int, seed: int | None, accuracy: float) -> MaskedRun:
         means = dict(accuracy=accuracy, exact_match=accuracy / 2, anls=accuracy)
-        return MaskedRun(kind, count, count / 32, seed, **means, scores={})
+        scores = {"read/1 words": {"accuracy": [accuracy - 0.1, accuracy + 0.1], "exact_match": [0.0], "anls": [0.0]}}
+        return MaskedRun(kind, count, count / 32, seed, **means, scores=scores)
 
     return [
         run("none", 0, None, 0.9), run("visual", 2, None, 0.4), run("random", 2, 0, 0.8), run("random", 2, 1, 0.6),
@@ -143,6 +144,7 @@ def test_table_and_plot(tmp_path: Path) -> None:
     assert rows[1]["mean"] == pytest.approx(0.7) and rows[1]["std"] == pytest.approx(0.1 * 2**0.5)
     assert (rows[1]["low"], rows[1]["high"], rows[1]["seeds"]) == (0.6, 0.8, 2)
     assert rows[2]["mean"] is None
+    assert [row["visual_error"] for row in rows] == pytest.approx([0.1] * 3)  # sample deviation 0.1 * 2**0.5, of two
     lines = format_masking(by_hand()).splitlines()
     assert len({len(line) for line in lines}) == 1 and len(lines) == 5
     assert "6.2 %" in lines[3] and "0.700 ± 0.141" in lines[3] and "0.600–0.800" in lines[3] and "0.350" in lines[3]

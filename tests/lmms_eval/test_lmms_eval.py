@@ -187,6 +187,21 @@ def test_samples_and_results_carry_settings_and_figures(finished: tuple[Path, li
     mean = sum(sample["token_counts"][0]["cache_bytes"] for sample in samples) / 5
     assert summary["cache_bytes"] == pytest.approx(mean)
     assert (summary["effective_budget"], summary["documents"]) == (8.0, 5)
+    assert summary["scores"]["accuracy"] == [sample["accuracy"] for sample in samples]
+    assert summary["metrics"]["accuracy"] == pytest.approx(sum(summary["scores"]["accuracy"]) / 5)
+    prompts = [sample["token_counts"][0]["input_tokens"] for sample in samples]
+    assert summary["cache_share"] == pytest.approx(sum((8 + 48) / (tokens + 48) for tokens in prompts) / 5)
+    assert summary["ms_per_token"]["count"] == 5
+    full = json.loads((cells[0].folder(output) / "cell.json").read_text())["summary"]
+    assert full["cache_share"] == 1.0 and "100.0 % of full" in runner.describe(full)
+
+
+def test_only_means_of_what_the_samples_hold_are_scores_of_documents() -> None:
+    figures = dict.fromkeys(("input_tokens", "output_tokens", "effective_budget", "cache_bytes", "full_cache_bytes"), 1)
+    counts = {**figures, "cache_share": 1.0, "ms_per_token": None, "nominal_budget": None}
+    samples = [{"token_counts": [counts], "a": a, "b": 1.0, "c": {"answer": "x"}} for a in (0.0, 1.0)]
+    summary = runner.summarise({"a,none": 0.5, "b,none": 700, "c,none": 0.1, "a_stderr,none": "N/A"}, samples)
+    assert summary["metrics"] == {"a": 0.5, "b": 700, "c": 0.1} and summary["scores"] == {"a": [0.0, 1.0]}
 
 
 def test_answers_equal_those_of_transformers_alone(finished: tuple[Path, list[grid.Cell]], checkpoints: Path) -> None:

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsemm.runs.metrics import anls, character_accuracy, clean_text, exact_match, mean_metrics
+from sparsemm.runs.metrics import (
+    anls,
+    character_accuracy,
+    clean_text,
+    exact_match,
+    mean_metrics,
+    score_metrics,
+    standard_error,
+)
 
 texts = st.text(alphabet="ab c", max_size=7)
 
@@ -68,7 +76,14 @@ def test_anls_threshold_and_case() -> None:
         anls("a", [])
 
 
+def test_standard_error_by_hand() -> None:
+    # Deviations -1, 0, 1: sample variance 1, of the mean 1/3.
+    assert standard_error([1.0, 2.0, 3.0]) == pytest.approx(3**-0.5)
+    assert standard_error([0.5]) is None and standard_error([]) is None
+
+
 def test_mean_metrics() -> None:
+    assert score_metrics(["ab", "ax"], ["ab", "ab"])["accuracy"] == [1.0, 0.5]
     means = mean_metrics(["ab", "ax"], ["ab", "ab"])
     assert means == {"accuracy": 0.75, "exact_match": 0.5, "anls": 0.5}
     with pytest.raises(ValueError, match="no prediction"):

@@ -88,10 +88,12 @@ def lmms_results(**changes: Any) -> dict[str, Any]:
     """The parts of a results file of lmms-eval 0.7.3 that are read."""
     arguments = "pretrained=/models/llava-v1.6-vicuna-7b-hf,method=snapkv,budget=256,rounding=paper,seed=0"
     return {
-        "results": {"docvqa_val": {"alias": "docvqa_val", "anls,none": 0.64, "anls_stderr,none": "N/A"}},
+        "results": {
+            "docvqa_val": {"alias": "docvqa_val", "anls,none": 0.64, "anls_stderr,none": 0.02, "x_stderr": "N/A"}
+        },
         "config": {"model": "sparsemm_llava_next", "model_args": arguments},
         "n-samples": {"docvqa_val": {"original": 5349, "effective": 100}},
-        "throughput": {"avg_effective_budget": 250.5, "avg_cache_bytes": 10.0, "avg_full_cache_bytes": 100.0},
+        "throughput": {"avg_effective_budget": 250.5, "avg_cache_share": 0.1},
         **changes,
     }
 
@@ -101,7 +103,7 @@ def test_reads_what_the_program_of_lmms_eval_writes(tmp_path: Path) -> None:
     (tmp_path / "m" / "20260101_000000_results.json").write_text(json.dumps(lmms_results()))
     (found,) = read_measurements([tmp_path])
     assert (found.model, found.task, found.method, found.budget) == (VICUNA, "docvqa_val", "snapkv", 256)
-    assert found.metrics == {"anls": 0.64}
+    assert (found.metrics, found.standard_errors) == ({"anls": 0.64}, {"anls": 0.02})
     assert (found.rounding, found.effective_budget, found.documents, found.cache_share) == ("paper", 250.5, 100, 0.1)
 
 
@@ -119,7 +121,9 @@ def test_arguments_with_commas_inside() -> None:
     assert parse_arguments(text) == expected
 
 
-def write_cell(folder: Path, metrics: dict[str, float] | None, age: int = 0, **settings: Any) -> None:
+def write_cell(
+    folder: Path, metrics: dict[str, float] | None, age: int = 0, scores: Any = None, **settings: Any
+) -> None:
     folder.mkdir(parents=True)
     settings = {"method": "snapkv", "budget": 64, "rounding": "paper", **settings}
     cell = {"model": f"llava-hf/{VICUNA}", "task": "ocrbench", "settings": settings}
@@ -128,6 +132,7 @@ def write_cell(folder: Path, metrics: dict[str, float] | None, age: int = 0, **s
     else:
         summary = {"metrics": metrics, "effective_budget": 63.5, "documents": 1000, "ms_per_token": 20.0}
         summary |= {"cache_bytes": 1.0, "full_cache_bytes": 4.0, "seconds": 9.0}
+        summary |= {} if scores is None else {"scores": scores}
         path = folder / "20260101_000000_results.json"
         content = {"results": {}, "sparsemm": {"cell": cell, "summary": summary}}
     path.write_text(json.dumps(content))
@@ -144,6 +149,30 @@ def test_the_last_run_counts_and_a_success_replaces_a_failure(tmp_path: Path, ca
     assert found[64].metrics == {"ocrbench_accuracy": 0.2} and "more than once" in caplog.text
     assert found[128].metrics == {"ocrbench_accuracy": 0.3}
     assert found[256].error == "out of memory"
+
+
+def test_documents_scores_give_the_standard_error(tmp_path: Path) -> None:
+    write_cell(tmp_path / "cell", {"ocrbench_accuracy": 0.5}, scores={"ocrbench_accuracy": [0.0, 1.0, 0.5, 0.5]})
+    (found,) = read_measurements([tmp_path])
+    # Sample variance 1 / 6, of the mean of four 1 / 24.
+    assert found.standard_errors == {"ocrbench_accuracy": pytest.approx(24**-0.5)}
+    entry = build_tables([found])[0].entry("snapkv", "64")
+    assert (entry.measured, entry.standard_error) == (0.5, pytest.approx(24**-0.5))
+    write_measurements([found], tmp_path / "all.json")
+    assert read_measurements([tmp_path / "all.json"]) == [found]
+
+
+def test_windows_are_chosen(tmp_path: Path) -> None:
+    cells = [cell("qwen2-vl", "sparsemm_read", "snapkv", 16, 0.1 * w, window_size=w) for w in (4, 8, 12)]
+    cells += [
+        cell("qwen2-vl", "sparsemm_read", "fullkv", None, 0.9),
+        cell("qwen2-vl", "sparsemm_read", "sparsemm", 16, 0.2, window_size=16),  # nothing but the window
+    ]
+    write_measurements(cells, tmp_path / "all.json")
+    found = read_measurements([tmp_path / "all.json"], windows=[8, 12])
+    assert sorted((each.method, each.window_size) for each in found) == [
+        ("fullkv", 32), ("snapkv", 8), ("snapkv", 12), ("sparsemm", 16),
+    ]  # fmt: skip
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
@@ -304,6 +333,33 @@ def test_figure(tmp_path: Path) -> None:
         plot_budgets(tables, tmp_path / "a.txt")
     with pytest.raises(DataError, match="at a budget"):
         plot_budgets(build_tables([MEASURED[3]]), tmp_path / "b.svg")
+
+
+def test_panels_come_in_order_with_one_range_a_task_and_error_bars(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparsemm.tables import figure
+
+    cells = [
+        cell(model, task, method, budget, 0.1 * position + 0.001 * budget, standard_errors={"accuracy": 0.05})
+        for position, model in enumerate(("qwen2-vl", "llava-mistral", "another", "llava-vicuna"), start=1)
+        for task in ("sparsemm_field", "sparsemm_read")
+        for method in ("snapkv", "sparsemm")
+        for budget in (16, 64)
+    ]
+    cells.append(cell("qwen2-vl", "sparsemm_read", "sparsemm", 12, 0.3))  # an ablation's: no other method has it
+    cells.append(cell("qwen2-vl", "sparsemm_read", "mask", None, 0.2, standard_errors={"accuracy": 0.01}))
+    drawn: list[Any] = []
+    real = figure.draw_panels
+    monkeypatch.setattr(figure, "draw_panels", lambda rows, *a, **k: (drawn.extend(rows), real(rows, *a, **k)))
+    plot_budgets(build_tables(cells), tmp_path / "a.svg")
+    titles = [[panel.title for panel in row] for row in drawn]
+    names = ("llava-vicuna", "llava-mistral", "qwen2-vl", "another")
+    assert titles == [[f"Document reading: {name}", f"Field question: {name}"] for name in names]
+    panel = drawn[2][0]
+    assert panel.lines["sparsemm"] == {16.0: (pytest.approx(0.116), 0.05), 64.0: (pytest.approx(0.164), 0.05)}
+    assert panel.levels == {"mask": (0.2, 0.01)}
+    assert (tmp_path / "a.svg").read_text().count("LineCollection") >= 16, "an error bar a line"
 
 
 def test_command(tmp_path: Path) -> None:
