@@ -53,6 +53,8 @@ class Projections:
         head_dim = getattr(module, "head_dim", None)
         if source is None or head_dim is None:
             raise UnsupportedModelError("it does not attend through transformers' attention interface")
+        if not getattr(module, "is_causal", True):
+            raise UnsupportedModelError("it attends in both directions")
         scaling = getattr(module, "scaling", None)
         return cls(
             head_dim=head_dim,

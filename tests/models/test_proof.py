@@ -112,6 +112,13 @@ def test_what_is_refused(why: str) -> None:
         proved_projections(language_model(kind, **settings))
 
 
+def test_attention_in_both_directions_is_refused() -> None:
+    text_model = language_model("llama")
+    text_model.layers[1].self_attn.is_causal = False
+    with pytest.raises(UnsupportedModelError, match="layer 1 .*both directions"):
+        proved_projections(text_model)
+
+
 class _Spoilt(nn.Module):
     """A projection whose last feature is off by one unit in the last place."""
 
