@@ -20,7 +20,7 @@ SIZE = (61, 34)
 
 def page_of(model, processor) -> SimpleNamespace:
     """Noise whose words are what the random model says about it, in boxes wide enough to be hit now and then."""
-    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8))
     inputs = family_of(model).build_inputs(processor, [[image]], [READ_PROMPT])
     ids = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
     texts = [text for text in token_texts(processor.tokenizer, ids) if text.strip()]
