@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,8 +19,12 @@ from sparsemm.errors import ConfigError
 from sparsemm.runs.results import Run, RunFile, environment
 from sparsemm.runs.spread import Spread, is_noisy, spread_of
 
+logger = logging.getLogger(__name__)
+
 Times = dict[str, list[float]]
 """Seconds measured, by what took them."""
+
+Tell = Callable[[str], None]
 
 OK = "ok"
 
@@ -70,7 +75,7 @@ def place_key(place: dict[str, Any]) -> tuple[str]:
 def run_benchmark(
     name: str,
     places: Iterable[dict[str, Any]],
-    measure: Callable[[dict[str, Any]], tuple[Times, dict[str, Any]]],
+    measure: Callable[[dict[str, Any], Tell], tuple[Times, dict[str, Any]]],
     *,
     device: torch.device,
     settings: dict[str, Any],
@@ -78,21 +83,25 @@ def run_benchmark(
     fresh: bool = False,
     time_limit: float | None = None,
     progress: bool = True,
+    expect: Callable[[dict[str, Any]], float] | None = None,
+    report: Tell = logger.info,
 ) -> BenchResults:
-    """Measure the places that `output` does not hold yet; each finished one is in the file at once.
+    """Measure the places that `output` does not hold yet, or holds noisily; each finished one is in the file at once.
 
     What does not fit into memory, or cannot be run here (`ConfigError`), becomes a cell that says so.
 
     Args:
         name: Of the benchmark.
         places: Points of its grid.
-        measure: Seconds and figures of a place.
+        measure: Seconds and figures of a place; may tell what it is doing, for the progress bar.
         device: Its memory is given back after every cell.
         settings: What cells of one file have to agree in; what is in "environment" may differ.
         output: Result file (JSON).
         fresh: Forget what it holds.
         time_limit: Seconds after which no further cell is begun; the next run with the same settings goes on.
         progress: Show a progress bar.
+        expect: About how many seconds a place takes here; reported before the first.
+        report: Called with what is going to be done.
 
     Raises:
         DataError: `output` holds results of other settings.
@@ -100,14 +109,24 @@ def run_benchmark(
     place = {**environment(device), **settings.get("environment", {})}
     results = BenchResults.open(output, {"benchmark": name, **settings, "environment": place}, fresh=fresh)
     by_key = {place_key(each): each for each in places}
+    missing = results.missing(by_key)
+    if not missing:
+        report(f"nothing is left to do: {output} holds all {len(by_key)} cells")
+    elif expect is not None:
+        seconds = [expect(by_key[key]) for key in missing]
+        each = " to ".join(dict.fromkeys(map(duration, (min(seconds), max(seconds)))))
+        report(
+            f"{len(missing)} of {len(by_key)} cells to measure, about {each} each on this device, "
+            f"{duration(sum(seconds))} in all"
+        )
     began = time.monotonic()
-    with tqdm(results.missing(by_key), unit="cell", disable=not progress) as bar:
+    with tqdm(missing, unit="cell", disable=not progress) as bar:
         for key in bar:
             if time_limit is not None and time.monotonic() - began > time_limit:
                 break
             bar.set_description(" ".join(str(value) for value in by_key[key].values() if value is not None))
             try:
-                times, figures = measure(by_key[key])
+                times, figures = measure(by_key[key], _throttled(bar.set_postfix_str))
                 spreads = {what: spread_of(values) for what, values in times.items()}
                 cell = BenchCell(by_key[key], OK, spreads, figures)
             except torch.cuda.OutOfMemoryError:
@@ -116,7 +135,30 @@ def run_benchmark(
                 cell = BenchCell(by_key[key], str(error))
             release_memory(device)
             results.add(cell)
+    noisy = sum(cell.noisy for cell in results.runs)
+    if noisy:
+        report(f"{noisy} of {len(results.runs)} cells are noisy; the next run measures them again")
     return results
+
+
+def duration(seconds: float) -> str:
+    """In words, roughly: `1 s`, `40 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _throttled(tell: Tell, pause: float = 0.2) -> Tell:
+    """Passes on what is told at most every `pause` seconds."""
+    last = 0.0
+
+    def sometimes(text: str) -> None:
+        nonlocal last
+        if time.monotonic() - last > pause:
+            tell(text)
+            last = time.monotonic()
+
+    return sometimes
 
 
 def take_turns(ways: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device, *, warmup: int = 1) -> Times:

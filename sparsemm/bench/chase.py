@@ -97,7 +97,7 @@ def run(
     return run_benchmark(
         "chase",
         [{"pages": len(pages)}],
-        lambda place: chase_cost(model, processor, pages, **options),
+        lambda *_: chase_cost(model, processor, pages, **options),
         device=model.device,
         settings={"model": model_name, **{name: value for name, value in options.items() if name != "progress"}},
         output=output,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,19 +13,19 @@ import torch
 from torch import nn
 
 import sparsemm
-from sparsemm.bench.cells import BenchResults, Times, run_benchmark
-from sparsemm.bench.measure import measure
+from sparsemm.bench.cells import BenchResults, Tell, Times, run_benchmark
+from sparsemm.bench.measure import PROMPT_RUNS, PROMPT_SECONDS, SHORT_PROMPT, measure
 from sparsemm.bench.memory import copy_bandwidth, row_bytes, step_weight_bytes, weight_bytes
 from sparsemm.bench.shapes import attention_shape, prompt_inputs, skewed_head_scores
 from sparsemm.bench.throughput import largest_batch
 from sparsemm.errors import ConfigError
 from sparsemm.methods import METHODS, get_method
 
+logger = logging.getLogger(__name__)
+
 BASELINES = ("hf", "kvpress", "original")
 """`hf`: `model.generate` with the full cache; `kvpress`: its SnapKV, by `model.generate`; `original`: SparseMM's rows,
 all of them copied at every token. Every other name is a method of this package."""
-
-REPEATED_PROMPTS = 32 * 1024  # longer ones are run once: by then the first run's set-up is a small share
 
 
 def make_workloads(
@@ -78,6 +80,7 @@ def run(
     output: Path | None = None,
     fresh: bool = False,
     progress: bool = True,
+    report: Tell = logger.info,
     steps: int = 100,
     warmup: int = 5,
     graph: bool | None = None,
@@ -94,6 +97,8 @@ def run(
         limit_bytes: Memory that `throughput` may fill; by default the whole GPU's, and no such cells on a CPU.
         output: Result file (JSON).
         fresh: Forget what it holds.
+        progress: Show a progress bar.
+        report: Called with what is going to be done, and about how long it takes.
         steps: Decode steps timed; their median is reported.
         warmup: Decode steps before them.
         graph: As for `sparsemm.generate`.
@@ -118,7 +123,26 @@ def run(
     }
     scores = skewed_head_scores(shape.layers, shape.query_heads) if head_scores is None else head_scores
 
-    def measure_place(place: dict[str, Any]) -> tuple[Times, dict[str, Any]]:
+    @functools.cache
+    def paces() -> tuple[float, float]:
+        """Seconds of a prompt token and of a step, as a short prompt shows them."""
+        times, _ = measure(
+            model, prompt_inputs(model, SHORT_PROMPT), "fullkv", sparsemm.CompressionConfig("fullkv"), steps=3, warmup=1
+        )
+        return min(times["first_token"]) / SHORT_PROMPT, min(times["step"])
+
+    def expect(place: dict[str, Any]) -> float:
+        prompt_seconds, step_seconds = paces()
+        tokens = place["prompt_tokens"] * max(1, place["batch"])
+        read = tokens * row_bytes(model) if not compresses(place["method"]) else 0
+        if place["kind"] == "throughput":
+            return 2 * tokens * prompt_seconds + 22 * (step_seconds + limit_bytes / bandwidth)
+        once = tokens * prompt_seconds
+        # One run decodes, one looks for the peak, the others are as many as PROMPT_SECONDS allow.
+        runs = 2 + min(PROMPT_RUNS, max(1.0, PROMPT_SECONDS / once))
+        return runs * once + (warmup + steps) * (step_seconds + read / bandwidth)
+
+    def measure_place(place: dict[str, Any], tell: Tell) -> tuple[Times, dict[str, Any]]:
         method, budget, prompt = place["method"], place["budget"], place["prompt_tokens"]
         name = {"hf": "fullkv", "kvpress": "snapkv", "original": "sparsemm"}.get(method, method)
         given = scores if get_method(name).head_scores == "given" else None
@@ -127,8 +151,7 @@ def run(
         if place["kind"] == "throughput":
             brief = {"steps": min(steps, 20), "decode_backend": decode_backend}
             return largest_batch(model, inputs, method, config, limit_bytes=limit_bytes, **brief)
-        times, figures = measure(model, inputs, method, config, repeats=2 if prompt <= REPEATED_PROMPTS else 1, **timed)
-        times["first_token"] = times["first_token"][1:] or times["first_token"]
+        times, figures = measure(model, inputs, method, config, tell=tell, **timed)
         # What the timed steps read on average: every row kept, and half of those that they append.
         kept = min(budget, prompt) if compresses(method) else prompt
         read = step_weight_bytes(model) + place["batch"] * (kept + warmup + steps // 2) * row_bytes(model)
@@ -146,5 +169,6 @@ def run(
 
     places = [place for place in workloads if place["kind"] == "latency" or limit_bytes is not None]
     return run_benchmark(
-        "e2e", places, measure_place, device=device, settings=settings, output=output, fresh=fresh, progress=progress
-    )
+        "e2e", places, measure_place, device=device, settings=settings, output=output, fresh=fresh, progress=progress,
+        expect=expect, report=report,
+    )  # fmt: skip

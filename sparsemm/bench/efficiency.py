@@ -52,11 +52,11 @@ def format_tables(results: BenchResults) -> str:
         "cache MB": _figure("cache_bytes", "{:,.1f}", 1e6),
         "peak MB": _figure("peak_bytes", "{:,.1f}", 1e6),
         "rest MB": _figure("rest_bytes", "{:,.1f}", 1e6),
-        "launches": lambda cell: _shown(cell.figures["kernels"] or cell.figures["launches"], "{}"),
+        "kernels/step": lambda cell: _shown(cell.figures["kernels"] or cell.figures["launches"], "{}"),
     }
     parts = []
     if latency:
-        parts.append(table_of(latency, {**place, "batch": _place("batch"), **columns}))
+        parts.append(table_of(latency, {**place, "batch": _place("batch"), **columns}, left=2))
     columns = {
         "largest batch": _figure("largest_batch", "{}"),
         "ms/step": lambda cell: show_spread(cell.times["step"], 2, 1000),
@@ -64,7 +64,7 @@ def format_tables(results: BenchResults) -> str:
         "cache MB a sequence": _figure("bytes_per_sequence", "{:,.1f}", 1e6),
     }
     if throughput:
-        parts.append(table_of(throughput, {**place, **columns}))
+        parts.append(table_of(throughput, {**place, **columns}, left=2))
     if failed:
         parts.append(table_of(failed, {"kind": _place("kind"), **place, "why not": lambda cell: cell.status}, left=5))
     if "vicuna" in results.settings["model"].lower():

@@ -168,7 +168,7 @@ def run(
     """Both parts, measured anew: `layer` at Vicuna's shape with the prompt and budget given, `token` of `model`."""
     shape = {**VICUNA, "prompt_tokens": prompt_tokens, "budget": budget}
 
-    def measure(place: dict[str, Any]) -> tuple[Times, dict[str, Any]]:
+    def measure(place: dict[str, Any], _: Any) -> tuple[Times, dict[str, Any]]:
         return layer_costs(**shape) if place["part"] == "layer" else token_overhead(model, rounds=rounds)
 
     with torch.no_grad():

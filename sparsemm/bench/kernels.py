@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sparsemm.bench.cells import OK, BenchCell, BenchResults, Times, run_benchmark, take_turns
+from sparsemm.bench.cells import OK, BenchCell, BenchResults, Tell, Times, run_benchmark, take_turns
 from sparsemm.bench.kernel_calls import CALLS, Workspace, row_counts
 from sparsemm.bench.memory import copy_bandwidth
 from sparsemm.bench.shapes import SHAPES, attention_shape, shape_config, skewed_head_scores
@@ -92,7 +92,7 @@ class Kernels:
     bandwidth: float
     head_scores: str | Path | None = None
 
-    def __call__(self, place: dict[str, Any]) -> tuple[Times, dict[str, Any]]:
+    def __call__(self, place: dict[str, Any], tell: Tell) -> tuple[Times, dict[str, Any]]:
         shape, operation = attention_shape(shape_config(place["shape"])), place["operation"]
         if self.head_scores is None:
             scores = skewed_head_scores(shape.layers, shape.query_heads)
@@ -116,6 +116,7 @@ class Kernels:
         figures: dict[str, Any] = {"bytes": moved, "caches_in_turn": in_turn, "rows": sum(counts)}
         figures |= {"graph": {}, "of_copy_bandwidth": {}, "failed": {}}
         for name, each in contestants.items():
+            tell(name)
             # The plain ways are slow, and their caches need not be cold for that.
             chosen = each[:2] if name in {"original", "reference"} else each
             try:

@@ -8,16 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.generation.streamers import BaseStreamer
 
 import sparsemm
 from sparsemm.bench.baselines import CopyingLoop, kvpress_snapkv
-from sparsemm.bench.cells import Times, release_memory
+from sparsemm.bench.cells import Tell, Times, release_memory
 from sparsemm.bench.memory import peak_new_bytes, row_bytes, weight_bytes
 from sparsemm.bench.operators import count_kernels, count_operators
+from sparsemm.bench.shapes import prompt_inputs
 from sparsemm.decoding import DecodeLoop
 from sparsemm.decoding.generation import stock_greedy
 
 SPARE_ROWS = 8  # for the steps that count operators
+SHORT_PROMPT = 64  # of the warm-up
+PROMPT_RUNS, PROMPT_SECONDS = 4, 10.0  # a prompt is run so often, unless that takes longer
 NEVER_ENDS = {"eos_token_id": None, "pad_token_id": 0}
 
 Figures = dict[str, Any]
@@ -31,15 +35,17 @@ def measure(
     *,
     steps: int,
     warmup: int,
-    repeats: int = 1,
     graph: bool | None = None,
     decode_backend: str = "auto",
+    tell: Tell = lambda text: None,
 ) -> tuple[Times, Figures]:
-    """Time `steps` decode steps behind `warmup` others, and the prompt `repeats` times, greedily and to full length.
+    """Time the prompt several times and `steps` decode steps behind `warmup` others, greedily and to full length.
+
+    A short prompt goes before, which pays for set-up; of several runs of the prompt the first warms up too.
 
     Returns:
-        Seconds `first_token`, from the call, vision tower included, one value a repetition; and `step`, of each decode
-        step of the whole batch. And:
+        Seconds `first_token`, from the call, vision tower included, one value a run; and `step`, of each decode step of
+        the whole batch. And:
 
         - `cache_bytes`: held at the end; None where the cache is not ours to ask. `full_cache_bytes`: keys and values
           of every token at the end. `effective_budget`: prompt rows kept per kv head.
@@ -51,39 +57,76 @@ def measure(
     """
     batch, prompt_tokens = inputs["input_ids"].shape
     new_tokens = warmup + steps + 1
+    short = prompt_inputs(model, min(SHORT_PROMPT, prompt_tokens), batch)
     release_memory(model.device)
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(model.device)
-    lengths = [1] * (repeats - 1) + [new_tokens]
     if method in ("hf", "kvpress"):
         press = nullcontext()
         if method == "kvpress":
             press = kvpress_snapkv(model, config.budget, config.window_size, prompt_tokens)
         with press:
-            times, figures = _measure_stock(model, inputs, lengths)
+            times, figures = _measure_stock(model, inputs, short, new_tokens, tell)
     else:
         with sparsemm.patch(model, config, decode_backend=decode_backend) as handle:
+            options = {"time_steps": True, "streamer": _ticks(model.device, new_tokens, tell)}
             if method == "original":
-                loop: DecodeLoop = CopyingLoop(handle, graph=False, time_steps=True)
+                loop: DecodeLoop = CopyingLoop(handle, graph=False, **options)
             else:
-                loop = DecodeLoop(handle, graph=graph, time_steps=True, reserve=new_tokens + SPARE_ROWS)
-            times, figures = _measure_ours(model, inputs, loop, lengths)
+                loop = DecodeLoop(handle, graph=graph, reserve=new_tokens + SPARE_ROWS, **options)
+            times, figures = _measure_ours(model, inputs, short, loop, new_tokens, tell)
     times["step"] = times["step"][warmup:]
     unknown = dict.fromkeys(("cache_bytes", "effective_budget", "operators", "launches", "kernels"))
     full = batch * (prompt_tokens + new_tokens - 1) * row_bytes(model)
     return times, {**unknown, "graph": False, "full_cache_bytes": full, **figures}
 
 
+class _Ticks(BaseStreamer):
+    """Tells of every token."""
+
+    def __init__(self, total: int, tell: Tell) -> None:
+        self.total, self.tell, self.seen = total, tell, 0
+
+    def put(self, value: Tensor) -> None:
+        self.seen += 1
+        self.tell(f"token {self.seen} of {self.total}")
+
+    def end(self) -> None:
+        self.seen = 0
+
+
+def _ticks(device: torch.device, total: int, tell: Tell) -> _Ticks | None:
+    """None on a GPU: its steps are too short to be followed, and a streamer takes tokens off the device."""
+    return None if device.type == "cuda" else _Ticks(total, tell)
+
+
+def _first_tokens(run: Callable[[int], float], new_tokens: int, device: torch.device, tell: Tell) -> list[float]:
+    """Seconds to the first token: of a few runs that end there, while they are short, and of the one that decodes."""
+    seconds: list[float] = []
+    while len(seconds) < PROMPT_RUNS and sum(seconds) < PROMPT_SECONDS:
+        tell(f"prompt, run {len(seconds) + 1}")
+        seconds.append(run(1))
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds.append(run(new_tokens))
+    return seconds[1:] if len(seconds) > 2 else seconds
+
+
 def _measure_ours(
-    model: nn.Module, inputs: dict[str, Tensor], loop: DecodeLoop, lengths: list[int]
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    short: dict[str, Tensor],
+    loop: DecodeLoop,
+    new_tokens: int,
+    tell: Tell,
 ) -> tuple[Times, Figures]:
-    def generate(tokens: int) -> float:
+    def generate(tokens: int, inputs: dict[str, Tensor] = inputs) -> float:
         unset = dict.fromkeys(("temperature", "top_p", "top_k"))
         options = {"max_new_tokens": tokens, "do_sample": False, "num_beams": 1, **NEVER_ENDS, **unset}
         model.generate(**inputs, **options, custom_generate=loop)
         return loop.prefill_seconds
 
-    times: Times = {"first_token": [generate(tokens) for tokens in lengths], "step": loop.step_seconds}
+    generate(3, short)
+    first = _first_tokens(generate, new_tokens, model.device, tell)
+    times: Times = {"first_token": first, "step": loop.step_seconds}
     figures: Figures = {
         "graph": loop.runner.captures > 0,
         "cache_bytes": loop.cache.memory_bytes(),
@@ -94,22 +137,33 @@ def _measure_ours(
         count = count_operators(loop.step)
         figures |= {"operators": count.total, "launches": count.launches}
         figures["kernels"] = count_kernels(loop.step, model.device)
+    tell("peak memory")
     return times, {**figures, "peak_bytes": _peak_bytes(model, lambda: generate(1))}
 
 
-def _measure_stock(model: nn.Module, inputs: dict[str, Tensor], lengths: list[int]) -> tuple[Times, Figures]:
-    prefill = []
-    for tokens in lengths:
-        _, (first, *steps) = stock_greedy(model, inputs, tokens, **NEVER_ENDS)
-        prefill.append(first)
-    figures = {"peak_bytes": _peak_bytes(model, lambda: stock_greedy(model, inputs, 1, **NEVER_ENDS))}
-    short = {name: inputs[name][:, -8:] for name in ("input_ids", "attention_mask")}
-    if not bool((short["input_ids"] == model.config.image_token_id).any()):  # one step more is one step
+def _measure_stock(
+    model: nn.Module, inputs: dict[str, Tensor], short: dict[str, Tensor], new_tokens: int, tell: Tell
+) -> tuple[Times, Figures]:
+    streamer = _ticks(model.device, new_tokens, tell)
+    times: Times = {}
+
+    def generate(tokens: int) -> float:
+        _, (first, *times["step"]) = stock_greedy(model, inputs, tokens, streamer=streamer, **NEVER_ENDS)
+        return first
+
+    stock_greedy(model, short, 3, **NEVER_ENDS)
+    times["first_token"] = _first_tokens(generate, new_tokens, model.device, tell)
+    steps = times["step"]
+    tell("peak memory")
+    figures = {"peak_bytes": _peak_bytes(model, lambda: generate(1))}
+    times["step"] = steps
+    text = {name: inputs[name][:, -8:] for name in ("input_ids", "attention_mask")}
+    if not bool((text["input_ids"] == model.config.image_token_id).any()):  # one step more is one step
         longer, shorter = (
-            count_operators(lambda tokens=tokens: stock_greedy(model, short, tokens, **NEVER_ENDS)) for tokens in (4, 3)
+            count_operators(lambda tokens=tokens: stock_greedy(model, text, tokens, **NEVER_ENDS)) for tokens in (4, 3)
         )
         figures["operators"], figures["launches"] = longer.total - shorter.total, longer.launches - shorter.launches
-    return {"first_token": prefill, "step": steps}, figures
+    return times, figures
 
 
 def _peak_bytes(model: nn.Module, prompt: Callable[[], Any]) -> int:

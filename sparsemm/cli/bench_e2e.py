@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,6 +113,7 @@ def e2e(
         limit_bytes=None if memory_limit is None else int(1e9 * memory_limit),
         output=output / "results.json",
         fresh=fresh,
+        report=functools.partial(typer.echo, err=True),
     )
     table = format_tables(results)
     write_bytes_atomic(output / "table.md", (table + "\n").encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 import sparsemm
 from sparsemm.bench import e2e
 from sparsemm.bench.baselines import CopyingLoop, kvpress_snapkv
-from sparsemm.bench.cells import BenchCell, BenchResults
+from sparsemm.bench.cells import BenchCell, BenchResults, duration
 from sparsemm.bench.efficiency import PAPER_SPEEDUP, format_tables, plot_efficiency
 from sparsemm.bench.host import VICUNA, layer_costs, token_overhead
 from sparsemm.bench.measure import measure
@@ -113,10 +114,9 @@ def test_bytes_and_operators_of_a_measurement_are_exact(tiny):
     assert found["full_cache_bytes"] == (120 + steps + warmup) * layers * lists * row
     assert found["effective_budget"] == 48
     assert len(times["step"]) == steps and min(times["step"]) > 0
-    assert len(times["first_token"]) == 1
-    times, longer = measure(tiny, prompt_inputs(tiny, 300), "snapkv", snapkv(), steps=2, warmup=0, repeats=2)
+    assert len(times["first_token"]) == 4
+    times, longer = measure(tiny, prompt_inputs(tiny, 300), "snapkv", snapkv(), steps=2, warmup=0)
     assert (longer["operators"], longer["launches"]) == (found["operators"], found["launches"])
-    assert len(times["first_token"]) == 2
     _, stock = measure(tiny, inputs, "hf", sparsemm.CompressionConfig("fullkv"), steps=3, warmup=1)
     assert stock["launches"] > found["launches"]
     assert stock["cache_bytes"] is None
@@ -257,6 +257,51 @@ def test_finished_cells_are_kept(tiny, tmp_path, monkeypatch):
     path.write_text("{}")
     with pytest.raises(DataError, match="no result file"):
         small_run(tiny, path)
+
+
+def test_what_is_going_to_be_done_is_said_at_once(tiny, tmp_path):
+    said = []
+    run = functools.partial(small_run, tiny, tmp_path / "results.json", ("hf", "snapkv"), report=said.append)
+    run()
+    (plan,) = said
+    assert plan.startswith("10 of 10 cells to measure, about ") and "each on this device, " in plan
+    run()
+    assert said[1:] == [f"nothing is left to do: {tmp_path / 'results.json'} holds all 10 cells"]
+    assert [duration(each) for each in (0.2, 40, 600, 9000)] == ["1 s", "40 s", "10 min", "2.5 h"]
+
+
+def test_a_noisy_cell_is_measured_again(tiny, tmp_path, monkeypatch):
+    path, said = tmp_path / "results.json", []
+    before = small_run(tiny, path, ("fullkv", "snapkv"))
+    document = json.loads(path.read_text())
+    calm = {"median": 1.0, "q25": 0.9, "q75": 1.1, "count": 3}
+    for cell in document["cells"]:
+        cell["times"] = dict.fromkeys(cell["times"], calm)
+    document["cells"][1]["times"]["step"] = {**calm, "q75": 1.5}
+    path.write_text(json.dumps(document))
+    monkeypatch.setattr("sparsemm.runs.spread.NOISY", 0.5)
+    assert format_tables(BenchResults.load(path)).count("noisy") == 1
+    real = e2e.measure
+    monkeypatch.setattr(e2e, "measure", lambda *a, **k: ({"first_token": [2.0], "step": [2.0, 2.1]}, real(*a, **k)[1]))
+    after = small_run(tiny, path, ("fullkv", "snapkv"), report=said.append)
+    assert said[0].startswith("1 of 10 cells")
+    assert [cell.key for cell in after.runs] == [cell.key for cell in before.runs]
+    assert [cell.times["step"]["median"] for cell in after.runs] == [1.0, 2.05] + [1.0] * 8
+    assert after == BenchResults.load(path)
+
+
+def test_every_cell_is_warmed_up_by_a_short_prompt_and_tells_how_far_it_is(tiny, monkeypatch):
+    lengths, told = [], []
+    real = type(tiny).generate
+    monkeypatch.setattr(
+        type(tiny), "generate", lambda self, **k: (lengths.append(k["input_ids"].shape[1]), real(self, **k))[1]
+    )
+    for method in ("hf", "snapkv"):
+        lengths.clear()
+        told.clear()
+        measure(tiny, prompt_inputs(tiny, 100), method, snapkv(), steps=3, warmup=1, tell=told.append)
+        assert lengths[:6] == [64, *[100] * 5], method
+        assert {"prompt, run 1", "prompt, run 4", "token 5 of 5", "peak memory"} <= set(told), method
 
 
 def test_a_baseline_that_is_missing_does_not_end_the_run(tiny):
