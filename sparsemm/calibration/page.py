@@ -1,0 +1,224 @@
+"""What one page gives: how the answer depends on each head, and what each head loses with fewer rows."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers.cache_utils import Cache, DynamicCache
+
+from sparsemm.cache.selection import pooled_window_scores
+from sparsemm.calibration.curves import distortions, head_columns, row_grid
+from sparsemm.calibration.taps import Attend, constant_weights, fixed_prompt, recomputed_layers, tapped
+from sparsemm.decoding.generation import stock_greedy
+from sparsemm.errors import DataError, SparseMMError
+from sparsemm.models import family_of
+from sparsemm.models.family import open_image
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+    from sparsemm.methods import Settings
+
+logger = logging.getLogger(__name__)
+
+GATES = (1.0, 0.75, 0.5, 0.25, 0.0)
+"""Where the gradient is taken; the trapezoid rule weighs the two ends by half."""
+
+
+class QuestionPage(Protocol):
+    """A document image and a question about it. `answer` may be None: the model's own is taken then."""
+
+    image: Any
+    prompt: str
+    answer: str | None
+    task: str
+
+
+@dataclass
+class Prompt:
+    """A prompt that has been through the model, which stays as it is behind any answer.
+
+    Attributes:
+        length: Tokens.
+        memory: Its keys and values.
+        logits: `[1, vocab_size]` of its last token.
+        rankings: Per layer int64 `[num_kv_heads, length - window]`, the columns before the window, SnapKV's best first.
+    """
+
+    length: int
+    memory: Cache
+    logits: Tensor
+    rankings: list[Tensor] = field(repr=False)
+
+
+@torch.no_grad()
+def read_prompt(model: PreTrainedModel, inputs: dict[str, Tensor], settings: Settings) -> Prompt:
+    """Run one unpadded prompt. `settings` gives window_size and kernel_size."""
+    length = inputs["input_ids"].shape[1]
+    columns = length - settings.window_size
+    rankings: list[Tensor] = []
+
+    def ranked(attend: Attend, module: nn.Module, query: Tensor, key: Tensor, *states: Any, **kwargs: Any) -> Any:
+        starts = torch.zeros(key.shape[:2], dtype=torch.int32, device=key.device)
+        counted = torch.full((1,), settings.window_size, dtype=torch.int32, device=key.device)
+        scores = pooled_window_scores(settings, query[:, :, columns:], key, starts, counted, columns)
+        rankings.append(scores[0].sort(dim=-1, descending=True, stable=True).indices)
+        return attend(module, query, key, *states, **kwargs)
+
+    cache = DynamicCache()
+    with tapped(family_of(model).text_model(model), ranked):
+        output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return Prompt(length, fixed_prompt(cache), output.logits[:, -1], rankings)
+
+
+def answer_loss(model: PreTrainedModel, prompt: Prompt, answer: Tensor) -> Tensor:
+    """Mean negative log-likelihood of the tokens `answer` `[1, n]` behind the prompt, teacher forced."""
+    logits = prompt.logits
+    if answer.shape[1] > 1:
+        output = model(input_ids=answer[:, :-1], past_key_values=prompt.memory, use_cache=True)
+        logits = torch.cat([logits, output.logits[0].to(logits.device)])
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return cross_entropy(logits, answer[0].to(logits.device))
+
+
+def gated_loss(
+    model: PreTrainedModel, prompt: Prompt, answer: Tensor, gates: Tensor, window_size: int
+) -> Tensor:
+    """`answer_loss` with every head's output g * o_full + (1 - g) * o_window.
+
+    o_window attends to the window and the generated rows only. Gates `[num_layers, num_query_heads]`, float32 or wider,
+    at 1 change no bit.
+    """
+    begin = prompt.length - window_size
+
+    def mixed(
+        attend: Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        full, weights = attend(module, query, key, value, mask, **kwargs)
+        mask = None if mask is None else mask[..., begin:]
+        near, _ = attend(module, query, key[:, :, begin:], value[:, :, begin:], mask, **kwargs)
+        gate = gates[module.layer_idx].to(full.device)[:, None]
+        return (gate * full + (1 - gate) * near).to(full.dtype), weights
+
+    with tapped(family_of(model).text_model(model), mixed):
+        return answer_loss(model, prompt, answer)
+
+
+def integrated_gradients(
+    model: PreTrainedModel, prompt: Prompt, answer: Tensor, window_size: int
+) -> tuple[Tensor, list[float]]:
+    """Mean over the gates' way from 0 to 1 of d(loss) / d(gate): `[num_layers, num_query_heads]`; the losses on it.
+
+    Prompt keys and values are constants; a layer's attention is computed again when the gradient comes to it, so no
+    more than one layer's is held.
+    """
+    text_model = family_of(model).text_model(model)
+    shape = (text_model.config.num_hidden_layers, text_model.config.num_attention_heads)
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    total, losses = torch.zeros(shape, dtype=torch.float64), []
+    for value in GATES:
+        gates = torch.full(shape, value, dtype=dtype, device=prompt.logits.device, requires_grad=True)
+        with torch.enable_grad(), recomputed_layers(text_model):
+            loss = gated_loss(model, prompt, answer, gates, window_size)
+            (gradient,) = torch.autograd.grad(loss, gates)
+        weight = 0.5 if value in (GATES[0], GATES[-1]) else 1.0
+        total += weight * gradient.double().cpu()
+        losses.append(float(loss))
+    return total / (len(GATES) - 1), losses
+
+
+@torch.no_grad()
+def distortion_curves(model: PreTrainedModel, prompt: Prompt, answer: Tensor, window_size: int) -> Tensor:
+    """What each head's output loses at each number of rows below the prompt's length, over the residual it is added to.
+
+    Float64 `[num_layers, num_query_heads, points]`, the mean over the answer's tokens that attend to kept rows; points
+    are those of `row_grid`.
+    """
+    text_model = family_of(model).text_model(model)
+    rows = [each for each in row_grid(window_size, prompt.length) if each < prompt.length]
+    residuals: dict[int, Tensor] = {}
+    curves: list[Tensor] = []
+
+    def measured(
+        attend: Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kwargs: Any
+    ) -> Any:
+        ranking, residual = prompt.rankings[module.layer_idx], residuals[module.layer_idx]
+        columns = head_columns(module.o_proj, query.shape[1], query.shape[3], query)
+        lost = distortions(query[0], key[0], value[0], ranking, rows, kwargs["scaling"], columns)
+        curves.append((lost / residual).double().mean(-1).T.cpu())
+        return attend(module, query, key, value, *rest, **kwargs)
+
+    def note(index: int) -> Any:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            residuals[index] = hidden[0].to(torch.promote_types(hidden.dtype, torch.float32)).norm(dim=-1)
+
+        return hook
+
+    hooks = [
+        layer.register_forward_pre_hook(note(index), with_kwargs=True) for index, layer in enumerate(text_model.layers)
+    ]
+    try:
+        with tapped(text_model, measured):
+            answer_loss(model, prompt, answer)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(curves)
+
+
+def calibrate_page(
+    model: PreTrainedModel, processor: ProcessorMixin, page: QuestionPage, settings: Settings, *, max_new_tokens: int
+) -> dict[str, Any]:
+    """What one page gives, as JSON values; a page that cannot be used gives its reason as `skipped`.
+
+    `task`, numbers of `prompt_tokens` and `answer_tokens`, the `losses` along the gates, `gradients`
+    `[num_layers][num_query_heads]` and `distortions` `[num_layers][num_query_heads][points]`.
+    """
+    try:
+        image = open_image(page.image)
+        inputs = family_of(model).build_inputs(processor, [image], [page.prompt], device=model.device)
+        answer = _answer_tokens(model, processor, page, inputs, max_new_tokens)
+        length = inputs["input_ids"].shape[1]
+        if length <= settings.window_size:
+            raise DataError(f"a prompt of {length} tokens is no longer than the window of {settings.window_size}")
+        if answer.shape[1] < 2:
+            raise DataError("an answer of one token does not depend on the rows kept")
+    except (SparseMMError, OSError, ValueError, SyntaxError) as error:  # what broken images and odd sizes raise
+        logger.warning("page skipped: %s", error)
+        return {"skipped": str(error)}
+    with constant_weights(model):
+        prompt = read_prompt(model, inputs, settings)
+        curves = distortion_curves(model, prompt, answer, settings.window_size)
+        gradients, losses = integrated_gradients(model, prompt, answer, settings.window_size)
+    return {
+        "task": page.task,
+        "prompt_tokens": length,
+        "answer_tokens": answer.shape[1],
+        "losses": losses,
+        "gradients": _numbers(gradients),
+        "distortions": _numbers(curves),
+    }
+
+
+def _answer_tokens(
+    model: PreTrainedModel, processor: ProcessorMixin, page: QuestionPage, inputs: dict[str, Tensor], limit: int
+) -> Tensor:
+    """int64 `[1, n]`: the page's answer and the token that ends it, or the model's own, at most `limit` tokens."""
+    if page.answer is None:
+        return stock_greedy(model, inputs, limit)[0]
+    tokenizer = processor.tokenizer
+    ids = [*tokenizer(page.answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    return torch.tensor([ids[:limit]], device=model.device)
+
+
+def _numbers(values: Tensor) -> Any:
+    """As nested lists of seven digits: float32 has no more, and the file of a large model would be twice as long."""
+    if values.ndim:
+        return [_numbers(each) for each in values]
+    return float(f"{float(values):.7g}")
