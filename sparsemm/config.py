@@ -29,7 +29,8 @@ class CompressionConfig:
         method: A name of `sparsemm.methods.METHODS`.
         budget: Mean number of prompt rows kept per (layer, kv head), the window included. May be None for
             the methods that keep every row (`fullkv`, `mask`, `mask_random`), which ignore it.
-        head_scores: Visual-head scores, or the path of a file of them. Needed by `sparsemm`, `mask`, `mask_random`.
+        head_scores: Visual-head scores, or the path of a file of them. Needed by `sparsemm`, `mask`, `mask_random`;
+            `rate_distortion` needs a calibration.
         window_size: Last prompt tokens, always kept, whose queries score the others (SnapKV's observation window).
         kernel_size: Odd width of the average pooling of position scores.
         ratio: Share of the budget beyond the window that every head gets alike (rho of the paper, Table 1).
@@ -80,10 +81,15 @@ class CompressionConfig:
                 f"head_scores is a {type(self.head_scores).__name__}; give the path of a score file, or wrap the "
                 "table as sparsemm.HeadScores(values)"
             )
-        if method.head_scores == "given" and self.head_scores is None:
+        if method.needs_head_scores and self.head_scores is None:
+            maker = "`sparsemm calibrate`" if method.head_scores == "calibrated" else "the visual-head chase"
             raise ConfigError(
-                f"method={self.method!r} needs head_scores: give the path of a file made by the visual-head chase, "
-                "or a HeadScores"
+                f"method={self.method!r} needs head_scores: give the path of a file made by {maker}, or a HeadScores"
+            )
+        if self.rounding == "paper" and not method.paper_rounding:
+            raise ConfigError(
+                f"rounding='paper' is how the original release rounds its methods, and method={self.method!r} is none "
+                "of them; use rounding='exact'"
             )
         if self.budget is not None:
             self._check_integer("budget", minimum=1)

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,43 @@ from sparsemm.models.identity import Identity
 logger = logging.getLogger(__name__)
 
 FORMAT = "sparsemm-head-scores"
+CALIBRATION_FORMAT = "sparsemm-calibration"
 FORMAT_VERSION = 1
 _KEY = re.compile(r"(0|[1-9][0-9]*)-(0|[1-9][0-9]*)")
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """What a calibration measured of every query head (spec section 10), all float64 on the CPU.
+
+    Args:
+        rows: Numbers of rows, ascending; the first is the window's size.
+        sensitivities: `[num_layers, num_query_heads]`, how much the answer depends on what the head sees outside the
+            window.
+        distortions: `[num_layers, num_query_heads, len(rows)]`, what of it is lost with so many rows; 1 with the window
+            alone, 0 from the longest prompt on.
+
+    Raises:
+        HeadScoreError: The tables do not fit together, or hold values that are not finite or negative.
+    """
+
+    rows: list[int]
+    sensitivities: Tensor
+    distortions: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("sensitivities", "distortions"):
+            object.__setattr__(self, name, _table(getattr(self, name), name))
+        if len(self.rows) < 1 or any(
+            isinstance(row, bool) or not isinstance(row, int) or row <= before
+            for before, row in zip([0, *self.rows], self.rows, strict=False)
+        ):
+            raise HeadScoreError(f"rows={self.rows} of the curves are not ascending whole numbers")
+        if self.sensitivities.ndim != 2 or self.distortions.shape != (*self.sensitivities.shape, len(self.rows)):
+            raise HeadScoreError(
+                f"distortions {list(self.distortions.shape)} do not fit sensitivities "
+                f"{list(self.sensitivities.shape)} and {len(self.rows)} numbers of rows"
+            )
 
 
 class HeadScores:
@@ -31,6 +67,7 @@ class HeadScores:
 
     Args:
         values: Table `[num_layers, num_query_heads]`: finite, non-negative, not all zero. Kept as float64 on the CPU.
+        curves: What a calibration measured beside them, for `method="rate_distortion"`.
         **provenance: What the scores come from, as JSON values: model, dataset, num_images, num_hits, match_rule, seed,
             library versions. Saved beside the values.
 
@@ -38,23 +75,20 @@ class HeadScores:
         HeadScoreError: The table has no such form; the message names the head, or what is wrong.
     """
 
-    def __init__(self, values: Any, **provenance: Any) -> None:
-        try:
-            given = values.detach().cpu() if isinstance(values, Tensor) else values
-            table = torch.as_tensor(given, dtype=torch.float64).clone()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise HeadScoreError(f"head scores are not a rectangular table of numbers ({error})") from error
+    def __init__(self, values: Any, *, curves: Curves | None = None, **provenance: Any) -> None:
+        table = _table(values, "head scores")
         if table.ndim != 2 or 0 in table.shape:
             raise HeadScoreError(
                 f"head scores have shape {list(table.shape)}; give a table [num_layers, num_query_heads]"
             )
-        if not torch.isfinite(table).all():
-            raise HeadScoreError(f"head scores hold NaN or infinity at {_first_head(~torch.isfinite(table))}")
-        if (table < 0).any():
-            raise HeadScoreError(f"head scores are negative at {_first_head(table < 0)}; scores count hits, so >= 0")
+        if curves is not None and curves.sensitivities.shape != table.shape:
+            raise HeadScoreError(
+                f"curves are of {list(curves.sensitivities.shape)} heads, scores of {list(table.shape)}"
+            )
         if not (table > 0).any():
             raise HeadScoreError("head scores are all zero, so they rank no head; chase again with more images")
         self.values: Tensor = table
+        self.curves = curves
         self.provenance: dict[str, Any] = dict(provenance)
         self.any_model = False
         """Whether scores that were chased on another model are taken all the same."""
@@ -73,8 +107,12 @@ class HeadScores:
 
     def describe(self) -> dict[str, Any]:
         """Shape, digest of the values and provenance: what a result file needs to say which table it used."""
-        digest = hashlib.sha256(self.values.contiguous().numpy().tobytes()).hexdigest()
-        return {"shape": list(self.values.shape), "sha256": digest, "provenance": self.provenance}
+        digest = hashlib.sha256(self.values.contiguous().numpy().tobytes())
+        if self.curves is not None:
+            digest.update(repr(self.curves.rows).encode())
+            for table in (self.curves.sensitivities, self.curves.distortions):
+                digest.update(table.contiguous().numpy().tobytes())
+        return {"shape": list(self.values.shape), "sha256": digest.hexdigest(), "provenance": self.provenance}
 
     def check_shape(self, num_layers: int, num_query_heads: int) -> None:
         """Raise `HeadScoreError` unless the table is `[num_layers, num_query_heads]`."""
@@ -155,18 +193,22 @@ class HeadScores:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write values and provenance as JSON, atomically; `load` returns the same float64 values."""
         document = {
-            "format": FORMAT,
+            "format": FORMAT if self.curves is None else CALIBRATION_FORMAT,
             "version": FORMAT_VERSION,
             "num_layers": self.num_layers,
             "num_query_heads": self.num_query_heads,
             "provenance": self.provenance,
             "values": self.values.tolist(),
         }
-        write_json_atomic(path, document, indent=None if self.values.numel() > 4096 else 1)
+        if self.curves is not None:
+            document["rows"] = self.curves.rows
+            document["sensitivities"] = self.curves.sensitivities.tolist()
+            document["distortions"] = self.curves.distortions.tolist()
+        write_json_atomic(path, document, indent=None if self.values.numel() > 4096 or self.curves is not None else 1)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, any_model: bool = False) -> HeadScores:
-        """Read a file of ours, or one in the original release's format (`{"layer-head": [score of each sample, ...]}`).
+        """Read a file of ours, chased or calibrated, or one of the original release (`{"layer-head": [score, ...]}`).
 
         The release's scores are averaged over samples and normalised to sum 1; keys are read by name. A file of another
         model than the one it is used with is an error at its use, unless `any_model` is set.
@@ -185,7 +227,7 @@ class HeadScores:
         except HeadScoreError as error:
             raise HeadScoreError(f"{os.fspath(path)}: {error}") from None
         try:
-            ours = isinstance(document, dict) and document.get("format") == FORMAT
+            ours = isinstance(document, dict) and document.get("format") in (FORMAT, CALIBRATION_FORMAT)
             scores = _from_document(document) if ours else _from_release(document, source=Path(path).name)
         except HeadScoreError as error:
             raise HeadScoreError(f"{os.fspath(path)}: {error}") from error
@@ -219,7 +261,7 @@ def _warn(message: str) -> None:
 
 
 def _first_head(bad: Tensor) -> str:
-    layer, head = bad.nonzero()[0].tolist()
+    layer, head, *_ = [*bad.nonzero()[0].tolist(), 0, 0]
     return f"layer {layer}, head {head}"
 
 
@@ -243,12 +285,35 @@ def _from_document(document: dict[str, Any]) -> HeadScores:
     provenance = document.get("provenance", {})
     if not isinstance(provenance, dict):
         raise HeadScoreError("'provenance' is not an object")
-    scores = HeadScores(_numbers(document["values"]))
+    scores = HeadScores(_numbers(document["values"]), curves=_curves(document))
     scores.provenance = provenance
     for name, found in {"num_layers": scores.num_layers, "num_query_heads": scores.num_query_heads}.items():
         if document.get(name, found) != found:
             raise HeadScoreError(f"{name} is {document[name]!r}, but the table has {found}")
     return scores
+
+
+def _curves(document: dict[str, Any]) -> Curves | None:
+    if document["format"] == FORMAT:
+        return None
+    missing = [name for name in ("rows", "sensitivities", "distortions") if not isinstance(document.get(name), list)]
+    if missing:
+        raise HeadScoreError(f"the calibration has no {' and no '.join(missing)}")
+    return Curves(*(document[name] for name in ("rows", "sensitivities", "distortions")))
+
+
+def _table(values: Any, what: str) -> Tensor:
+    """A float64 table of `values` on the CPU. Raises `HeadScoreError` unless they are numbers, finite and >= 0."""
+    try:
+        given = values.detach().cpu() if isinstance(values, Tensor) else values
+        table = torch.as_tensor(given, dtype=torch.float64).clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise HeadScoreError(f"{what} are not a rectangular table of numbers ({error})") from error
+    if not torch.isfinite(table).all():
+        raise HeadScoreError(f"{what} hold NaN or infinity at {_first_head(~torch.isfinite(table))}")
+    if (table < 0).any():
+        raise HeadScoreError(f"{what} are negative at {_first_head(table < 0)}; they must be >= 0")
+    return table
 
 
 def _numbers(rows: Any) -> list[list[float]]:

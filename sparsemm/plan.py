@@ -14,7 +14,7 @@ import torch
 from torch import BoolTensor, LongTensor
 
 from sparsemm.config import CompressionConfig
-from sparsemm.errors import ConfigError
+from sparsemm.errors import ConfigError, HeadScoreError
 from sparsemm.head_scores import HeadScores
 from sparsemm.methods import BudgetRequest, Method, get_method
 
@@ -127,4 +127,9 @@ def _head_scores(config: CompressionConfig, method: Method, shape: tuple[int, in
         return HeadScores(drawn, source="seeded uniform draw", seed=config.seed)
     scores = config.head_scores if isinstance(config.head_scores, HeadScores) else HeadScores.load(config.head_scores)
     scores.check_shape(*shape)
+    if method.head_scores == "calibrated" and scores.curves is None:
+        raise HeadScoreError(
+            f"method={method.name!r} needs a calibration, which `sparsemm calibrate` makes; "
+            f"{config.head_scores} holds head scores only"
+        )
     return scores

@@ -27,7 +27,7 @@ def row_grid(window: int, length: int) -> list[int]:
 
 
 def head_columns(output_projection: nn.Module, num_heads: int, head_dim: int, like: Tensor) -> Tensor:
-    """What each head's output is multiplied with, whatever the projection is made of: `[num_heads, head_dim, hidden]`."""
+    """What each head's output is multiplied with, whatever the projection consists of: `[heads, head_dim, hidden]`."""
     unit = torch.eye(num_heads * head_dim, dtype=like.dtype, device=like.device)
     columns = output_projection(unit) - output_projection(torch.zeros_like(unit[:1]))
     return columns.view(num_heads, head_dim, -1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -66,7 +68,7 @@ def read_prompt(model: PreTrainedModel, inputs: dict[str, Tensor], settings: Set
     def ranked(attend: Attend, module: nn.Module, query: Tensor, key: Tensor, *states: Any, **kwargs: Any) -> Any:
         starts = torch.zeros(key.shape[:2], dtype=torch.int32, device=key.device)
         counted = torch.full((1,), settings.window_size, dtype=torch.int32, device=key.device)
-        scores = pooled_window_scores(settings, query[:, :, columns:], key, starts, counted, columns)
+        scores = pooled_window_scores(settings, query[:, :, columns:], key, starts, counted, columns, kwargs["scaling"])
         rankings.append(scores[0].sort(dim=-1, descending=True, stable=True).indices)
         return attend(module, query, key, *states, **kwargs)
 
@@ -86,13 +88,12 @@ def answer_loss(model: PreTrainedModel, prompt: Prompt, answer: Tensor) -> Tenso
     return cross_entropy(logits, answer[0].to(logits.device))
 
 
-def gated_loss(
-    model: PreTrainedModel, prompt: Prompt, answer: Tensor, gates: Tensor, window_size: int
-) -> Tensor:
-    """`answer_loss` with every head's output g * o_full + (1 - g) * o_window.
+@contextmanager
+def gated(model: PreTrainedModel, prompt: Prompt, gates: Tensor, window_size: int) -> Iterator[None]:
+    """While the context lasts, every head gives g * o_full + (1 - g) * o_window behind the prompt.
 
     o_window attends to the window and the generated rows only. Gates `[num_layers, num_query_heads]`, float32 or wider,
-    at 1 change no bit.
+    at 1 change no bit. A gradient has to be taken inside the context where layers are recomputed for it.
     """
     begin = prompt.length - window_size
 
@@ -106,7 +107,7 @@ def gated_loss(
         return (gate * full + (1 - gate) * near).to(full.dtype), weights
 
     with tapped(family_of(model).text_model(model), mixed):
-        return answer_loss(model, prompt, answer)
+        yield
 
 
 def integrated_gradients(
@@ -123,12 +124,12 @@ def integrated_gradients(
     total, losses = torch.zeros(shape, dtype=torch.float64), []
     for value in GATES:
         gates = torch.full(shape, value, dtype=dtype, device=prompt.logits.device, requires_grad=True)
-        with torch.enable_grad(), recomputed_layers(text_model):
-            loss = gated_loss(model, prompt, answer, gates, window_size)
+        with torch.enable_grad(), recomputed_layers(text_model), gated(model, prompt, gates, window_size):
+            loss = answer_loss(model, prompt, answer)
             (gradient,) = torch.autograd.grad(loss, gates)
         weight = 0.5 if value in (GATES[0], GATES[-1]) else 1.0
         total += weight * gradient.double().cpu()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return total / (len(GATES) - 1), losses
 
 

@@ -20,8 +20,8 @@ Attend = Callable[..., tuple[Tensor, Tensor | None]]
 
 Tap = Callable[..., tuple[Tensor, Tensor | None]]
 """`tap(attend, module, query, key, value, attention_mask, **kwargs)` in place of `attend`, the model's own: query
-`[batch, num_query_heads, n, head_dim]`, key and value `[batch, num_kv_heads, cached + n, head_dim]`, after RoPE; returns
-`[batch, n, num_query_heads, head_dim]`, and weights or None."""
+`[batch, num_query_heads, n, head_dim]`, key and value `[batch, num_kv_heads, cached + n, head_dim]`, after RoPE;
+returns `[batch, n, num_query_heads, head_dim]`, and weights or None."""
 
 
 @contextmanager

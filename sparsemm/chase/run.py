@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +17,9 @@ from sparsemm.errors import ConfigError, DataError
 from sparsemm.head_scores import HeadScores
 from sparsemm.models import family_of
 from sparsemm.models.identity import identity_of
-from sparsemm.runs.journal import Journal, remove_journal
-from sparsemm.runs.processes import Workers, workers
+from sparsemm.runs.processes import workers
 from sparsemm.runs.results import environment
+from sparsemm.runs.sharing import work_through
 
 logger = logging.getLogger(__name__)
 
@@ -92,39 +92,24 @@ def chase(
         "shape": list(shape),
     }
     before = made_before(output, settings) if output is not None and resume else None
-    if before is not None and _is_enough(before, output, length_hint(pages)):
+    if before is not None and is_enough(before, output, length_hint(pages)):
+        return before
+    records = work_through(
+        pages,
+        lambda page: chase_page(
+            model, processor, page, find_chunks, prompt=prompt, part=part, max_new_tokens=max_new_tokens
+        ),
+        path=None if output is None else journal_path(output),
+        settings=settings,
+        resume=resume,
+        label="chase",
+        tally="hits",
+        progress=progress,
+    )
+    scores = _collect(records, shape, settings)
+    if before is not None and is_enough(before, output, len(records)):  # the pages did not say how many they are
         return before
     us = workers()
-    if us.count > 1 and output is None:
-        raise ConfigError("several processes bring their pages together in files; give an output")
-    path = None if output is None else journal_path(output)
-    if path is not None and not resume:
-        if us.first:
-            remove_journal(path)
-        us.wait()
-    journal = Journal(path, settings, part=None if us.count == 1 else us.rank)
-    us.wait()  # nobody merges what another has yet to read
-    count = hits = 0
-    with journal, _progress(pages, us, progress) as bar:
-        for index, page in _remaining(pages, journal.records, us):
-            count = index + 1
-            if page is not None:
-                record = chase_page(
-                    model, processor, page, find_chunks, prompt=prompt, part=part, max_new_tokens=max_new_tokens
-                )
-                journal.append(index, record)
-            if us.owns(index):
-                hits += journal.records[index].get("hits", 0)
-                bar.set_postfix(hits=hits, refresh=False)
-                bar.update()
-    us.wait()
-    if us.first:
-        journal.merge()
-    us.wait()
-    journal.reread()
-    scores = _collect([journal.records[index] for index in range(count)], shape, settings)
-    if before is not None and _is_enough(before, output, count):  # the pages did not say how many they are
-        return before
     if output is not None and us.first:
         scores.save(output)
     us.wait()
@@ -155,9 +140,9 @@ def made_before(output: str | os.PathLike[str], settings: dict[str, Any]) -> Hea
     return scores
 
 
-def _is_enough(scores: HeadScores, output: str | os.PathLike[str], wanted: int) -> bool:
+def is_enough(scores: HeadScores, output: str | os.PathLike[str], wanted: int) -> bool:
     """Whether finished scores were made from as many images as are `wanted`, or more (0: it is not known)."""
-    count = scores.provenance["num_images"] + scores.provenance["num_skipped"]
+    count = sum(scores.provenance.get(name, 0) for name in ("num_images", "num_pages", "num_skipped"))
     if not 0 < wanted <= count:
         return False
     if workers().first:
@@ -169,17 +154,6 @@ def _is_enough(scores: HeadScores, output: str | os.PathLike[str], wanted: int) 
 def journal_path(output: str | os.PathLike[str]) -> Path:
     """Where `chase` keeps what each image gave, beside its `output`."""
     return Path(output).with_suffix(".images.jsonl")
-
-
-def _remaining(pages: Iterable[Page], done: dict[int, Any], us: Workers) -> Iterator[tuple[int, Page | None]]:
-    """Every page by number, None in place of the done ones and of those of other processes.
-
-    Pages that can be indexed are made only where they are to be read.
-    """
-    by_number = isinstance(pages, Sequence)
-    for index, page in enumerate(range(len(pages)) if by_number else pages):
-        wanted = us.owns(index) and index not in done
-        yield index, (pages[index] if by_number else page) if wanted else None
 
 
 def _collect(records: list[dict[str, Any]], shape: tuple[int, int], settings: dict[str, Any]) -> HeadScores:
@@ -203,11 +177,3 @@ def _collect(records: list[dict[str, Any]], shape: tuple[int, int], settings: di
     # HeadScores refuses a table of zeros: "chase again with more images".
     mean = HeadScores(total / len(read))
     return HeadScores(mean.normalised(), **provenance)
-
-
-def _progress(pages: Iterable[Page], us: Workers, show: bool) -> Any:
-    """A bar of this process's pages; of several processes the first one shows its own."""
-    from tqdm.auto import tqdm
-
-    total = -(-length_hint(pages) // us.count) or None
-    return tqdm(total=total, unit="image", desc="chase", disable=not (show and us.first))

@@ -9,10 +9,11 @@ from sparsemm.methods.mask_random import MASK_RANDOM
 from sparsemm.methods.method import METHODS, BudgetRequest, Method, Settings, get_method, register_method
 from sparsemm.methods.pyramidkv import PYRAMIDKV
 from sparsemm.methods.random import RANDOM
+from sparsemm.methods.rate_distortion import RATE_DISTORTION
 from sparsemm.methods.snapkv import SNAPKV
 from sparsemm.methods.sparsemm import SPARSEMM
 
-for _method in (FULLKV, SNAPKV, PYRAMIDKV, ADAKV, SPARSEMM, RANDOM, MASK, MASK_RANDOM):
+for _method in (FULLKV, SNAPKV, PYRAMIDKV, ADAKV, SPARSEMM, RANDOM, RATE_DISTORTION, MASK, MASK_RANDOM):
     register_method(_method)
 
 __all__ = ["METHODS", "BudgetRequest", "Method", "Settings", "get_method", "register_method"]

@@ -75,21 +75,29 @@ class Method:
         name: The name users give.
         model_budgets: Rows per head from the prompt length alone. At most one of this and `layer_budgets`.
         layer_budgets: Rows per head from the position scores of the layer (AdaKV).
-        head_scores: Where head scores come from: `none`, `given` by the configuration, or drawn at `random`.
+        head_scores: Where head scores come from: `none`, `given` by the configuration, with the curves of a
+            calibration (`calibrated`), or drawn at `random`.
         score_positions: Ranks the columns before the window; None is SnapKV's scoring (spec section 2).
         masked_heads: Which query heads are masked; None is no head.
+        paper_rounding: Whether there is such a thing as the original release's rounding of this method.
     """
 
     name: str
     model_budgets: ModelBudgetRule | None = None
     layer_budgets: LayerBudgetRule | None = None
-    head_scores: Literal["none", "given", "random"] = "none"
+    head_scores: Literal["none", "given", "calibrated", "random"] = "none"
     score_positions: PositionScorer | None = None
     masked_heads: MaskRule | None = None
+    paper_rounding: bool = True
 
     def __post_init__(self) -> None:
         if self.model_budgets is not None and self.layer_budgets is not None:
             raise ValueError(f"method {self.name!r} has two budget rules; give model_budgets or layer_budgets")
+
+    @property
+    def needs_head_scores(self) -> bool:
+        """Whether the configuration has to give head scores."""
+        return self.head_scores in ("given", "calibrated")
 
     @property
     def compresses(self) -> bool:

@@ -1,0 +1,107 @@
+"""Rate-distortion budgets: rows go where, as measured, they save the answer most (spec section 10).
+
+e_h(r) = c_h * s_h(r), how much the answer depends on a head times what the head loses with r rows, summed over the
+query heads of a kv head. Budgets minimise the sum of all e_h(b_h) on the lower convex hulls: every next row goes to
+the head whose hull falls fastest (Shoham and Gersho 1988, bit allocation among quantisers).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import LongTensor
+
+from sparsemm.errors import ConfigError
+from sparsemm.head_scores import Curves
+from sparsemm.methods.method import BudgetRequest, Method
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A straight piece of a kv head's hull: from `begin` to `end` rows, every row saves `saving`."""
+
+    saving: float
+    head: int
+    begin: int
+    end: int
+
+
+def rate_distortion_budgets(request: BudgetRequest) -> LongTensor:
+    """Rows of every kv head, window included: int64 `[num_layers, num_kv_heads]`.
+
+    The sum is exact and every head's rows grow with the budget. Equal savings go to the lower layer, then head. Where
+    no head gains any more, the rest is split equally among those with room.
+
+    Raises:
+        ConfigError: The calibration was made with a larger window.
+        HeadScoreError: It does not fit the model.
+    """
+    settings, length = request.settings, request.prompt_length
+    shape = (request.num_layers, request.num_kv_heads)
+    request.head_scores.check_shape(request.num_layers, request.num_query_heads)
+    curves, window = request.head_scores.curves, settings.window_size
+    if window < curves.rows[0]:
+        raise ConfigError(
+            f"window_size={window} is smaller than the {curves.rows[0]} of the calibration, which measured nothing "
+            f"below it; use window_size={curves.rows[0]}, or calibrate again"
+        )
+    if settings.budget >= length:
+        return torch.full(shape, length, dtype=torch.long)
+    count = shape[0] * shape[1]
+    rows, left = [window] * count, (settings.budget - window) * count
+    for piece in hull_pieces(curves, request.num_kv_heads):
+        taken = min(left, min(piece.end, length) - rows[piece.head])
+        if taken > 0:
+            rows[piece.head] += taken
+            left -= taken
+    for head, more in enumerate(split_equally(left, [length - each for each in rows])):
+        rows[head] += more
+    return torch.tensor(rows).view(shape)
+
+
+@functools.lru_cache(maxsize=8)
+def hull_pieces(curves: Curves, num_kv_heads: int) -> list[Piece]:
+    """The pieces of all hulls, largest saving first; of a head, those of fewer rows come first."""
+    num_layers, num_query_heads, points = curves.distortions.shape
+    errors = (curves.sensitivities[..., None] * curves.distortions).view(num_layers * num_kv_heads, -1, points).sum(1)
+    pieces = [piece for head, values in enumerate(errors.tolist()) for piece in lower_hull(head, curves.rows, values)]
+    return sorted(pieces, key=lambda piece: (-piece.saving, piece.head))
+
+
+def lower_hull(head: int, rows: list[int], errors: list[float]) -> list[Piece]:
+    """The falling part of the lower convex hull of the points (rows, errors); savings fall strictly along it."""
+    hull: list[Piece] = []
+    corners = [0]
+    for point in range(1, len(rows)):
+        while True:
+            start = corners[-1]
+            saving = (errors[start] - errors[point]) / (rows[point] - rows[start])
+            if not hull or saving < hull[-1].saving:
+                break
+            hull.pop()
+            corners.pop()
+        hull.append(Piece(saving, head, rows[start], rows[point]))
+        corners.append(point)
+    return [piece for piece in hull if piece.saving > 0]
+
+
+def split_equally(total: int, rooms: list[int]) -> list[int]:
+    """Split `total` rows equally, nobody above its room; what does not divide goes to the first with room left."""
+    shares = [0] * len(rooms)
+    waiting = sorted(range(len(rooms)), key=lambda index: rooms[index])
+    for place, index in enumerate(waiting):
+        if rooms[index] * (len(rooms) - place) > total:
+            level, over = divmod(total, len(rooms) - place)
+            for rank, each in enumerate(sorted(waiting[place:])):
+                shares[each] = level + (rank < over)
+            break
+        shares[index] = rooms[index]
+        total -= rooms[index]
+    return shares
+
+
+RATE_DISTORTION = Method(
+    name="rate_distortion", model_budgets=rate_distortion_budgets, head_scores="calibrated", paper_rounding=False
+)
