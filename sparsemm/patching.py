@@ -72,7 +72,7 @@ class PatchHandle:
             raise PatchError("this model is patched already; remove that handle (or leave its with block) first")
         self.projections = proved_projections(self.text_model)
         self.plan = _plan(self.text_model, config, reserve, decode_backend)
-        if self.plan.method.head_scores == "given":
+        if self.plan.method.needs_head_scores:
             self.plan.head_scores.check_model(identity_of(model))
         self.observer: Observer | None = None
         self._record: CacheRecord | None = None

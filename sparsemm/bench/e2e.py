@@ -145,7 +145,7 @@ def run(
     def measure_place(place: dict[str, Any], tell: Tell) -> tuple[Times, dict[str, Any]]:
         method, budget, prompt = place["method"], place["budget"], place["prompt_tokens"]
         name = {"hf": "fullkv", "kvpress": "snapkv", "original": "sparsemm"}.get(method, method)
-        given = scores if get_method(name).head_scores == "given" else None
+        given = scores if get_method(name).needs_head_scores else None
         config = sparsemm.CompressionConfig(name, budget, given, window_size=window_size)
         inputs = prompt_inputs(model, prompt, place["batch"] or 1)
         if place["kind"] == "throughput":

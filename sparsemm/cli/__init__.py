@@ -8,6 +8,7 @@ import typer
 
 from sparsemm.cli import (
     bench,
+    calibrate,
     chase,
     data,
     evaluate,
@@ -25,8 +26,8 @@ from sparsemm.cli.program import Program, run_program
 
 app = Program(help="Visual heads and per-head key/value caches for vision-language models.")
 for command in (
-    generate.generate, evaluate.evaluate, evaluate.report, evaluate.quickstart, chase.chase, mask.mask,
-    head_rows.head_rows, tables.tables, models.models,
+    generate.generate, evaluate.evaluate, evaluate.report, evaluate.quickstart, chase.chase, calibrate.calibrate,
+    mask.mask, head_rows.head_rows, tables.tables, models.models,
 ):  # fmt: skip
     app.command()(command)
 for name, room in {

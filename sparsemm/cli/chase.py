@@ -56,16 +56,16 @@ def chase(
     pages = source.open(name, limit=limit, seed=seed, num_words=words)
     network, processor = model.load(device=model.device or workers().device, max_pixels=max_pixels)
     run_chase(
-        model, network, processor, pages, output or _place(model.model), match=match,
+        model, network, processor, pages, output or place_of(model.model), match=match,
         model_name=model.name if model.is_miniature or Path(model.model).is_dir() else model.model,
         dataset=source.describe(name, words=words), seed=seed, max_new_tokens=max_new_tokens, prompt=prompt,
         resume=not fresh, progress=not no_progress,
     )  # fmt: skip
 
 
-def _place(model: str) -> Path:
+def place_of(model: str, *, calibrated: bool = False) -> Path:
     """Where the scores of a model are found again. Raises `ConfigError` where that is no folder of the user's."""
-    place = score_files(model)[0]
+    place = score_files(model, calibrated=calibrated)[0]
     if not place.parent.is_dir():
         raise ConfigError(f"{place.parent} does not exist (this is no checkout); name a score file with --output")
     return place

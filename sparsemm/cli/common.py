@@ -51,16 +51,17 @@ def is_miniature(model: str) -> bool:
     return model in MINIATURES or Path(model).resolve().parent == checkout() / "assets" / "miniatures"
 
 
-def score_files(model: str) -> list[Path]:
+def score_files(model: str, *, calibrated: bool = False) -> list[Path]:
     """Where the head scores of a model are looked for, in order; the first of them that can be is where chases write.
 
     A local checkpoint's lie in its folder, those of a miniature or a hub id in the checkout's `head_scores/`, under the
-    last part of the name.
+    last part of the name. So do calibrations, as `calibration.json` and in `head_scores/calibrations/`.
     """
-    named = checkout() / "head_scores" / f"{short_name(model)}.json"
+    folder = checkout() / "head_scores" / ("calibrations" if calibrated else "")
+    named = folder / f"{short_name(model)}.json"
     if is_miniature(model) or not Path(model).is_dir():
         return [named]
-    return [Path(model) / "head_scores.json", named]
+    return [Path(model) / ("calibration.json" if calibrated else "head_scores.json"), named]
 
 
 def file_name(*parts: object) -> str:

@@ -16,7 +16,7 @@ from sparsemm.errors import DataError
 if TYPE_CHECKING:
     from sparsemm import HeadScores
 
-ALL_METHODS = "fullkv,snapkv,pyramidkv,adakv,sparsemm,random,mask,mask_random"
+ALL_METHODS = "fullkv,snapkv,pyramidkv,adakv,sparsemm,rate_distortion,random,mask,mask_random"
 MINIATURE_BUDGETS = "8,12,16,24,32,64,128"
 BUDGETS = "64,128,256,512,1024,2048"  # Table 3 of the paper
 
@@ -62,17 +62,22 @@ def _evaluate(
     """
     import sparsemm.experiments.evaluate as engine
     from sparsemm.experiments.session import PageReader
+    from sparsemm.methods import get_method
 
     methods = parse_list(ALL_METHODS if grid.methods == "all" else grid.methods)
-    usable = usable_methods(methods, scores)
+    calibration = None
+    if any(get_method(name).head_scores == "calibrated" for name in methods):
+        calibration = settings.find(model.model, calibrated=True)
+    usable = usable_methods(methods, scores, calibration)
     if methods and not usable:
         scores = settings.table(model.model)  # says where there is none, and what to do
     options = {
         "methods": usable,
         "budgets": parse_integers(grid.budgets or (MINIATURE_BUDGETS if model.is_miniature else BUDGETS), "--budgets"),
         "head_scores": scores,
+        "calibration": calibration,
     }
-    engine.make_grid(*options.values(), settings.fields(model.model))
+    engine.make_grid(**options, options=settings.fields(model.model))
     pages = reading.pages()
     reader = PageReader(
         *(loaded or model.load()), pages, output=folder / "results.json", model_name=model.name, **reading.how

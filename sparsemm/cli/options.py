@@ -97,45 +97,60 @@ class Scores:
     ] = None
     any_head_scores: AnyScoresOption = False
 
-    def file(self, model: str) -> Path | None:
-        """The file given, else the first that is there of those where the model's are looked for, else None."""
-        if self.head_scores is not None:
-            return self.head_scores
-        return next((file for file in score_files(model) if file.is_file()), None)
+    def file(self, model: str, *, calibrated: bool = False) -> Path | None:
+        """The file given, else the first that is there of those where the model's are looked for, else None.
 
-    def table(self, model: str) -> HeadScores:
-        """The scores, with one line on standard error that says which.
+        Of plain scores given for methods that need a calibration, nothing is said here if the model has one.
+        """
+        from sparsemm import HeadScores
+
+        if self.head_scores is not None and not (calibrated and HeadScores.load(self.head_scores).curves is None):
+            return self.head_scores
+        return next((file for file in score_files(model, calibrated=calibrated) if file.is_file()), self.head_scores)
+
+    def table(self, model: str, *, calibrated: bool = False) -> HeadScores:
+        """The scores, or the calibration, with one line on standard error that says which.
 
         Raises:
             DataError: There are none of the model.
             HeadScoreError: The file is no score file, or one of another model.
         """
-        found = self.find(model)
+        found = self.find(model, calibrated=calibrated)
         if found is None:
+            places = " or ".join(map(str, score_files(model, calibrated=calibrated)))
+            kind, command = ("calibration", "calibrate") if calibrated else ("head scores", "chase")
             raise DataError(
-                f"there are no head scores of {short_name(model)} in {' or '.join(map(str, score_files(model)))}; "
-                f"make them with `sparsemm chase --model {model}`, or give --head-scores"
+                f"there is no file of {kind} of {short_name(model)} in {places}; "
+                f"make it with `sparsemm {command} --model {model}`, or give --head-scores"
             )
         return found
 
-    def find(self, model: str) -> HeadScores | None:
+    def find(self, model: str, *, calibrated: bool = False) -> HeadScores | None:
         """As `table`, but None where there are none."""
         from sparsemm.models.identity import checkpoint_identity
 
-        file = self.file(model)
+        file = self.file(model, calibrated=calibrated)
         if file is None:
             return None
         return load_scores(file, checkpoint_identity(resolve_model(model)), any_model=self.any_head_scores)
 
 
-def usable_methods(methods: Sequence[str], scores: HeadScores | None) -> list[str]:
+def usable_methods(
+    methods: Sequence[str], scores: HeadScores | None, calibration: HeadScores | None = None
+) -> list[str]:
     """Those of `methods` that can run; what is left out for want of scores is said on standard error."""
     from sparsemm.methods import get_method
 
-    left_out = [name for name in methods if scores is None and get_method(name).head_scores == "given"]
-    if left_out:
-        typer.echo(f"left out for want of head scores: {', '.join(left_out)}; `sparsemm chase` makes them", err=True)
-    return [name for name in methods if name not in left_out]
+    kinds = {name: get_method(name).head_scores for name in methods}
+    for kind, found, what in (
+        ("given", scores, "head scores: {}; `sparsemm chase` makes them"),
+        ("calibrated", calibration, "a calibration: {}; `sparsemm calibrate` makes one"),
+    ):
+        left_out = [name for name in methods if kinds.get(name) == kind and found is None]
+        if left_out:
+            typer.echo(f"left out for want of {what.format(', '.join(left_out))}", err=True)
+        kinds = {name: each for name, each in kinds.items() if name not in left_out}
+    return list(kinds)
 
 
 def load_scores(file: Path, model: Identity | None = None, *, any_model: bool = False) -> HeadScores:
@@ -150,7 +165,7 @@ def load_scores(file: Path, model: Identity | None = None, *, any_model: bool = 
     notice = None if model is None else table.check_model(model)
     known = table.provenance
     parts = [known.get("model") or "unknown model"]
-    parts += [f"{known['num_images']} images"] if "num_images" in known else []
+    parts += [f"{known[f'num_{unit}']} {unit}" for unit in ("images", "pages") if f"num_{unit}" in known]
     parts += [f"match rule {known['match_rule']}"] if "match_rule" in known else []
     typer.echo(f"head scores: {file} ({', '.join(parts)})" + (f"; {notice}" if notice else ""), err=True)
     return table
@@ -188,10 +203,15 @@ class Settings(Scores):
         from sparsemm.methods import get_method
 
         chosen = get_method(method)
+        calibrated = chosen.head_scores == "calibrated"
+        if not chosen.needs_head_scores:
+            scores = None
+        elif scores is None or (calibrated and scores.curves is None):
+            scores = self.table(model, calibrated=calibrated)
         return CompressionConfig(
             method=method,
             budget=budget if chosen.compresses else None,
-            head_scores=(scores or self.table(model)) if chosen.head_scores == "given" else None,
+            head_scores=scores,
             **self.fields(model),
         )
 

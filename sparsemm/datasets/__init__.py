@@ -2,6 +2,7 @@
 
 from sparsemm.datasets.base import BoxedImage, read_words
 from sparsemm.datasets.convert import WRITERS, convert
+from sparsemm.datasets.questions import Question, open_questions
 from sparsemm.datasets.registry import FORMATS, open_pages
 
-__all__ = ["BoxedImage", "FORMATS", "WRITERS", "convert", "open_pages", "read_words"]
+__all__ = ["BoxedImage", "FORMATS", "Question", "WRITERS", "convert", "open_pages", "open_questions", "read_words"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ class HubPages:
 
     def __init__(self, source: str | Path, *, split: str = "train", limit: int | None = None) -> None:
         self.source, self.split, self.limit = source, split, limit
-        self._rows, self._total = _open(source, split)
+        self._rows, self._total = open_rows(source, split, {IMAGE_COLUMN, BOX_COLUMN})
 
     def __len__(self) -> int:
         """Number of rows. Raises `TypeError` where the data set does not say."""
@@ -45,11 +46,14 @@ class HubPages:
     def __iter__(self) -> Iterator[BoxedImage]:
         for index, row in enumerate(itertools.islice(self._rows, self.limit)):
             name = f"{self.split}-{index:06d}"
-            image = row[IMAGE_COLUMN] or {}
-            # Bytes as a rule; a data set of paths only has none.
-            content = image.get("bytes")
-            source = content if content is not None else Path(image["path"]) if image.get("path") else b""
-            yield BoxedImage(name, source, partial(_words, row, f"{self.source}, row {index}"))
+            yield BoxedImage(name, image_source(row), partial(_words, row, f"{self.source}, row {index}"))
+
+
+def image_source(row: dict[str, Any]) -> Path | bytes:
+    """Where the image of a row of `open_rows` is: bytes as a rule; a data set of paths only has none."""
+    image = row[IMAGE_COLUMN] or {}
+    content = image.get("bytes")
+    return content if content is not None else Path(image["path"]) if image.get("path") else b""
 
 
 def _words(row: dict[str, Any], where: str) -> list[Any]:
@@ -60,7 +64,12 @@ def _words(row: dict[str, Any], where: str) -> list[Any]:
     return read_words(boxes or [], where)
 
 
-def _open(source: str | Path, split: str) -> tuple[Any, int | None]:
+def open_rows(source: str | os.PathLike[str], split: str, columns: set[str]) -> tuple[Any, int | None]:
+    """The rows of a Hugging Face data set, images not decoded, and how many there are, where it says so.
+
+    Raises:
+        DataError: There is no such data set or split, or one of the `columns` is missing.
+    """
     try:
         import datasets
         import pyarrow.parquet
@@ -79,12 +88,12 @@ def _open(source: str | Path, split: str) -> tuple[Any, int | None]:
             rows = datasets.load_dataset(str(source), split=split, streaming=True)
             known = (rows.info.splits or {}).get(split)
             total = known.num_examples if known is not None and known.num_examples else None
-        columns = rows.column_names or list(next(iter(rows.take(1)), {}))
+        found = rows.column_names or list(next(iter(rows.take(1)), {}))
     except DataError:
         raise
     except Exception as error:  # the library raises dozens of kinds: offline, no such hub id, no such split, …
         raise DataError(f"{source} cannot be opened as a data set with split {split!r}: {error}") from error
-    missing = {IMAGE_COLUMN, BOX_COLUMN}.difference(columns)
+    missing = columns.difference(found)
     if missing:
-        raise DataError(f"{source} has no column {', '.join(sorted(missing))}; it has {', '.join(columns)}")
+        raise DataError(f"{source} has no column {', '.join(sorted(missing))}; it has {', '.join(found)}")
     return rows.cast_column(IMAGE_COLUMN, datasets.Image(decode=False)), total

@@ -110,6 +110,7 @@ def evaluate(
     methods: Sequence[str],
     budgets: Sequence[int] = (),
     head_scores: HeadScores | str | Path | None = None,
+    calibration: HeadScores | str | Path | None = None,
     **options: Any,
 ) -> list[Cell]:
     """Generate the answers to all pages with every method at every budget; greedy decoding.
@@ -120,6 +121,7 @@ def evaluate(
         methods: Names of `sparsemm.methods.METHODS`.
         budgets: Mean rows kept per (layer, kv head), for the methods that compress.
         head_scores: For the methods that need given ones.
+        calibration: For the methods that need one; `head_scores` by default.
         **options: Further fields of `CompressionConfig`: window_size, ratio, rounding, mask_ratio, seed, ...
 
     Returns:
@@ -129,13 +131,16 @@ def evaluate(
         ConfigError: A method or option is unknown, or a budget is too small; before anything runs.
         DataError: The reader's output holds results of other settings.
     """
-    configs = make_grid(methods, budgets, head_scores, options)
+    calibration = head_scores if calibration is None else calibration
+    configs = make_grid(methods, budgets, head_scores, options, calibration=calibration)
     some = next(iter(configs.values())).to_dict()
     settings = {
         "head_scores": describe_head_scores(head_scores),
         # Every cell repeats its whole configuration; these are the fields that no cell may differ in.
         "options": {name: value for name, value in some.items() if name not in _PER_CELL},
     }
+    if any(get_method(method).head_scores == "calibrated" for method, _ in configs):
+        settings["calibration"] = describe_head_scores(calibration)
     results = reader.run(
         Results,
         settings,
@@ -152,7 +157,11 @@ _PER_CELL = ("method", "budget", "head_scores")
 
 
 def make_grid(
-    methods: Sequence[str], budgets: Sequence[int], head_scores: Any, options: dict[str, Any]
+    methods: Sequence[str],
+    budgets: Sequence[int],
+    head_scores: Any,
+    options: dict[str, Any],
+    calibration: Any = None,
 ) -> dict[Key, CompressionConfig]:
     """The configuration of every cell by method and budget; methods that keep every row come once, with budget None.
 
@@ -166,7 +175,7 @@ def make_grid(
         method = get_method(name)
         if method.compresses and not budgets:
             raise ConfigError(f"method {name!r} needs at least one budget")
-        scores = head_scores if method.head_scores == "given" else None
+        scores = {"given": head_scores, "calibrated": calibration}.get(method.head_scores)
         for budget in dict.fromkeys(budgets) if method.compresses else (None,):
             try:
                 configs[name, budget] = CompressionConfig(name, budget, scores, **options)
