@@ -49,12 +49,14 @@ class Prompt:
         length: Tokens.
         memory: Its keys and values.
         logits: `[1, vocab_size]` of its last token.
+        rope_deltas: Qwen2-VL's M-RoPE offset of the tokens behind the prompt, else None.
         rankings: Per layer int64 `[num_kv_heads, length - window]`, the columns before the window, SnapKV's best first.
     """
 
     length: int
     memory: Cache
     logits: Tensor
+    rope_deltas: Tensor | None
     rankings: list[Tensor] = field(repr=False)
 
 
@@ -75,13 +77,16 @@ def read_prompt(model: PreTrainedModel, inputs: dict[str, Tensor], settings: Set
     cache = DynamicCache()
     with tapped(family_of(model).text_model(model), ranked):
         output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return Prompt(length, fixed_prompt(cache), output.logits[:, -1], rankings)
+    deltas = getattr(model.model, "rope_deltas", None)
+    return Prompt(length, fixed_prompt(cache), output.logits[:, -1], deltas, rankings)
 
 
 def answer_loss(model: PreTrainedModel, prompt: Prompt, answer: Tensor) -> Tensor:
     """Mean negative log-likelihood of the tokens `answer` `[1, n]` behind the prompt, teacher forced."""
     logits = prompt.logits
     if answer.shape[1] > 1:
+        if prompt.rope_deltas is not None:
+            model.model.rope_deltas = prompt.rope_deltas
         output = model(input_ids=answer[:, :-1], past_key_values=prompt.memory, use_cache=True)
         logits = torch.cat([logits, output.logits[0].to(logits.device)])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

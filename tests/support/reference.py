@@ -5,7 +5,9 @@ Written from the formulas, not from the library: nothing of `sparsemm` is import
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -138,6 +140,44 @@ def pyramid_budgets(num_layers: int, budget: int, window: int, beta: int, length
         return [min(length, window + high - layer * step) for layer in range(num_layers)]
     targets = [window + high - layer * Fraction(high - low, num_layers - 1) for layer in range(num_layers)]
     return round_by_largest_fraction(targets, num_layers * budget)
+
+
+def lower_hull(rows: list[int], errors: list[float]) -> Callable[[int], float]:
+    """The largest convex function below the points that never rises, by every pair of them; from rows[0] upwards."""
+
+    def hull(at: int) -> float:
+        below = [error for row, error in zip(rows, errors, strict=True) if row <= at]
+        pairs = itertools.combinations(range(len(rows)), 2)
+        lines = [
+            errors[i] + (errors[j] - errors[i]) * (at - rows[i]) / (rows[j] - rows[i])
+            for i, j in pairs
+            if rows[i] <= at <= rows[j]
+        ]
+        return min([*below, *lines])
+
+    return hull
+
+
+def rate_distortion_budgets(
+    sensitivities: np.ndarray, distortions: np.ndarray, rows: list[int], num_kv_heads: int, budget: int, window: int,
+    length: int,
+) -> np.ndarray:  # fmt: skip
+    """Rows [L, Hkv], handed out one at a time to the head whose hull falls most; equally once none falls."""
+    errors = (sensitivities[..., None] * distortions).reshape(len(sensitivities) * num_kv_heads, -1, len(rows)).sum(1)
+    hulls = [lower_hull(rows, list(curve)) for curve in errors]
+    steps = [{row: hull(row) - hull(row + 1) for row in range(rows[0], length)} for hull in hulls]
+    kept, extra = [min(window, length)] * len(hulls), [0] * len(hulls)
+    for _ in range((min(budget, length) - kept[0]) * len(hulls)):
+        open_heads = [head for head in range(len(hulls)) if kept[head] < length]
+        # The saving of a row is known to about fifteen digits: equal ones must not be told apart.
+        best = max(steps[head][kept[head]] for head in open_heads)
+        if best > 1e-14:
+            chosen = min(head for head in open_heads if steps[head][kept[head]] >= best * (1 - 1e-9))
+        else:
+            chosen = min(open_heads, key=lambda head: (extra[head], head))
+            extra[chosen] += 1
+        kept[chosen] += 1
+    return np.array(kept).reshape(len(sensitivities), num_kv_heads)
 
 
 def adakv_budgets(

@@ -1,0 +1,162 @@
+"""Whole calibrations: what the file holds, killed and taken up again, shared by processes, bad files refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import calibrate_job
+import numpy as np
+import pytest
+import torch
+from toy_models import toy_model, toy_processor
+
+from sparsemm import CompressionConfig, HeadScores
+from sparsemm.calibration import calibrate, journal_path
+from sparsemm.calibration.curves import row_grid
+from sparsemm.errors import ConfigError, DataError, HeadScoreError
+from sparsemm.plan import head_budgets
+
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join([str(SUPPORT.parents[1]), str(SUPPORT), os.environ.get("PYTHONPATH", "")]),
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed") / "scores.json"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")
+            calibrate_job.run(str(output))
+    finally:
+        torch.set_num_threads(threads)
+    return output
+
+
+def test_the_file_is_the_mean_over_pages_and_tasks(undisturbed: Path) -> None:
+    scores = HeadScores.load(undisturbed)
+    _, *records = map(json.loads, journal_path(undisturbed).read_text().splitlines())
+    assert "truncated file" in records[4]["skipped"]
+    used = [record for record in records if "skipped" not in record]
+    tasks = [[each for each in used if each["task"] == task] for task in ("field", "read")]
+    assert [len(task) for task in tasks] == [2, 3] and scores.provenance["tasks"] == {"field": 2, "read": 3}
+    gradients = [np.array([each["gradients"] for each in task]) for task in tasks]
+    sensitivities = sum(np.abs(task).mean(0) for task in gradients) / 2
+    plain = np.maximum(0, -sum(task.mean(0) for task in gradients) / 2)
+    longest = max(each["prompt_tokens"] for each in used)
+    rows = row_grid(4, longest)
+    lost = sum(
+        np.mean([np.pad(each["distortions"], ((0, 0), (0, 0), (0, len(rows) - len(each["distortions"][0][0])))) for each in task], 0)
+        for task in tasks
+    )  # fmt: skip
+    np.testing.assert_allclose(scores.values, plain, rtol=1e-12)
+    np.testing.assert_allclose(scores.curves.sensitivities, sensitivities, rtol=1e-12)
+    np.testing.assert_allclose(scores.curves.distortions, lost / lost[..., :1], rtol=1e-12)
+    assert scores.curves.rows == rows and (scores.curves.distortions[..., -1] == 0).all()
+    figures = scores.provenance
+    assert (figures["model"], figures["num_pages"], figures["num_skipped"], figures["window_size"]) == ("toy", 5, 1, 4)
+    assert records[1]["answer_tokens"] == 6  # no answer given: the model's own, as long as it may be
+
+
+def test_it_is_a_calibration_of_this_model(undisturbed: Path) -> None:
+    config = CompressionConfig("rate_distortion", 9, undisturbed, window_size=4)
+    rows = head_budgets(config, num_layers=2, num_query_heads=4, num_kv_heads=2, prompt_length=30)
+    assert rows.sum() == 9 * 4 and rows.unique().numel() > 1
+    again = HeadScores.load(undisturbed)
+    assert again.describe() == HeadScores.load(undisturbed).describe()
+    assert again.describe()["sha256"] != HeadScores(again.values).describe()["sha256"]
+    with pytest.raises(HeadScoreError, match="the model has 2 x 8"):
+        head_budgets(config, num_layers=2, num_query_heads=8, num_kv_heads=2, prompt_length=30)
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_a_killed_calibration_goes_on_and_gives_the_same_files(undisturbed: Path, tmp_path: Path) -> None:
+    output = tmp_path / "scores.json"
+    command = [sys.executable, str(SUPPORT / "calibrate_job.py"), str(output)]
+    process = subprocess.Popen([*command, "0.5"], env=ENVIRONMENT)
+    try:
+        while lines(journal_path(output)) < 3 and process.poll() is None:
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGKILL)
+    finally:
+        process.wait()
+    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    before = journal_path(output).read_bytes()
+    assert not output.exists()
+    subprocess.run([*command, "0"], env=ENVIRONMENT, check=True)
+    assert journal_path(output).read_bytes().startswith(before[: before.rfind(b"\n") + 1])
+    assert output.read_bytes() == undisturbed.read_bytes()
+    assert journal_path(output).read_bytes() == journal_path(undisturbed).read_bytes()
+
+
+def test_two_processes_give_the_files_of_one(undisturbed: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    output = tmp_path / "scores.json"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    result = subprocess.run(
+        [*launcher, str(SUPPORT / "calibrate_job.py"), str(output), "0"],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert output.read_bytes() == undisturbed.read_bytes()
+    assert journal_path(output).read_bytes() == journal_path(undisturbed).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.json", "scores.pages.jsonl"]
+
+
+def test_bad_settings_and_pages() -> None:
+    model, processor = toy_model("qwen2-vl"), toy_processor("qwen2-vl")
+    for change, message in [
+        ({"window_size": 0}, "window_size=0"),
+        ({"kernel_size": 4}, "kernel_size=4 must be odd"),
+        ({"max_new_tokens": 1}, "max_new_tokens=1"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            calibrate(model, processor, [], progress=False, **change)
+    with pytest.raises(DataError, match="none of 1 pages"):
+        calibrate(model, processor, [calibrate_job.SlowQuestion(4)], progress=False)
+    with pytest.raises(DataError, match="none of 1 pages"):  # the prompt is no longer than the window
+        calibrate(model, processor, [calibrate_job.SlowQuestion(0)], window_size=500, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": None}, "no rows"),
+        ({"rows": [4, 4, 5]}, "not ascending"),
+        ({"rows": [4, 5]}, "do not fit"),
+        ({"sensitivities": [[1.0, -1.0]]}, "sensitivities are negative at layer 0, head 1"),
+        ({"sensitivities": [[1.0]]}, "do not fit"),
+        ({"distortions": [[[1.0, float("inf"), 0.0]] * 2]}, "distortions hold NaN or infinity at layer 0, head 0"),
+        ({"distortions": "x"}, "no distortions"),
+        ({"values": [[1.0, 2.0, 3.0]]}, "curves are of"),
+    ],
+)  # fmt: skip
+def test_broken_calibrations_are_refused(change: dict, message: str, tmp_path: Path) -> None:
+    document = {
+        "format": "sparsemm-calibration", "version": 1, "values": [[1.0, 2.0]], "rows": [4, 5, 6],
+        "sensitivities": [[1.0, 2.0]], "distortions": [[[1.0, 0.5, 0.0]] * 2],
+    }  # fmt: skip
+    path = tmp_path / "calibration.json"
+    path.write_text(json.dumps(document))
+    assert HeadScores.load(path).curves.rows == [4, 5, 6]
+    path.write_text(json.dumps({**document, **change}))
+    with pytest.raises(HeadScoreError, match=message):
+        HeadScores.load(path)
