@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from sparsemm.models.instances import forward_name, set_on_instance
+from sparsemm.models.projections import Projections
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
 """transformers' attention interface: `attend(module, query, key, value, attention_mask, **kwargs)`."""
@@ -29,7 +29,8 @@ def tapped(text_model: nn.Module, tap: Tap) -> Iterator[None]:
     """While the context lasts, `tap` answers every attention call of the language model."""
     config = text_model.config
     own = config._attn_implementation
-    attend: Attend = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager_attention_forward)
+    projections = Projections.of(text_model.layers[0].self_attn)
+    attend: Attend = projections.interface.get_interface(own, projections.eager)
     name = f"{own}_tapped_{id(text_model)}"
 
     def through_tap(module: nn.Module, *states: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

@@ -6,10 +6,11 @@ positions once with the float64 reference, and masks them for every later query.
 
 from __future__ import annotations
 
-import numpy as np
+import itertools
+
 import pytest
 import torch
-from greedy_runs import assert_close, config, greedy, scores, text_inputs
+from greedy_runs import assert_close, calibration, config, greedy, scores, text_inputs
 from masked_twin import MARGIN, MaskedTwin
 from toy_models import FAMILIES, toy_inputs, toy_model
 
@@ -17,18 +18,23 @@ import sparsemm
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["snapkv", "pyramidkv", "adakv", "sparsemm", "random"])
-@pytest.mark.parametrize("rounding", ["exact", "paper"])
+@pytest.mark.parametrize(
+    ("method", "rounding"),
+    [
+        *itertools.product(["snapkv", "pyramidkv", "adakv", "sparsemm", "random"], ["exact", "paper"]),
+        ("rate_distortion", "exact"),
+    ],
+)
 def test_same_logits_as_the_masked_full_cache(family, method, rounding):
     model = toy_model(family, num_layers=3)
     inputs = text_inputs(70) if family == "llava-vicuna" else toy_inputs(model, 1, seed=1)
-    table = scores(model)
-    settings = config(method, 14, head_scores=table if method == "sparsemm" else None, rounding=rounding)
+    table = {"sparsemm": scores, "rate_distortion": calibration}.get(method, lambda model: None)(model)
+    settings = config(method, 14, head_scores=table, rounding=rounding)
     with sparsemm.patch(model, settings) as handle:
         ids, logits, _ = greedy(model, inputs, tokens=8)
         kept = handle.stats.kept_rows[0]
         used = handle.plan.head_scores
-    twin = MaskedTwin(settings, None if used is None else np.asarray(used.values, dtype=np.float64), 3)
+    twin = MaskedTwin(settings, used, 3)
     twin.take_the_place_of_attention(model)
     expected_ids, expected, _ = greedy(model, inputs, tokens=8)
     assert twin.margin >= MARGIN, "choose another seed: the reference cannot tell which rows to keep"

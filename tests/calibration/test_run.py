@@ -57,10 +57,11 @@ def test_the_file_is_the_mean_over_pages_and_tasks(undisturbed: Path) -> None:
     plain = np.maximum(0, -sum(task.mean(0) for task in gradients) / 2)
     longest = max(each["prompt_tokens"] for each in used)
     rows = row_grid(4, longest)
-    lost = sum(
-        np.mean([np.pad(each["distortions"], ((0, 0), (0, 0), (0, len(rows) - len(each["distortions"][0][0])))) for each in task], 0)
-        for task in tasks
-    )  # fmt: skip
+    lost = np.zeros((*sensitivities.shape, len(rows)))
+    for task in tasks:
+        for each in task:
+            curves = np.array(each["distortions"])
+            lost[..., : curves.shape[-1]] += curves / len(task) / 2
     np.testing.assert_allclose(scores.values, plain, rtol=1e-12)
     np.testing.assert_allclose(scores.curves.sensitivities, sensitivities, rtol=1e-12)
     np.testing.assert_allclose(scores.curves.distortions, lost / lost[..., :1], rtol=1e-12)

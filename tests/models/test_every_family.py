@@ -96,7 +96,7 @@ def test_eviction_is_a_masked_full_cache(name):
             runs.append((settings, *greedy(model, single)[:2], handle.stats.kept_rows[0], handle.plan.head_scores))
             assert torch.equal(sparsemm.generate(model, single, max_new_tokens=6).new_tokens, runs[-1][1])
     for settings, ids, logits, kept, used in runs:
-        twin = MaskedTwin(settings, None if used is None else np.asarray(used.values, dtype=np.float64), 2)
+        twin = MaskedTwin(settings, used, 2)
         twin.take_the_place_of_attention(model)
         expected_ids, expected, _ = greedy(model, single)
         assert twin.margin >= MARGIN, "choose another seed: the reference cannot tell which rows to keep"

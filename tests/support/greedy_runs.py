@@ -7,6 +7,7 @@ import copy
 import torch
 
 import sparsemm
+from sparsemm.head_scores import Curves
 from sparsemm.models import family_of
 from sparsemm.plan import Plan
 
@@ -24,6 +25,14 @@ def scores(model, seed=0):
     generator = torch.Generator().manual_seed(seed)
     shape = (text.num_hidden_layers, text.num_attention_heads)
     return sparsemm.HeadScores(torch.rand(shape, generator=generator, dtype=torch.float64) ** 4)
+
+
+def calibration(model, seed=0):
+    """Scores with curves that fall from 8 rows to 64, every head's in its own way."""
+    table = scores(model, seed)
+    rows = torch.tensor([8, 10, 13, 18, 25, 40, 64])
+    falling = (1 - (rows - 8) / 56)[None, None].double() ** (1 + 9 * table.values.sqrt()[..., None])
+    return sparsemm.HeadScores(table.values, curves=Curves(rows.tolist(), table.values.flip(0), falling))
 
 
 def all_configs(model, budget, **settings):

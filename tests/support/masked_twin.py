@@ -13,8 +13,13 @@ MARGIN = 1e-5  # below this the float32 scores may order two positions different
 class MaskedTwin:
     """An attention function for one generation of batch 1."""
 
-    def __init__(self, settings, table, num_layers):
-        self.settings, self.table, self.num_layers = settings, table, num_layers
+    def __init__(self, settings, scores, num_layers):
+        self.settings, self.num_layers = settings, num_layers
+        self.table = None if scores is None else np.asarray(scores.values, dtype=np.float64)
+        measured = None if scores is None else scores.curves
+        self.curves = None
+        if measured is not None:
+            self.curves = measured.sensitivities.numpy(), measured.distortions.numpy(), measured.rows
         self.dropped, self.kept, self.margin = {}, {}, np.inf
 
     def __call__(self, module, query, key, value, attention_mask, scaling, **kwargs):
@@ -48,6 +53,7 @@ class MaskedTwin:
             layer_idx=layer_idx,
             num_layers=self.num_layers,
             scores=self.table,
+            curves=self.curves,
             ratio=settings.ratio,
             scaling=scaling,
         )

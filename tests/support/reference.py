@@ -240,6 +240,7 @@ def kept_positions(
     layer_idx: int = 0,
     num_layers: int = 1,
     scores: np.ndarray | None = None,
+    curves: tuple[np.ndarray, np.ndarray, list[int]] | None = None,
     ratio: float = 0.1,
     floor: float = 0.2,
     beta: int = 20,
@@ -255,6 +256,8 @@ def kept_positions(
         rows = [pyramid_budgets(num_layers, budget, window, beta, length, rounding)[layer_idx]] * num_kv_heads
     elif method == "adakv":
         rows, margin = adakv_budgets(pooled, budget, window, floor, length, rounding)
+    elif method == "rate_distortion":
+        rows = rate_distortion_budgets(*curves, num_kv_heads, budget, window, length)[layer_idx].tolist()
     elif method in ("sparsemm", "random"):
         table = score_budgets(scores, num_kv_heads, budget, window, ratio, length, rounding)
         rows = table[layer_idx].tolist()
