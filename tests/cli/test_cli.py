@@ -218,3 +218,22 @@ def test_names_and_lists(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert common.parse_list(" a, b  c,") == ["a", "b", "c"]
     with pytest.raises(common.ConfigError, match="--budgets holds '8x'"):
         common.parse_integers("4 8x", "--budgets")
+
+
+def test_calibrate_writes_a_file_that_the_other_commands_find(run: Any, files: dict[str, Path], tmp_path: Path) -> None:
+    entries = [{"image": str(files["image"].name), "question": "What is the date?", "answer": "may", "task": "field"}]
+    source = tmp_path / "pages"
+    source.mkdir()
+    (source / files["image"].name).write_bytes(files["image"].read_bytes())
+    (source / "questions.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    model = ["--model", files["model"]]
+    assert "--data" in run("calibrate", *model, "--no-progress").err
+    outcome = run("calibrate", *model, "--data", source, "--window-size", 4, "--no-progress")
+    assert outcome.status == 0 and "1 pages used (1 field), 0 skipped" in outcome.out, outcome.err
+    scores = HeadScores.load(tmp_path / "head_scores" / "calibrations" / "toy.json")
+    assert scores.curves.rows[0] == 4 and scores.provenance["dataset"] == "pages"
+    asked = ["--image", files["image"], "--method", "rate_distortion", "--budget", 8, "--max-new-tokens", 2]
+    found = run("generate", *model, *asked, "--window-size", 4)
+    assert found.status == 0 and "[rate_distortion] 8.00 of" in found.err
+    refused = run("generate", *model, *asked, "--head-scores", tmp_path / "none.json")
+    assert refused.status == 2 and "none.json does not exist" in refused.err
