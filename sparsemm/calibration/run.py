@@ -16,7 +16,7 @@ from sparsemm.calibration.page import QuestionPage, calibrate_page
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.head_scores import Curves, HeadScores
 from sparsemm.models import family_of
-from sparsemm.models.identity import model_name_of, weights_digest
+from sparsemm.models.identity import identity_of
 from sparsemm.runs.processes import workers
 from sparsemm.runs.results import environment
 from sparsemm.runs.sharing import work_through
@@ -84,9 +84,10 @@ def calibrate(
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ConfigError(f"kernel_size={kernel_size} must be odd; pooling is centred")
     ranking = _Ranking(window_size, kernel_size)
+    identity = identity_of(model)
     settings: dict[str, Any] = {
-        "model": model_name or model_name_of(model),
-        "weights": weights_digest(model),
+        "model": model_name or identity.name,
+        "weights": identity.weights,
         "dataset": dataset,
         "seed": seed,
         "window_size": window_size,

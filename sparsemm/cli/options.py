@@ -118,10 +118,10 @@ class Scores:
         found = self.find(model, calibrated=calibrated)
         if found is None:
             places = " or ".join(map(str, score_files(model, calibrated=calibrated)))
-            kind, command = ("calibration", "calibrate") if calibrated else ("head scores", "chase")
+            kind, command = ("is no calibration", "calibrate") if calibrated else ("are no head scores", "chase")
             raise DataError(
-                f"there is no file of {kind} of {short_name(model)} in {places}; "
-                f"make it with `sparsemm {command} --model {model}`, or give --head-scores"
+                f"there {kind} of {short_name(model)} in {places}; "
+                f"let `sparsemm {command} --model {model}` make some, or give --head-scores"
             )
         return found
 

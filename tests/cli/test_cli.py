@@ -228,12 +228,23 @@ def test_calibrate_writes_a_file_that_the_other_commands_find(run: Any, files: d
     (source / "questions.jsonl").write_text("\n".join(map(json.dumps, entries)))
     model = ["--model", files["model"]]
     assert "--data" in run("calibrate", *model, "--no-progress").err
+    asked = [*model, "--image", files["image"], "--method", "rate_distortion", "--budget", 8, "--max-new-tokens", 2]
+    asked += ["--window-size", 4]
+    assert "there is no calibration of toy" in run("generate", *asked).err
     outcome = run("calibrate", *model, "--data", source, "--window-size", 4, "--no-progress")
     assert outcome.status == 0 and "1 pages used (1 field), 0 skipped" in outcome.out, outcome.err
-    scores = HeadScores.load(tmp_path / "head_scores" / "calibrations" / "toy.json")
+    place = files["model"] / "calibration.json"
+    scores = HeadScores.load(place)
     assert scores.curves.rows[0] == 4 and scores.provenance["dataset"] == "pages"
-    asked = ["--image", files["image"], "--method", "rate_distortion", "--budget", 8, "--max-new-tokens", 2]
-    found = run("generate", *model, *asked, "--window-size", 4)
-    assert found.status == 0 and "[rate_distortion] 8.00 of" in found.err
-    refused = run("generate", *model, *asked, "--head-scores", tmp_path / "none.json")
-    assert refused.status == 2 and "none.json does not exist" in refused.err
+    found = run("generate", *asked)
+    assert found.status == 0 and "(toy, 1 pages)" in found.err and "[rate_distortion] 8.00 of" in found.err
+    plain = run("generate", *asked, "--head-scores", files["scores"])  # serves other methods: the model's is taken
+    assert plain.out == found.out and str(place) in plain.err
+    place.unlink()
+    for file, message in [
+        (tmp_path / "none.json", "none.json does not exist"),
+        (files["scores"], "needs a calibration"),
+        (common.checkout() / "head_scores" / "calibrations" / "qwen2-vl.json", "were chased on qwen2-vl"),
+    ]:
+        refused = run("generate", *asked, "--head-scores", file)
+        assert refused.status == 2 and message in refused.err
