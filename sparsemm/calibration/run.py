@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from sparsemm.calibration.curves import row_grid
 from sparsemm.calibration.page import QuestionPage, calibrate_page
+from sparsemm.chase.run import is_enough, made_before
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.head_scores import Curves, HeadScores
 from sparsemm.models import family_of
@@ -66,7 +68,8 @@ def calibrate(
         window_size, kernel_size: Of the compression to come: budgets can be had for this window and larger ones.
         max_new_tokens: Longest answer, in tokens.
         output: File of the result. Beside it, `<name>.pages.jsonl` holds what each page gave, as soon as it is known.
-        resume: Continue from that file where there is one; False starts again.
+        resume: Continue from that file where there is one; an `output` made from as many pages or more, with the same
+            settings, is left as it is, and returned. False starts again.
         model_name, dataset, seed: Provenance. The model's own name by default.
         progress: Show a progress bar.
 
@@ -75,7 +78,7 @@ def calibrate(
 
     Raises:
         ConfigError: A setting is out of range, or several processes and no `output`.
-        DataError: The file to resume from is of another calibration, or no page could be used.
+        DataError: The file to resume from, or `output`, is of another calibration, or no page could be used.
         HeadScoreError: No head does anything for the answers.
     """
     for name, value, least in (("window_size", window_size, 1), ("max_new_tokens", max_new_tokens, 2)):
@@ -95,6 +98,9 @@ def calibrate(
         "max_new_tokens": max_new_tokens,
         "num_kv_heads": family_of(model).text_model(model).config.num_key_value_heads,
     }
+    before = made_before(output, settings) if output is not None and resume else None
+    if before is not None and is_enough(before, output, length_hint(pages)):
+        return before
     records = work_through(
         pages,
         lambda page: calibrate_page(model, processor, page, ranking, max_new_tokens=max_new_tokens),
@@ -105,6 +111,8 @@ def calibrate(
         progress=progress,
     )
     scores = _collect(records, settings)
+    if before is not None and is_enough(before, output, len(records)):  # the pages did not say how many they are
+        return before
     us = workers()
     if output is not None and us.first:
         scores.save(output)

@@ -16,7 +16,9 @@ from sparsemm.errors import DataError
 if TYPE_CHECKING:
     from sparsemm import HeadScores
 
-ALL_METHODS = "fullkv,snapkv,pyramidkv,adakv,sparsemm,rate_distortion,random,mask,mask_random"
+ALL_METHODS = (
+    "fullkv,streaming_llm,knorm,keydiff,snapkv,pyramidkv,adakv,sparsemm,rate_distortion,random,mask,mask_random"
+)
 MINIATURE_BUDGETS = "8,12,16,24,32,64,128"
 BUDGETS = "64,128,256,512,1024,2048"  # Table 3 of the paper
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from sparsemm.methods.adakv import ADAKV
 from sparsemm.methods.fullkv import FULLKV
+from sparsemm.methods.keydiff import KEYDIFF
+from sparsemm.methods.knorm import KNORM
 from sparsemm.methods.mask import MASK
 from sparsemm.methods.mask_random import MASK_RANDOM
 from sparsemm.methods.method import METHODS, BudgetRequest, Method, Settings, get_method, register_method
@@ -12,8 +14,12 @@ from sparsemm.methods.random import RANDOM
 from sparsemm.methods.rate_distortion import RATE_DISTORTION
 from sparsemm.methods.snapkv import SNAPKV
 from sparsemm.methods.sparsemm import SPARSEMM
+from sparsemm.methods.streaming_llm import STREAMING_LLM
 
-for _method in (FULLKV, SNAPKV, PYRAMIDKV, ADAKV, SPARSEMM, RANDOM, RATE_DISTORTION, MASK, MASK_RANDOM):
+for _method in (
+    FULLKV, STREAMING_LLM, KNORM, KEYDIFF, SNAPKV, PYRAMIDKV, ADAKV, SPARSEMM, RANDOM, RATE_DISTORTION, MASK,
+    MASK_RANDOM,
+):  # fmt: skip
     register_method(_method)
 
 __all__ = ["METHODS", "BudgetRequest", "Method", "Settings", "get_method", "register_method"]

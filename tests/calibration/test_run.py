@@ -122,6 +122,21 @@ def test_two_processes_give_the_files_of_one(undisturbed: Path, tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.json", "scores.pages.jsonl"]
 
 
+def test_a_finished_file_is_not_replaced_by_less(undisturbed: Path, tmp_path: Path) -> None:
+    output = tmp_path / "scores.json"
+    output.write_bytes(undisturbed.read_bytes())
+    model, processor = toy_model("qwen2-vl"), toy_processor("qwen2-vl")
+    same = {"window_size": 4, "max_new_tokens": 6, "model_name": "toy", "dataset": "noise", "progress": False}
+    few = [calibrate_job.SlowQuestion(0), calibrate_job.SlowQuestion(2)]
+    again = calibrate(model, processor, few, output=output, **same)
+    assert again.provenance["num_pages"] == 5 and output.read_bytes() == undisturbed.read_bytes()
+    with pytest.raises(DataError, match="other settings .window_size: 4 there, 5 here"):
+        calibrate(model, processor, few, output=output, **{**same, "window_size": 5})
+    assert output.read_bytes() == undisturbed.read_bytes()
+    fresh = calibrate(model, processor, few, output=output, resume=False, **same)
+    assert fresh.provenance["num_pages"] == 2 == HeadScores.load(output).provenance["num_pages"]
+
+
 def test_bad_settings_and_pages() -> None:
     model, processor = toy_model("qwen2-vl"), toy_processor("qwen2-vl")
     for change, message in [

@@ -1,0 +1,31 @@
+"""KeyDiff: keys that differ most from the mean key are kept."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from sparsemm.methods.method import Method, Settings
+from sparsemm.methods.snapkv import uniform_budgets
+
+
+def difference_from_mean_key(
+    settings: Settings, query: Tensor, key: Tensor, starts: Tensor, num_queries: Tensor, columns: int, scaling: float
+) -> Tensor:
+    """s_i = -cos(mu, k_i) in float32, with mu the mean of all keys k_j / ‖k_j‖ of the head, as the cache holds them
+    (Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction", arXiv 2504.15364, section 3). As
+    `sparsemm.methods.method.PositionScorer` says.
+
+    The whole prompt is one block: the paper's block-wise prefill and its sliding window variant are not here.
+    """
+    key = key.float()
+    valid = torch.arange(key.shape[2], device=key.device) >= starts[..., None]
+    # The mean's length does not change a cosine, so the sum will do.
+    anchor = (normalize(key, dim=-1) * valid[..., None]).sum(2, keepdim=True)
+    return -cosine_similarity(key[:, :, :columns], anchor, dim=-1)
+
+
+KEYDIFF = Method(
+    name="keydiff", model_budgets=uniform_budgets, score_positions=difference_from_mean_key, paper_rounding=False
+)
