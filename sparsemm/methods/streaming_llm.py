@@ -9,8 +9,8 @@ from sparsemm.methods.method import Method, Settings
 from sparsemm.methods.snapkv import uniform_budgets
 
 NUM_SINKS = 4
-"""Initial tokens that are kept (Xiao et al., "Efficient Streaming Language Models with Attention Sinks", ICLR 2024, arXiv
-2309.17453, section 3.2: four are enough)."""
+"""Initial tokens that are kept (Xiao et al., "Efficient Streaming Language Models with Attention Sinks", ICLR 2024,
+arXiv 2309.17453, section 3.2: four are enough)."""
 
 
 def sinks_then_recent(
@@ -18,8 +18,8 @@ def sinks_then_recent(
 ) -> Tensor:
     """Infinity for the sinks, else the position. As `sparsemm.methods.method.PositionScorer` says.
 
-    Keys keep the positions of their RoPE, as in every method here; the paper renumbers positions within the cache, which
-    matters for streams longer than the model was trained for.
+    Keys keep the positions of their RoPE, as in every method here; the paper renumbers positions within the cache,
+    which matters for streams longer than the model was trained for.
     """
     place = torch.arange(columns, device=key.device) - starts[..., None]
     return torch.where(place < NUM_SINKS, torch.inf, place.float())

@@ -18,7 +18,7 @@ from sparsemm.head_scores import Curves, HeadScores
 from sparsemm.methods.rate_distortion import split_equally
 from sparsemm.plan import head_budgets
 
-MANY = settings(max_examples=150, deadline=None, derandomize=True)
+MANY = settings(max_examples=60, deadline=None, derandomize=True)
 ROWS = [4, 5, 6, 8, 11, 16, 23, 32]
 
 
@@ -73,7 +73,7 @@ def test_sums_are_exact_and_no_head_loses_rows_to_a_larger_budget(case) -> None:
 
 
 @given(cases())
-@settings(MANY, max_examples=80)
+@settings(MANY, max_examples=40)
 def test_budgets_equal_the_reference(case) -> None:
     """The same hulls found by looking at every pair of points, the rows handed out one at a time."""
     scores, shape, window, length = case
