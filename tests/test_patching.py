@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
+import weakref
+
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
@@ -220,3 +225,59 @@ def test_quantised_projections():
         assert_close(greedy(model, inputs)[1], expected)
     with sparsemm.patch(model, config("mask", None, head_scores=scores(model), mask_ratio=0.4)):
         assert not torch.allclose(greedy(model, inputs)[1][0], expected[0], atol=1e-4)
+
+
+# -- what happens to a model under a patch -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["model", "text model", "layer", "attention"])
+def test_a_patched_model_is_not_copied(part):
+    model = toy_model("llava-vicuna")
+    text_model = model.model.language_model
+    layer = text_model.layers[1]
+    chosen = {"model": model, "text model": text_model, "layer": layer, "attention": layer.self_attn}[part]
+    with sparsemm.patch(model, config()):
+        with pytest.raises(PatchError, match="remove the patch first"):
+            copy.deepcopy(chosen)
+        with pytest.raises(PatchError, match="remove the patch first"):
+            pickle.dumps(chosen)
+    twin = copy.deepcopy(model)
+    inputs = toy_inputs(model, 1)
+    with sparsemm.patch(twin, config(budget=10)):
+        assert torch.equal(greedy(twin, inputs)[1], greedy(_patched(copy.deepcopy(model)), inputs)[1])
+    assert torch.equal(greedy(twin, inputs)[1], greedy(model, inputs)[1])
+
+
+def _patched(model):
+    sparsemm.patch(model, config(budget=10))
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("used", [False, True])
+def test_a_model_dropped_under_its_patch_is_freed(family, used):
+    model = toy_model(family)
+    handle = sparsemm.patch(model, config())
+    if used:
+        sparsemm.generate(model, text_inputs(20), max_new_tokens=3)
+    alive = weakref.ref(model.model.language_model)
+    del model, handle
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_weights_are_refused_not_left_out(implementation):
+    model = toy_model("llava-vicuna", attn_implementation=implementation)
+    inputs = toy_inputs(model, 1)
+    with sparsemm.patch(model, config()) as handle:
+        for ask in (
+            lambda: model(**inputs, output_attentions=True),
+            lambda: model.generate(**inputs, max_new_tokens=2, output_attentions=True, return_dict_in_generate=True),
+        ):
+            with pytest.raises(ConfigError, match="output_attentions"):
+                ask()
+        with torch.no_grad():
+            weights = model(**inputs, output_attentions=True, use_cache=False).attentions
+        assert len(weights) == (2 if implementation == "eager" else 0)
+        del handle

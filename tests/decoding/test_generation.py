@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     CLIPVisionConfig,
+    DynamicCache,
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
@@ -148,6 +149,38 @@ def test_a_second_turn_continues_either_way(family):
         actual = sparsemm.generate(model, turn, max_new_tokens=70, past_key_values=first.cache)
     assert torch.equal(first.sequences, stock.sequences)
     assert torch.equal(actual.sequences, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_callers_own_empty_cache_is_filled(family):
+    model = toy_model(family)
+    inputs = toy_inputs(model, 1)
+    with sparsemm.patch(model, config("snapkv", 12)) as handle:
+        expected = model.generate(**inputs, max_new_tokens=9)
+        for cache in (DynamicCache(config=model.config.text_config), DynamicCache(), handle.new_cache()):
+            out = sparsemm.generate(model, inputs, max_new_tokens=9, past_key_values=cache)
+            assert out.cache is cache and torch.equal(out.sequences, expected)
+            assert cache.get_seq_length() == expected.shape[1] - 1
+            ids = torch.cat([out.sequences, torch.tensor([[30, 31]])], dim=1)
+            more = sparsemm.generate(model, {"input_ids": ids}, max_new_tokens=3, past_key_values=cache)
+            assert more.cache is cache
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_that_the_caller_has_embedded(family):
+    model = toy_model(family)
+    inputs = text_inputs(20, batch=2)
+    embedded = {
+        "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]).detach(),
+        "attention_mask": inputs["attention_mask"],
+    }
+    with sparsemm.patch(model, config("snapkv", 12)):
+        whole = sparsemm.generate(model, inputs, max_new_tokens=7)
+        expected = model.generate(**embedded, max_new_tokens=7)
+        actual = sparsemm.generate(model, embedded, max_new_tokens=7)
+    assert torch.equal(actual.sequences, expected)
+    assert torch.equal(actual.new_tokens, whole.new_tokens)
+    assert actual.prompt_columns == 0 and actual.stats.prompt_tokens == [20, 20]
 
 
 def test_one_token_and_streaming():
