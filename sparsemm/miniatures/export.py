@@ -77,7 +77,7 @@ knows lower-case letters and digits, one to a 16-pixel cell, on 224-pixel pages.
   {text["num_key_value_heads"]} key/value heads, hidden size {text["hidden_size"]}.
 - Two questions: "Provide all the OCR results of this image." and "What is the <field>?".
 - Training: `sparsemm miniatures train --family {family} --seed {training["seed"]} --threads {threads}` from nothing,
-  {state}: {training["steps"]} steps, {training["minutes"]} minutes. The weights are the running mean.
+  {state}: {training["steps"]} steps, {training["minutes"]} minutes of processor time. The weights are the running mean.
 - Steps of each stage, with the accuracy on held-out pages that ended it: {stages}.
 
 Held-out pages (fonts and words of no training page), {reading["pages_each"]} for each number of words; greedy, bfloat16

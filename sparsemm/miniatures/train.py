@@ -39,8 +39,8 @@ AVERAGE_DECAY = 0.99
 class Progress:
     """Where a run stands: its stage, the steps done in it, how it was judged, and the steps of every stage so far.
 
-    `stale` counts the looks at held-out pages since the `best`. `curve` has (stage, steps of all stages, minutes,
-    held-out accuracy) of every look.
+    `stale` counts the looks at held-out pages since the `best`, `seconds` those of the processor. `curve` has (stage,
+    steps of all stages, minutes, held-out accuracy) of every look.
     """
 
     family: str
@@ -181,22 +181,21 @@ class Trainer:
 
         state = self.progress
         last = None if steps is None else state.total_steps + steps
-        saved = clock = time.monotonic()
+        saved, clock = time.monotonic(), time.process_time()
         done, to_come = self._cells()
         bar = tqdm(initial=done, total=done + to_come, disable=not progress, unit="cell", unit_scale=True)
         while self.stage is not None and state.total_steps != last:
             bar.set_description(self.stage.name, refresh=False)
             value = self.step()
-            now = time.monotonic()
-            state.seconds, clock = state.seconds + now - clock, now
+            state.seconds, clock = state.seconds + time.process_time() - clock, time.process_time()
             if state.step % self.schedule.judged_every == 0:
                 self.judge()
                 stage, total, minutes, accuracy = state.curve[-1]
                 logger.info("%s: %d steps, %.1f min, loss %.3f, held out %.4f", stage, total, minutes, value, accuracy)
                 bar.set_postfix_str(f"held out {accuracy:.3f}", refresh=False)
-            if now - saved > self.schedule.save_seconds:
+            if time.monotonic() - saved > self.schedule.save_seconds:
                 self.save()
-                saved = now
+                saved = time.monotonic()
             done, to_come = self._cells()
             bar.total = done + to_come
             bar.update(done - bar.n)
