@@ -18,7 +18,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
 TORCH := $(if $(shell nvidia-smi -L 2>/dev/null),torch===$(TORCH_VERSION),torch==$(TORCH_VERSION))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test lint format install kernels gpu-check clean
+.PHONY: help quickstart test test-oldest lint format install kernels gpu-check clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
@@ -53,6 +53,16 @@ $(STAMP): | $(VENV)
 
 $(VENV):
 	$(PYTHON) -m venv $(VENV)
+
+# The same pins but for transformers, at the oldest release that is supported.
+OLDEST := .venv-oldest
+test-oldest:  ## The tests of models, cache and decoding with the oldest transformers
+	$(PYTHON) -m venv $(OLDEST)
+	sed -E '/^(transformers|tokenizers|huggingface_hub)==/d' $(CONSTRAINTS) > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --constraint $(OLDEST)/constraints.txt "$(TORCH)" setuptools "transformers==5.17.*"
+	$(OLDEST)/bin/python -m pip install --constraint $(OLDEST)/constraints.txt --no-build-isolation --editable ".[dev]"
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(TEST_WORKERS) tests/models tests/cache \
+		tests/decoding tests/test_patching.py
 
 kernels: $(STAMP)  ## Compile csrc (CPU always; CUDA where nvcc is found)
 	$(BIN)/python csrc/build.py
