@@ -10,8 +10,15 @@ from typing import Any
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` so that a reader, or a crash, never meets half a file. Parent folders are created."""
+    """Write `data` so that a reader, or a crash, never meets half a file. Parent folders are created.
+
+    What a link points to is replaced, not the link; a device or a pipe is written to.
+    """
     target = Path(path)
+    if target.exists() and not target.is_file():
+        target.write_bytes(data)
+        return
+    target = target.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
@@ -36,12 +43,14 @@ def write_json_atomic(path: str | os.PathLike[str], value: Any, *, indent: int |
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """The value of a JSON file. Raises `DataError` naming the file when it is missing or not JSON."""
+    """The value of a JSON file. Raises `DataError` naming the file when it is missing, unreadable or not JSON."""
     from sparsemm.errors import DataError
 
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist; check the path") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); give a file") from error
     except ValueError as error:  # not UTF-8, or not JSON
         raise DataError(f"{path} is not valid JSON ({error}); it may be truncated: make it again") from error

@@ -8,6 +8,7 @@ import typer
 
 from sparsemm.cli.chase import PAGE_SEED, default_match
 from sparsemm.cli.options import JsonOption, Model, NewTokensOption, QuietOption
+from sparsemm.cli.outputs import claim
 
 
 def chase(
@@ -26,6 +27,7 @@ def chase(
     from sparsemm.bench.chase import run
     from sparsemm.datasets import open_pages
 
+    claim(output)
     pages = list(itertools.islice(open_pages(dataset, limit=num_images, seed=PAGE_SEED), num_images))
     results = run(
         *model.load(), pages, model_name=model.name, output=output, match=default_match(model),

@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemm.cli.common import DEFAULT_MODEL, parse_integers, parse_list
+from sparsemm.cli.common import DEFAULT_MODEL, parse_integers, parse_list, warn_of_positions
 from sparsemm.cli.options import BackendOption, FreshOption, GraphOption, JsonOption, Model, Scores
+from sparsemm.cli.outputs import claim
 
 _GPU_PROMPTS = "2048,4096,8192,16384,32768,65536,131072"
 _CPU_PROMPTS = "256,512,1024,2048"
@@ -34,12 +35,14 @@ class Shape(Model):
         import torch
 
         from sparsemm.bench.shapes import SHAPES, random_model
-        from sparsemm.models.loading import _resolve_dtype
+        from sparsemm.models.loading import resolve_device, resolve_dtype
 
         if self.model not in SHAPES:
             return self.load(**options)[0]
-        place = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = _resolve_dtype(self.dtype, on_cpu=place.type == "cpu")
+        place = torch.device(resolve_device(None if self.device == "auto" else self.device))
+        dtype = resolve_dtype(self.dtype, on_cpu=place.type == "cpu")
+        if place.type == "cpu" and self.model != "tiny":
+            typer.echo(f"warning: {self.model} on a CPU fills tens of gigabytes and takes minutes a token", err=True)
         return random_model(self.model, device=place, dtype=dtype, **options)
 
 
@@ -86,6 +89,7 @@ def e2e(
     from sparsemm.errors import DataError
     from sparsemm.io import write_bytes_atomic
 
+    claim(output / "results.json", output / "table.md", output / "efficiency.png")
     on_gpu = (model.device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cpu"
     model = replace(model, model=model.model or ("vicuna-7b" if on_gpu else "tiny"))
     names = parse_list(methods)
@@ -100,8 +104,10 @@ def e2e(
     )
     if scores.head_scores is not None:
         scores.table(model.model)
+    network = model.build(attn_implementation=attn_implementation)
+    warn_of_positions(network, max((each.prompt_tokens for each in workloads), default=0) + steps)
     results = bench.run(
-        model.build(attn_implementation=attn_implementation),
+        network,
         workloads,
         model_name=model.name,
         steps=steps,
@@ -138,6 +144,7 @@ def host(
     """Ratios that need no GPU: one layer against the plain way at the Vicuna shape, and Python's time per token."""
     from sparsemm.bench.host import run
 
+    claim(output)
     shape = Shape(model, device="cpu", dtype="float32")
     results = run(
         shape.build(), model_name=shape.name, prompt_tokens=prompt_tokens, budget=budget, rounds=rounds, output=output

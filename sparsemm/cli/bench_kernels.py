@@ -9,6 +9,7 @@ import typer
 
 from sparsemm.cli.common import parse_integers, parse_list
 from sparsemm.cli.options import DeviceOption, FreshOption, QuietOption, load_scores
+from sparsemm.cli.outputs import claim
 
 
 def kernels(
@@ -30,6 +31,7 @@ def kernels(
     """Time compact, append, decode, window_scores and select beside other backends and the original algorithm."""
     from sparsemm.bench.kernels import format_cell, run
 
+    claim(output)
     if head_scores is not None:
         load_scores(head_scores)
     results = run(

@@ -10,6 +10,7 @@ import typer
 from sparsemm.cli.common import parse_integers, score_files
 from sparsemm.cli.data import SOURCES, Source
 from sparsemm.cli.options import FreshOption, Model, NewTokensOption, PixelsOption, QuietOption
+from sparsemm.cli.outputs import claim
 from sparsemm.errors import ConfigError
 
 PAGE_SEED = 1  # the pages of `evaluate` have seed 0: heads are not chosen on the pages they are judged by
@@ -53,10 +54,12 @@ def chase(
     name = dataset or ("miniature" if model.is_miniature else "documents")
     limit = num_images or (200 if model.is_miniature else 1000)
     words = None if num_words is None else tuple(parse_integers(num_words, "--num-words"))
+    place = output or _place(model.model)
+    claim(place)
     pages = source.open(name, limit=limit, seed=seed, num_words=words)
     network, processor = model.load(device=model.device or workers().device, max_pixels=max_pixels)
     run_chase(
-        model, network, processor, pages, output or place_of(model.model), match=match,
+        model, network, processor, pages, place, match=match,
         model_name=model.name if model.is_miniature or Path(model.model).is_dir() else model.model,
         dataset=source.describe(name, words=words), seed=seed, max_new_tokens=max_new_tokens, prompt=prompt,
         resume=not fresh, progress=not no_progress,

@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 import sparsemm
 from sparsemm.errors import ConfigError, DataError
 
@@ -86,12 +88,20 @@ def parse_integers(text: str, name: str) -> list[int]:
     return values
 
 
+def warn_of_positions(model: PreTrainedModel, tokens: int) -> None:
+    """Say on standard error that so many tokens are more than the model was made for, if they are."""
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if known is not None and tokens > known:
+        typer.echo(
+            f"warning: {tokens} tokens are more than the {known} positions of the model: it reads worse", err=True
+        )
+
+
 def quiet(verbose: bool) -> None:
     """Log warnings only, or everything of this package; loading prints no bars of its own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    if verbose:
-        logging.getLogger("sparsemm").setLevel(logging.INFO)
+    logging.getLogger("sparsemm").setLevel(logging.DEBUG if verbose else logging.WARNING)
 
 
 def load(model: str, **options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:

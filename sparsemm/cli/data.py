@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from sparsemm.cli.options import QuietOption
+from sparsemm.cli.outputs import claim_folder
 from sparsemm.cli.program import Program
-from sparsemm.errors import ConfigError
+from sparsemm.errors import ConfigError, DataError
 
 app = Program(help="Images with text boxes, to chase visual heads on.")
 Format = Literal["synthdog", "plain", "mlt", "ctw", "coco"]
@@ -37,6 +38,8 @@ class Source:
         """The pages of a data set, as `open_pages` gives them; settings that are None are not passed on."""
         from sparsemm.datasets import open_pages
 
+        if self.images is not None and not self.images.is_dir():
+            raise DataError(f"--images {self.images} is no folder; check the path")
         given = {"size": parse_size(self.page_size), "unit": self.unit, "fonts": self.fonts, **options}
         return open_pages(
             name, format=self.format, images=self.images, split=self.split, limit=limit, seed=seed,
@@ -67,6 +70,7 @@ def convert(
     """Write a data set, or pages of a generator, in another format."""
     from sparsemm.datasets import convert as write
 
+    claim_folder(output)
     pages = settings.open(source, limit=num_images, seed=seed)
     written, skipped = write(pages, output, to, progress=not no_progress)
     typer.echo(f"{output}: {written} pages" + (f", {skipped} left out" if skipped else ""))

@@ -11,6 +11,7 @@ import typer
 from sparsemm.cli.chase import PAGE_SEED, run_chase
 from sparsemm.cli.common import file_name, parse_integers, parse_list
 from sparsemm.cli.options import MethodsOption, Metric, Model, Reading, Settings, load_scores, usable_methods
+from sparsemm.cli.outputs import claim, claim_picture
 from sparsemm.errors import DataError
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def evaluate(
 ) -> None:
     """Read held-out pages with every method at every budget. An interrupted run goes on where it stopped."""
     folder = output or Path("results") / model.name
+    claim(folder / "results.json", folder / "accuracy.png")
     _evaluate(model, grid, settings, settings.find(model.model), reading, folder)
 
 
@@ -106,10 +108,11 @@ def report(
     from sparsemm.experiments.report import describe, format_table, plot_accuracy
 
     found = Results.load(results)
+    picture = plot or results.with_name(f"{file_name(metric, task)}.png")
+    claim_picture(picture)
     typer.echo(format_table(found.cells, metric=metric, task=task))
     typer.echo(f"\n{describe(found)}")
     typer.echo(f"results: {results}")
-    picture = plot or results.with_name(f"{file_name(metric, task)}.png")
     if any(cell.nominal_budget is not None for cell in found.cells):
         title = f"Reading held-out pages, {found.settings['model']}"
         plot_accuracy(found.cells, picture, metric=metric, task=task, title=title)
@@ -134,7 +137,8 @@ def quickstart(
     from sparsemm.datasets import open_pages
     from sparsemm.experiments.session import heldout_pages
 
-    loaded, scores = None, None
+    loaded, scores, picture = None, None, output / "page.png"
+    claim(output / "results.json", output / "accuracy.png", picture)
     if chase:
         loaded, file = model.load(), output / f"head_scores-{model.name}.json"
         pages = open_pages("miniature", limit=chase_pages, seed=PAGE_SEED)
@@ -144,7 +148,6 @@ def quickstart(
         )  # fmt: skip
         scores = load_scores(file)
     _evaluate(model, grid, settings, scores or settings.table(model.model), reading, output, loaded)
-    picture = output / "page.png"
     heldout_pages(1, tasks=("read",), num_words=(4,), seed=1)[0].image.save(picture)
     typer.echo(
         f"\nNow on a picture of your own, or this one:\n  sparsemm generate --model {model.model} --image {picture} "

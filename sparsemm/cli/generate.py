@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsemm.cli.common import warn_of_positions
 from sparsemm.cli.options import (
     BackendOption,
     BudgetOption,
@@ -72,6 +73,7 @@ def generate(
     config = settings.config(model.model, method, budget)
     network, processor = model.load(max_pixels=max_pixels)
     inputs = family_of(network).build_inputs(processor, [image], [question], device=network.device)
+    warn_of_positions(network, inputs["input_ids"].shape[1] + max_new_tokens)
     streamer = None
     if stream and not as_json:
         from transformers import TextStreamer

@@ -9,6 +9,7 @@ import typer
 
 from sparsemm.cli.common import parse_list
 from sparsemm.cli.options import BudgetOption, FormatOption, MethodOption, Model, Reading, Settings
+from sparsemm.cli.outputs import claim
 
 TASKS = {"read": "Document reading", "field": "Field question"}
 """Tasks as the map names them, in its order."""
@@ -46,6 +47,7 @@ def head_rows(
     pages = reading.pages()
     name = "-".join(map(str, filter(None, (model.name, method, config.budget))))
     path = output or Path("results") / "head_rows" / f"{name}.json"
+    claim(path, path.with_suffix(".png"))
     network, processor = model.load()
     text = network.config.get_text_config()
     shape = (text.num_hidden_layers, text.num_key_value_heads)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from sparsemm.cli.options import AnyScoresOption, load_scores
+from sparsemm.cli.outputs import claim
 from sparsemm.cli.program import Program
 
 app = Program(help="Show, convert and compare head-score files.")
@@ -60,6 +61,7 @@ def convert(
     from sparsemm import HeadScores
     from sparsemm.errors import DataError
 
+    claim(output)
     scores = HeadScores.load(file)
     if output.exists() and not force:
         raise DataError(f"{output} exists; choose another name, or overwrite it with --force")

@@ -9,6 +9,7 @@ import typer
 
 from sparsemm.cli.common import file_name, parse_integers, parse_list
 from sparsemm.cli.options import FormatOption, MaskModeOption, Metric, Model, Reading, Scores
+from sparsemm.cli.outputs import claim
 from sparsemm.errors import ConfigError
 
 MINIATURE_HEADS = "0,1,2,3,4,6,8"
@@ -50,6 +51,8 @@ def mask(
     else:
         counts = heads_of_shares(_percentages(shares or SHARES), table.values.numel())
     folder = output or Path("results") / "masking" / model.name
+    picture = folder / f"{file_name('masking', None if metric == 'accuracy' else metric)}.png"
+    claim(folder / "masking.json", picture)
     random = parse_integers(seeds, "--seeds")
     pages = reading.pages(size=page_size)
     reader = PageReader(*model.load(), pages, output=folder / "masking.json", model_name=model.name, **reading.how)
@@ -57,7 +60,6 @@ def mask(
     typer.echo(format_masking(runs))
     title = f"Masked heads, {model.name}: {reading.documents} held-out pages, {mask_mode}"
     figure = draw_masking(summarise(runs, metric), label=METRIC_LABELS[metric], title=title)
-    picture = folder / f"{file_name('masking', None if metric == 'accuracy' else metric)}.png"
     save_figure(figure, picture, format)
     typer.echo(f"\nresults: {folder / 'masking.json'}\nplot:    {picture}")
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from sparsemm.cli.common import DEFAULT_MODEL, MINIATURES, quiet, resolve_model
+from sparsemm.cli.common import DEFAULT_MODEL, MINIATURES, resolve_model
 from sparsemm.cli.options import FreshOption, JsonOption, QuietOption
+from sparsemm.cli.outputs import claim, claim_folder
 from sparsemm.cli.program import Program
 
 app = Program(help="Train and evaluate the miniatures.")
@@ -36,8 +38,10 @@ def train(
     from sparsemm.miniatures.export import export as write
     from sparsemm.miniatures.train import train as run
 
-    quiet(verbose=no_progress)
+    if no_progress:  # what it would have shown is logged
+        logging.getLogger("sparsemm").setLevel(logging.INFO)
     folder = folder or Path("runs/miniatures") / family
+    claim_folder(folder)
     try:
         trainer = run(family, folder, seed=seed, threads=threads, steps=steps, fresh=fresh, progress=not no_progress)
     except KeyboardInterrupt:
@@ -74,13 +78,14 @@ def export(
 def evaluate(
     model: Annotated[str, typer.Option("--model", help="A miniature's name or folder.")] = DEFAULT_MODEL,
     pages: PagesOption = 50,
-    split: Annotated[str, typer.Option(help="heldout or train.")] = "heldout",
+    split: Annotated[Literal["heldout", "train"], typer.Option(help="Words and typefaces.")] = "heldout",
     output: JsonOption = None,
 ) -> None:
     """Measure how well a miniature reads, by task and number of words, with the full cache."""
     from sparsemm.io import write_json_atomic
     from sparsemm.miniatures.reading import read_pages
 
+    claim(output)
     reading = read_pages(resolve_model(model), pages=pages, split=split)
     for task, rows in reading["tasks"].items():
         for count, row in rows.items():

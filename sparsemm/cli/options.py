@@ -22,7 +22,7 @@ from sparsemm.cli.common import (
     score_files,
     short_name,
 )
-from sparsemm.errors import DataError
+from sparsemm.errors import DataError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -84,7 +84,10 @@ class Model:
     def load(self, **options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
         """The model and its processor; `options` of `sparsemm.load_model`, those that are None left out."""
         given = {"device": self.device, "dtype": self.dtype, **options}
-        return load(self.model, **{name: value for name, value in given.items() if value is not None})
+        try:
+            return load(self.model, **{name: value for name, value in given.items() if value is not None})
+        except (DataError, UnsupportedModelError) as error:
+            raise type(error)(f"--model: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import logging
 import re
 import sys
 from collections.abc import Callable
@@ -12,7 +13,10 @@ from typing import Any, get_type_hints
 
 import typer
 
+from sparsemm.cli.outputs import settle
 from sparsemm.errors import SparseMMError
+
+logger = logging.getLogger(__name__)
 
 
 class Program(typer.Typer):
@@ -68,7 +72,20 @@ def expand_bundles(function: Callable[..., Any]) -> Callable[..., Any]:
     def expanded(**given: Any) -> Any:
         for name, bundle in bundles.items():
             given[name] = bundle(**{field.name: given.pop(field.name) for field in dataclasses.fields(bundle)})
-        return function(**given)
+        failed = True
+        try:
+            result = function(**given)
+            failed = False
+            return result
+        except SparseMMError as error:
+            error.args = (_name_options(str(error), [parameter.name for parameter in parameters]),)
+            raise
+        except KeyboardInterrupt:
+            again = "; the same command goes on where it stopped" if "fresh" in expanded.__annotations__ else ""
+            typer.echo(f"\ninterrupted{again}", err=True)
+            raise typer.Exit(130) from None
+        finally:
+            settle(failed=failed)
 
     expanded.__signature__ = signature.replace(parameters=parameters)
     expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -76,9 +93,27 @@ def expand_bundles(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def run_program(program: Program, name: str) -> None:
-    """Run it with the arguments of this process. Errors of the package end it with one line and status 2."""
+    """Run it with the arguments of this process.
+
+    What the user did ends it with one line and status 2, a fault of the program with one line and status 1; where it
+    was raised is shown under `--verbose`.
+    """
     try:
         program(prog_name=name)
-    except SparseMMError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    except Exception as error:
+        line = " ".join(str(error).split())
+        status = 2
+        if isinstance(error, OSError) and error.strerror:
+            line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        elif not isinstance(error, (SparseMMError, OSError)):
+            line, status = f"{type(error).__name__}: {line or 'no message'} (--verbose shows where)", 1
+        typer.echo(f"error: {line}", err=True)
+        logger.debug("raised here:", exc_info=True)
+        sys.exit(status)
+
+
+def _name_options(message: str, names: list[str]) -> str:
+    """The message of an error with the options of a command in the place of the library's names for them."""
+    for name in names:
+        message = re.sub(rf"\b{name}=", f"--{name.replace('_', '-')} ", message)
+    return message

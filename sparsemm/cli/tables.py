@@ -9,6 +9,7 @@ import typer
 
 from sparsemm.cli.common import parse_integers, parse_list
 from sparsemm.cli.options import Rounding
+from sparsemm.cli.outputs import claim, claim_picture
 
 
 def tables(
@@ -32,6 +33,11 @@ def tables(
     from sparsemm.tables.measurements import write_measurements
     from sparsemm.tables.render import ENDINGS
 
+    if output is not None:
+        claim(*(output / f"tables.{ending}" for ending in ENDINGS.values()))
+        plot = plot or output / "budgets.png"
+    claim(collect)
+    claim_picture(plot)
     sizes = None if windows is None else parse_integers(windows, "--windows")
     cells = read_measurements(results, rounding=rounding, windows=sizes)
     built = build_tables(cells, numbers=parse_list(only), ratio=ratio, metric=metric, whole=whole)
@@ -41,6 +47,5 @@ def tables(
     if output is not None:
         for name, ending in ENDINGS.items():
             write_bytes_atomic(output / f"tables.{ending}", render_tables(built, name).encode())
-        plot = plot or output / "budgets.png"
     if plot is not None:
         plot_budgets(built, plot)

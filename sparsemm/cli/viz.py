@@ -21,6 +21,7 @@ from sparsemm.cli.options import (
     Settings,
     load_scores,
 )
+from sparsemm.cli.outputs import claim, claim_folder, claim_picture
 from sparsemm.cli.program import Program
 from sparsemm.errors import ConfigError, DataError
 
@@ -55,11 +56,16 @@ class Picture:
     title: TitleOption = None
     format: FormatOption = None
 
-    def save(self, figure: Figure, path: Path | None, *names: object) -> None:
-        """Write the file, by default one called by `names`, and that of a further format beside it."""
+    def place(self, output: Path | None, *names: object) -> Path:
+        """Where it is written, by default to a file called by `names`; made sure of."""
+        path = output or Path(f"{file_name(*names)}.png")
+        claim_picture(path)
+        return path
+
+    def save(self, figure: Figure, path: Path) -> None:
+        """Write the file, and that of a further format beside it."""
         from sparsemm.runs.plots import save_figure
 
-        path = path or Path(f"{file_name(*names)}.png")
         save_figure(figure, path, self.format)
         typer.echo(str(path))
 
@@ -168,6 +174,7 @@ def summary(
     from sparsemm.viz.reading import choose_heads, read_with_attention
     from sparsemm.viz.summary import draw_summary
 
+    path = picture.place(output, "summary", model.name, question.name, keeping.name)
     table, inputs = keeping.table(model.model), question.inputs()
     config = keeping.config(model.model, keeping.method, keeping.budget, table)
     network, processor = model.load()
@@ -175,7 +182,7 @@ def summary(
     reading = read_with_attention(network, processor, heads=heads, max_new_tokens=max_new_tokens, **inputs)
     rows = kept_rows(network, processor, config=config, **inputs)
     figure = draw_summary(reading, table, rows, words=question.words, token=token, title=picture.title)
-    picture.save(figure, output, "summary", model.name, question.name, keeping.name)
+    picture.save(figure, path)
 
 
 @app.command()
@@ -191,11 +198,10 @@ def scores(
     """Map of the head scores, layers by heads (the paper's Figure 2)."""
     from sparsemm.viz.heads import draw_score_map, kv_heads_of
 
+    path = picture.place(output, "head_scores", file.stem)
     table = load_scores(file)
     title = picture.title or f"Visual heads of {table.provenance.get('model', file.stem)}"
-    picture.save(
-        draw_score_map(table, num_kv_heads=kv_heads_of(table, kv_heads), title=title), output, "head_scores", file.stem
-    )
+    picture.save(draw_score_map(table, num_kv_heads=kv_heads_of(table, kv_heads), title=title), path)
 
 
 @app.command()
@@ -208,8 +214,9 @@ def sparsity(
     """How much of the score the top heads hold."""
     from sparsemm.viz.heads import draw_sparsity
 
+    path = picture.place(output, "sparsity", *(file.stem for file in files))
     tables = {file.stem: load_scores(file) for file in files}
-    picture.save(draw_sparsity(tables, title=picture.title), output, "sparsity", *tables)
+    picture.save(draw_sparsity(tables, title=picture.title), path)
 
 
 @app.command()
@@ -227,11 +234,12 @@ def attention(
     """What heads look at, drawn over the page: one row a head [default: the top 4 and the bottom 2]."""
     from sparsemm.viz.sheets import draw_overlays
 
+    path = picture.place(output, "attention", model.name, question.name, *parse_list(heads.heads))
     reading, table = heads.read(model, question, scores, default=(4, 2))
     chosen = _tokens(tokens, len(reading.tokens))
     figure = draw_overlays(reading, tokens=chosen, parts=parse_list(parts) or None, scores=table, title=picture.title)
     typer.echo(f"read: {reading.text}")
-    picture.save(figure, output, "attention", model.name, question.name, *parse_list(heads.heads))
+    picture.save(figure, path)
 
 
 @app.command()
@@ -247,8 +255,9 @@ def page(
     """An HTML page on which one picks token and head; a single file, for any browser [default: the top 32 heads]."""
     from sparsemm.viz.page import write_page
 
-    reading, table = heads.read(model, question, scores, default=(32, 0))
     path = output or Path(f"{file_name('attention', model.name, question.name)}.html")
+    claim(path)
+    reading, table = heads.read(model, question, scores, default=(32, 0))
     write_page(reading, path, scores=table, title=title or f"What heads of {model.name} look at")
     typer.echo(f"read: {reading.text}\n{path}")
 
@@ -265,10 +274,11 @@ def budgets(
     """How many rows each kv head keeps of a prompt, as a map and as bars."""
     from sparsemm.viz.heads import draw_budgets
 
+    path = picture.place(output, "budgets", model.name, question.name, keeping.name)
     kept = keeping.keep(model, question)
     title = picture.title or kept.describe()
     figure = draw_budgets(kept.rows(), title=title, prompt_length=kept.prompt_length)
-    picture.save(figure, output, "budgets", model.name, question.name, keeping.name)
+    picture.save(figure, path)
 
 
 @app.command()
@@ -287,11 +297,12 @@ def kept(
     """Which prompt positions each kv head keeps, drawn over the page."""
     from sparsemm.viz.sheets import draw_kept
 
+    path = picture.place(output, "kept", model.name, question.name, keeping.name)
     table = keeping.find(model.model)
     rows = keeping.keep(model, question, table)
     chosen = _some_layers(len(rows.positions)) if layers is None else parse_integers(layers, "--layers")
     figure = draw_kept(rows, layers=chosen, part=part, scores=table, title=picture.title)
-    picture.save(figure, output, "kept", model.name, question.name, keeping.name)
+    picture.save(figure, path)
 
 
 @app.command("all")
@@ -317,6 +328,7 @@ def everything(
     from sparsemm.viz.summary import draw_summary
 
     folder = output or Path("results") / "viz" / model.name / file_name(question.name, keeping.name)
+    claim_folder(folder)
     table, inputs = keeping.table(model.model), question.inputs()
     config = keeping.config(model.model, keeping.method, keeping.budget, table)
     network, processor = model.load()

@@ -69,6 +69,8 @@ def convert(pages: Iterable[Any], output: str | Path, format: str, *, progress: 
         name = f"img_{index + 1:06d}.png"
         write_bytes_atomic(images / name, _png(image))
         entries.append((name if format == "mlt" else f"images/{name}", image.size, words))
+    if not entries:
+        raise DataError(f"none of {skipped} pages could be read; see the log for the reasons")
     WRITERS[format](entries, folder)
     return len(entries), skipped
 

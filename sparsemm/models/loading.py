@@ -96,13 +96,13 @@ def load_model(
     Raises:
         DataError: There is no such folder or hub id, or files are missing from it.
         UnsupportedModelError: The checkpoint is of another class.
-        ConfigError: An unknown dtype, or pixel limits for a family that has none.
+        ConfigError: An unknown dtype or device, or pixel limits for a family that has none.
     """
     path = _existing(name_or_path)
     config = _load_config(path)
     family = family_of(config)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
-    dtype = _resolve_dtype(dtype, on_cpu=str(device) == "cpu" or (device == "auto" and not torch.cuda.is_available()))
+    device = resolve_device(device)
+    dtype = resolve_dtype(dtype, on_cpu=str(device) == "cpu" or (device == "auto" and not torch.cuda.is_available()))
     try:
         # First the small files: a folder without a tokenizer should fail before gigabytes are read.
         processor = family.load_processor(path, min_pixels=min_pixels, max_pixels=max_pixels)
@@ -144,7 +144,26 @@ def _load_config(path: str) -> PretrainedConfig:
         raise UnsupportedModelError(f"the configuration of {path} is of no known model type: {error}") from error
 
 
-def _resolve_dtype(dtype: str | torch.dtype | None, *, on_cpu: bool) -> str | torch.dtype:
+def resolve_device(device: str | torch.device | None) -> str | torch.device:
+    """`device`, or the default. Raises `ConfigError` for one that torch does not know, or does not see here."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "auto":
+        return device
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ConfigError(f"device={str(device)!r} is unknown; use cpu, cuda, cuda:1 or auto") from None
+    here = torch.accelerator.current_accelerator()
+    count = torch.accelerator.device_count()
+    if wanted.type != "cpu" and (here is None or wanted.type != here.type or (wanted.index or 0) >= count):
+        seen = "only the CPU" if here is None else f"the CPU and {count} {here.type} device(s)"
+        raise ConfigError(f"device={str(device)!r} is not there: torch sees {seen}; use another, or auto")
+    return wanted
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, *, on_cpu: bool) -> str | torch.dtype:
+    """`dtype` as torch knows it, or the default, or "auto". Raises `ConfigError` for a name of no float type."""
     if dtype is None:
         return torch.float32 if on_cpu else torch.bfloat16
     if isinstance(dtype, torch.dtype) or dtype == "auto":

@@ -48,6 +48,16 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def image_format(path: str | Path) -> str:
+    """The format that a file's ending names. Raises `DataError` when it names none."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    ending = Path(path).suffix.lstrip(".").lower()
+    if ending not in FigureCanvasBase.get_supported_filetypes():
+        raise DataError(f"{path} does not end in an image format; use .png, .svg or .pdf")
+    return ending
+
+
 def save_figure(figure: Figure, path: str | Path, further: str | None = None) -> None:
     """Write the figure as the file's ending says, and beside it in a `further` format ("svg", "pdf").
 
@@ -59,9 +69,7 @@ def save_figure(figure: Figure, path: str | Path, further: str | None = None) ->
     # No date and no version in the files, no random names: the same data give the same bytes.
     metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     for target in [Path(path)] + ([Path(path).with_suffix(f".{further}")] if further else []):
-        ending = target.suffix.lstrip(".").lower()
-        if ending not in figure.canvas.get_supported_filetypes():
-            raise DataError(f"{target} does not end in an image format; use .png, .svg or .pdf")
+        ending = image_format(target)
         buffer = io.BytesIO()
         with rc_context({"svg.hashsalt": "sparsemm"}):
             figure.savefig(buffer, format=ending, metadata=metadata.get(ending))

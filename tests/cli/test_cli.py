@@ -89,7 +89,7 @@ def test_generate_as_json_carries_figures_and_settings(run: Any, files: dict[str
     ("arguments", "message"),
     [
         (["--method", "snapkw", "--budget", "64"], "'snapkw' is unknown"),
-        (["--method", "snapkv", "--budget", "2"], "budget=2 is smaller"),
+        (["--method", "snapkv", "--budget", "2"], "--budget 2 is smaller than --window-size 32"),
         (["--method", "snapkv"], "needs a budget"),
         (["--budget", "64"], "there are no head scores of toy"),
         (["--budget", "64", "--head-scores", "missing.json"], "missing.json does not exist"),

@@ -45,7 +45,7 @@ def test_pages_are_converted_and_chased(run: Any, files: dict[str, Path], tmp_pa
     [
         (["data", "convert", "nowhere", "out"], "does not exist"),
         (["data", "convert", "documents", "out", "--page-size", "large"], "--page-size 'large'"),
-        (["data", "convert", "miniature", "out", "--unit", "line"], "unit='line'"),
+        (["data", "convert", "miniature", "out", "--unit", "line"], "--unit 'line'"),
         (["chase", "--model", "toy", "--dataset", "nowhere"], "nowhere does not exist"),
         (["viz", "scores", "no.json"], "does not exist"),
         (["viz", "attention", "--model", "toy", "--image", "no.png"], "no.png does not exist"),
