@@ -54,7 +54,7 @@ def chase(
     name = dataset or ("miniature" if model.is_miniature else "documents")
     limit = num_images or (200 if model.is_miniature else 1000)
     words = None if num_words is None else tuple(parse_integers(num_words, "--num-words"))
-    place = output or _place(model.model)
+    place = output or place_of(model.model)
     claim(place)
     pages = source.open(name, limit=limit, seed=seed, num_words=words)
     network, processor = model.load(device=model.device or workers().device, max_pixels=max_pixels)
