@@ -6,13 +6,14 @@ import io
 import itertools
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import length_hint
 from pathlib import Path
 from typing import Any
 
 from sparsemm.datasets.annotations import DONT_CARE, PLAIN_FILE
-from sparsemm.documents.pages import TextBox
+from sparsemm.documents.pages import TextBox, sound_words
 from sparsemm.errors import DataError
 from sparsemm.io import write_bytes_atomic, write_json_atomic
 
@@ -22,7 +23,9 @@ Entry = tuple[str, tuple[int, int], Sequence[TextBox]]
 """File name of a written image, its (width, height), its text boxes."""
 
 
-def convert(pages: Iterable[Any], output: str | Path, format: str, *, progress: bool = True) -> tuple[int, int]:
+def convert(
+    pages: Iterable[Any], output: str | Path, format: str, *, progress: bool = True
+) -> tuple[int, int, Counter[str]]:
     """Write `pages` into the folder `output`: images as PNG (in `images/`), and the annotations.
 
     What is written opens with `open_pages(output)`, for coco and ctw with `open_pages(output / "annotations.json…")`.
@@ -35,7 +38,7 @@ def convert(pages: Iterable[Any], output: str | Path, format: str, *, progress: 
         progress: Show a progress bar.
 
     Returns:
-        Number of pages written, and of those left out.
+        Number of pages written, of those left out, and of words by what was wrong with them (`sound_words`).
 
     Raises:
         DataError: The format is unknown, `output` holds files, or a text cannot be written in the format.
@@ -48,21 +51,24 @@ def convert(pages: Iterable[Any], output: str | Path, format: str, *, progress: 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} exists and is not an empty folder; choose another output")
     skipped = 0
+    flaws: Counter[str] = Counter()
     bar = tqdm(pages, total=length_hint(pages) or None, unit="page", disable=not progress)
 
-    def readable() -> Iterator[tuple[Any, tuple[TextBox, ...]]]:
+    def readable() -> Iterator[tuple[Any, list[TextBox]]]:
         nonlocal skipped
         for page in bar:
             try:
-                image, words = page.image, page.words
+                image = page.image
+                words, found = sound_words(page.words, image.size)
             except DataError as error:
-                logger.warning("page left out: %s", error)
+                logger.warning("page %s left out: %s", getattr(page, "name", ""), error)
                 skipped += 1
                 continue
+            flaws.update(found)
             yield image, words
 
     if format == "synthdog":
-        return _write_parquet(readable(), folder), skipped
+        return _write_parquet(readable(), folder), skipped, flaws
     images = folder if format == "mlt" else folder / "images"
     entries: list[Entry] = []
     for index, (image, words) in enumerate(readable()):
@@ -70,7 +76,7 @@ def convert(pages: Iterable[Any], output: str | Path, format: str, *, progress: 
         write_bytes_atomic(images / name, _png(image))
         entries.append((name if format == "mlt" else f"images/{name}", image.size, words))
     WRITERS[format](entries, folder)
-    return len(entries), skipped
+    return len(entries), skipped, flaws
 
 
 def _png(image: Any) -> bytes:
@@ -130,7 +136,7 @@ def _write_coco(entries: list[Entry], folder: Path) -> None:
 _ROWS_A_GROUP = 32
 
 
-def _write_parquet(pages: Iterator[tuple[Any, tuple[TextBox, ...]]], folder: Path) -> int:
+def _write_parquet(pages: Iterator[tuple[Any, list[TextBox]]], folder: Path) -> int:
     """`train.parquet` with the columns of SynthDoG's schema, written group by group."""
     try:
         import datasets

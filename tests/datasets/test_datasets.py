@@ -142,7 +142,7 @@ def test_plain_json_and_the_release_s_names_in_it(tmp_path):
     picture(tmp_path / "1.png")
     entries = [
         {"image": "1.png", "words": [{"text": "date", "box": [1, 2, 3, 4]}]},
-        {"id": 3, "image_name": "1.png", "2_coord": [{"chunk": "total", "coord": [[9, 8], [5, 6]]}]},
+        {"id": 3, "image_name": "1.png", "2_coord": [{"chunk": "total", "coord": [[5, 6], [9, 8]]}]},
     ]
     (tmp_path / "boxes.json").write_text(json.dumps({"images": entries}))
     pages = list(open_pages(tmp_path))
@@ -262,7 +262,7 @@ def test_every_format_survives_a_round_trip(tmp_path, target):
         BoxedImage("b", Image.new("RGB", (50, 50), "blue"), [TextBox("three", (0, 0, 49, 49))]),
     ]
     folder = tmp_path / "out"
-    assert convert(pages, folder, target, progress=False) == (2, 1)
+    assert convert(pages, folder, target, progress=False) == (2, 1, {})
     source = {"ctw": folder / "annotations.jsonl", "coco": folder / "annotations.json"}.get(target, folder)
     read = list(open_pages(source))
     assert recognise(str(source)) == target and target in FORMATS
@@ -280,7 +280,7 @@ def test_mlt_cannot_hold_every_text(tmp_path):
 
 def test_boxes_of_points_and_extents():
     assert bounding_box([[3, 4], [1, 9], [5, 2]], "x") == (1, 2, 5, 9)
-    assert bounding_box(["3", "4", "1", "2"], "x") == (1, 2, 3, 4)
+    assert bounding_box(["3", "4", "1", "2"], "x") == (3, 4, 1, 2)
     for bad in ([1, 2, 3], [1, 2, float("nan"), 4], "ab", None, [[1], [2], [3]]):
         with pytest.raises(DataError, match="^x"):
             bounding_box(bad, "x")
