@@ -43,5 +43,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist; check the path") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error})") from error
     except ValueError as error:  # not UTF-8, or not JSON
         raise DataError(f"{path} is not valid JSON ({error}); it may be truncated: make it again") from error

@@ -58,13 +58,12 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) ->
 def _shares(
     tokenizer: PreTrainedTokenizerBase, context: list[int], tokens: list[int], before: str, text: str
 ) -> list[str]:
-    """What of `text` each of several tokens completes: as far as no later one changes what is decoded."""
-    ends = [len(text)]
-    for count in range(len(tokens) - 1, 0, -1):
+    """What of `text` each of several tokens completes: as much as is decoded alike with it and with all of them."""
+    ends = [0]
+    for count in range(1, len(tokens)):
         so_far = _decode(tokenizer, context + tokens[:count])[len(before) :]
-        ends.append(min(ends[-1], len(os.path.commonprefix([so_far, text]))))
-    ends.append(0)
-    return [text[start:end] for end, start in itertools.pairwise(ends)][::-1]
+        ends.append(max(ends[-1], len(os.path.commonprefix([so_far, text]))))
+    return [text[start:end] for start, end in itertools.pairwise([*ends, len(text)])]
 
 
 def _is_byte(piece: str) -> bool:

@@ -162,6 +162,8 @@ def chase_page(
         logger.warning("page %s skipped: %s", getattr(page, "name", ""), error)
         return {"skipped": str(error)}
     most = min(max_new_tokens, positions - length)
+    end = model.generation_config.eos_token_id
+    ends = end if isinstance(end, list) else [end]
     token_ids, columns = read_page(model, inputs, max_new_tokens=most)
     texts, chunks = token_texts(processor.tokenizer, token_ids), [word.text for word in words]
     found = find_chunks(texts, chunks)
@@ -181,7 +183,7 @@ def chase_page(
         "read": sum(chunk is not None for chunk in read),
         "matched": sum(chunk is not None for chunk in chunk_of_token),
         "hits": sum(int(count.sum()) for count in counts.values()),
-        "cut": len(token_ids) == most and token_ids[-1] not in processor.tokenizer.all_special_ids,
+        "cut": len(token_ids) == most and token_ids[-1] not in ends,
         "flaws": dict(flaws),
         "scores": [[layer, head, float(total[layer, head])] for layer, head in total.nonzero().tolist()],
     }

@@ -25,7 +25,7 @@ def _expecting(what: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{what} ({type(error).__name__}: {error})") from error
 
 

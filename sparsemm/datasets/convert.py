@@ -14,6 +14,7 @@ from typing import Any
 
 from sparsemm.datasets.annotations import DONT_CARE, PLAIN_FILE
 from sparsemm.documents.pages import TextBox, sound_words
+from sparsemm.documents.pdf_writer import write_pdf
 from sparsemm.errors import DataError
 from sparsemm.io import write_bytes_atomic, write_json_atomic
 
@@ -28,13 +29,13 @@ def convert(
 ) -> tuple[int, int, Counter[str]]:
     """Write `pages` into the folder `output`: images as PNG (in `images/`), and the annotations.
 
-    What is written opens with `open_pages(output)`, for coco and ctw with `open_pages(output / "annotations.json…")`.
+    What is written opens with `open_pages(output)`.
     Pages that cannot be read are logged and left out.
 
     Args:
         pages: With `image` and `words`, from `open_pages`.
         output: A folder that is not there yet, or empty.
-        format: "plain", "synthdog" (parquet), "mlt", "ctw" or "coco".
+        format: "plain", "synthdog" (parquet), "mlt", "ctw", "coco" or "pdf" (`pages.pdf`; read its boxes as lines).
         progress: Show a progress bar.
 
     Returns:
@@ -67,8 +68,9 @@ def convert(
             flaws.update(found)
             yield image, words
 
-    if format == "synthdog":
-        return _write_parquet(readable(), folder), skipped, flaws
+    if format in ("synthdog", "pdf"):
+        folder.mkdir(parents=True, exist_ok=True)
+        return WRITERS[format](readable(), folder), skipped, flaws
     images = folder if format == "mlt" else folder / "images"
     entries: list[Entry] = []
     for index, (image, words) in enumerate(readable()):
@@ -146,7 +148,6 @@ def _write_parquet(pages: Iterator[tuple[Any, list[TextBox]]], folder: Path) -> 
         raise DataError("writing parquet needs the datasets package: pip install 'sparsemm[data]'") from error
     boxes = [{"chunk": datasets.Value("string"), "coord": [[datasets.Value("float64")]]}]
     features = datasets.Features({"image": datasets.Image(), "2_coord": boxes})
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".train.parquet.part"
     rows = (
         {
@@ -164,10 +165,18 @@ def _write_parquet(pages: Iterator[tuple[Any, list[TextBox]]], folder: Path) -> 
     return count
 
 
+def _write_pdf(pages: Iterator[tuple[Any, list[TextBox]]], folder: Path) -> int:
+    temporary = folder / ".pages.pdf.part"
+    count = write_pdf(pages, temporary)
+    temporary.replace(folder / "pages.pdf")
+    return count
+
+
 WRITERS: dict[str, Callable[..., Any]] = {
     "plain": _write_plain,
     "synthdog": _write_parquet,
     "mlt": _write_mlt,
     "ctw": _write_ctw,
     "coco": _write_coco,
+    "pdf": _write_pdf,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -86,6 +87,12 @@ class PdfPages(Sequence):
             raise IndexError(index)
         page, crop = divmod(index, CROPS[self.crops])
         return PdfPage(*self._pages[page], crop, self)
+
+    def at_most(self, max_pixels: int) -> PdfPages:
+        """The same pages with another limit of their pictures."""
+        pages = copy.copy(self)
+        pages.max_pixels = max_pixels
+        return pages
 
 
 class PdfPage:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -55,11 +55,6 @@ def sound_words(words: Iterable[TextBox], size: tuple[int, int]) -> tuple[list[T
             flaws["across the image's edge"] += x0 < 0 or y0 < 0 or x1 > width or y1 > height
             kept.append(word)
     return kept, +flaws
-
-
-def describe_flaws(flaws: Mapping[str, int]) -> str:
-    """Such as "2 words with no text, 1 inverted box"; empty without flaws."""
-    return ", ".join(f"{count} of {flaw}" for flaw, count in sorted(flaws.items()))
 
 
 @dataclass(frozen=True)

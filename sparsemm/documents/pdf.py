@@ -145,19 +145,24 @@ def text_boxes(characters: Iterable[Character], unit: str) -> list[TextBox]:
             (end_line if character.text in "\r\n" else end_word)()
             continue
         new = TextBox(character.text, character.box)
-        if unit == "character" or (word and _parts(word[-1], new)):
-            end_word()
+        if word:
+            apart = _are_apart(word[-1], new)
+            if apart or unit == "character" or (unit == "word" and _ends_phrase(word[-1].text, new.text)):
+                end_word()
         word.append(new)
     end_line()
     return boxes
 
 
-def _parts(last: TextBox, new: TextBox) -> bool:
-    """Whether a word ends between two characters that no space parts: Chinese phrases, and what stands elsewhere."""
-    if _is_cjk(last.text) != _is_cjk(new.text) or (_is_cjk(last.text) and unicodedata.category(last.text)[0] == "P"):
-        return True
+def _are_apart(last: TextBox, new: TextBox) -> bool:
+    """Whether more than a character's size lies between two characters, as between columns."""
     (a0, b0, a1, b1), (c0, d0, c1, d1) = last.box, new.box
     return max(c0 - a1, a0 - c1, d0 - b1, b0 - d1) > max(a1 - a0, b1 - b0, c1 - c0, d1 - d0)
+
+
+def _ends_phrase(last: str, new: str) -> bool:
+    """Whether a word ends between two characters of a script without spaces: by punctuation, or where it ends."""
+    return _is_cjk(last) != _is_cjk(new) or (_is_cjk(last) and unicodedata.category(last)[0] == "P")
 
 
 def _is_cjk(character: str) -> bool:

@@ -65,11 +65,11 @@ def write_pdf(pages: Iterable[tuple[PIL.Image.Image, Sequence[TextBox]]], path: 
 
 
 def _word(word: TextBox, height: int, glyphs: _Glyphs) -> str:
-    """Text operators of a word, each character as wide as the others, and a space after it."""
+    """Text operators of a word, each character as wide as the others, and a line end after it."""
     x0, y0, x1, y1 = word.box
     size = (y1 + 1 - y0) * _POINTS
     stretch = 100 * (x1 + 1 - x0) / (len(word.text) * (y1 + 1 - y0))
-    # PDFium reads a word that is one piece of text in one piece.
+    # PDFium reads a word that is one piece.
     runs = itertools.groupby(map(glyphs.place, word.text + "\n"), key=lambda place: place[0])
     shown = (f"/F{font} {size:.6f} Tf <{''.join(f'{code:02x}' for _, code in run)}> Tj" for font, run in runs)
     return f"{stretch:.6f} Tz 1 0 0 1 {x0 * _POINTS:.6f} {(height - y1 - 1) * _POINTS:.6f} Tm {' '.join(shown)}\n"
