@@ -18,7 +18,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
 TORCH := $(if $(shell nvidia-smi -L 2>/dev/null),torch===$(TORCH_VERSION),torch==$(TORCH_VERSION))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test test-oldest lint format install kernels gpu-check clean
+.PHONY: help quickstart test test-oldest lint format install vocabularies kernels gpu-check clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
@@ -41,6 +41,12 @@ format: $(STAMP)  ## Apply the style
 
 install: $(STAMP)  ## Virtual environment with pinned versions and this package
 
+# The vocabularies of real models, out of packages that are not installed: tests that want them skip without.
+VOCABULARIES := mistral-common==1.13.0 dashscope==2.0.2
+
+vocabularies: | $(VENV)  ## Fetch vocabularies of real models for the tests of token matching (9 MB)
+	$(PIP) download --no-deps --dest $(VENV)/vocabularies $(VOCABULARIES)
+
 # lmms-eval comes without what it depends on, torchvision among it; its plug-in names what the tasks need.
 $(STAMP): | $(VENV)
 	$(PIP) install --constraint $(CONSTRAINTS) "$(TORCH)"
@@ -48,6 +54,7 @@ $(STAMP): | $(VENV)
 	$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable ".[dev]"
 	$(PIP) install --constraint $(CONSTRAINTS) --no-deps lmms-eval
 	$(PIP) install --constraint $(CONSTRAINTS) --no-build-isolation --editable "./lmms-eval[runtime]"
+	-$(MAKE) vocabularies
 	rm -f $(VENV)/.installed-*
 	touch $@
 

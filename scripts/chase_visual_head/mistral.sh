@@ -7,7 +7,7 @@
 #
 # Variables:
 #   MODEL          miniature, checkpoint folder or hub id      (llava-mistral)
-#   DATASET        generator (documents, miniature), hub id, folder or annotation file
+#   DATASET        generator (documents, miniature), hub id, annotation file, PDF file, or a folder of these
 #                                                              (documents; for miniatures, miniature)
 #   NUM_IMAGES     number of images                            (1000, as in the paper; miniatures 200)
 #   MATCH          unique (the paper's rule) or aligned        (aligned for miniatures, else unique)

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from sparsemm.chase.matching import token_texts
+from sparsemm.chase.matching import can_match, match_aligned, normalise, token_texts
 from sparsemm.config import CompressionConfig
 from sparsemm.decoding.generation import stock_greedy
-from sparsemm.documents import TextBox
-from sparsemm.errors import SparseMMError
+from sparsemm.documents.pages import TextBox, sound_words
+from sparsemm.errors import DataError, SparseMMError
 from sparsemm.models import family_of
 from sparsemm.models.images import open_image
 from sparsemm.patching import patch
@@ -133,35 +133,57 @@ def chase_page(
     part: str | None,
     max_new_tokens: int,
 ) -> dict[str, Any]:
-    """What one page gives: `text`, numbers of `tokens`, `matched` tokens and `hits`, `scores` as (layer, head, score).
+    """What one page gives, as JSON values.
 
-    A page that cannot be read gives its reason as `skipped`. `find_chunks` is a match rule's function.
+    `text`, numbers of `tokens`, of those that hold a letter or digit (`matchable`), of these that the aligned rule
+    finds on the page (`read`), that the match rule finds in an image token (`matched`), and of `hits`; whether the
+    reading was `cut` off; words by what is wrong with them (`flaws`); `scores` as (layer, head, score).
+
+    A page that cannot be read, or holds no words, gives its reason as `skipped`, and is not read. `find_chunks` is a
+    match rule's function.
     """
     from PIL import Image
 
     family = family_of(model)
+    positions = family.text_model(model).config.max_position_embeddings
     try:
         image = open_image(page.image)
-        chunks = [word.text for word in page.words]
+        words, flaws = sound_words(page.words, image.size)
+        if not words:
+            raise DataError("it holds no words")
         inputs = family.build_inputs(processor, [image], [prompt], device=model.device)
         (layout,) = family.image_token_layout(model.config, inputs, processor=processor, image_sizes=[image.size])[0]
-        regions = [layout.tokens_in_box(word.box, image.size, part=part) for word in page.words]
+        regions = [layout.tokens_in_box(word.box, image.size, part=part) for word in words]
+        length = inputs["input_ids"].shape[1]
+        if length >= positions:
+            raise DataError(f"its prompt of {length} tokens leaves none of the model's {positions} positions to read")
     except (SparseMMError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         # What broken images and odd sizes raise.
-        logger.warning("page skipped: %s", error)
+        logger.warning("page %s skipped: %s", getattr(page, "name", ""), error)
         return {"skipped": str(error)}
-    token_ids, columns = read_page(model, inputs, max_new_tokens=max_new_tokens)
-    texts = token_texts(processor.tokenizer, token_ids)
-    chunk_of_token = find_chunks(texts, chunks)
+    most = min(max_new_tokens, positions - length)
+    end = model.generation_config.eos_token_id
+    ends = end if isinstance(end, list) else [end]
+    token_ids, columns = read_page(model, inputs, max_new_tokens=most)
+    texts, chunks = token_texts(processor.tokenizer, token_ids), [word.text for word in words]
+    found = find_chunks(texts, chunks)
+    read = found if find_chunks is match_aligned else match_aligned(texts, chunks)
+    chunk_of_token = [None if chunk is None or not len(regions[chunk]) else chunk for chunk in found]
     boxes = {chunk: regions[chunk] for chunk in chunk_of_token if chunk is not None}
-    counts = count_hits(columns, chunk_of_token, boxes, inputs["input_ids"].shape[1] + len(token_ids))
+    counts = count_hits(columns, chunk_of_token, boxes, length + len(token_ids))
     total = torch.zeros(columns.shape[1:], dtype=torch.float64)
     for chunk, count in counts.items():
         total += count.double() / len(boxes[chunk])
+    if without := sum(not len(region) for region in regions):
+        flaws["no image token"] = without
     return {
         "text": "".join(texts),
         "tokens": len(token_ids),
+        "matchable": sum(can_match(normalise(text)) for text in texts),
+        "read": sum(chunk is not None for chunk in read),
         "matched": sum(chunk is not None for chunk in chunk_of_token),
         "hits": sum(int(count.sum()) for count in counts.values()),
+        "cut": len(token_ids) == most and token_ids[-1] not in ends,
+        "flaws": dict(flaws),
         "scores": [[layer, head, float(total[layer, head])] for layer, head in total.nonzero().tolist()],
     }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 
+_FIRST_PAGES = 5
+"""Of so many each process makes sure that the model can read, before the rest."""
+
+
 def chase(
     model: PreTrainedModel,
     processor: ProcessorMixin,
@@ -34,6 +39,7 @@ def chase(
     *,
     match: str = "unique",
     max_new_tokens: int = 1024,
+    least_read: float = 0.1,
     prompt: str = READ_PROMPT,
     part: str | None = None,
     output: str | os.PathLike[str] | None = None,
@@ -53,9 +59,11 @@ def chase(
 
     Args:
         model, processor: From `load_model`; the model is patched meanwhile (full cache) and restored afterwards.
-        pages: Pages in a fixed order. An image that cannot be read is logged, skipped and counted.
+        pages: Pages in a fixed order. One that cannot be opened, or holds no words, is logged, skipped and counted.
         match: "unique" (the paper's) or "aligned"; see `sparsemm.chase.matching`.
-        max_new_tokens: At most so many tokens are read from a page.
+        max_new_tokens: At most so many tokens are read from a page, within the model's positions.
+        least_read: Share of the tokens with a letter or digit that must be found on the pages by the aligned rule, on
+            the first pages and on all: a model that cannot read shows no visual heads.
         prompt: What the model is asked.
         part: Part of the image's tokens that counts; "high_res" (LLaVA-NeXT) and "grid" (Qwen2-VL) by default.
         output: File of the result. Beside it, `<name>.images.jsonl` holds what each image gave, as soon as it is known.
@@ -68,13 +76,17 @@ def chase(
         Scores `[num_layers, num_query_heads]`, with their provenance; saved as `output` if given.
 
     Raises:
-        ConfigError: Unknown match rule, `max_new_tokens` below 1, or several processes and no `output`.
-        DataError: The file to resume from, or `output`, is of another chase, or no page could be read.
+        ConfigError: Unknown match rule, `max_new_tokens` below 1, `least_read` outside of 0..1, or several processes
+            and no `output`.
+        DataError: The file to resume from, or `output`, is of another chase, or no page could be read, or less than
+            `least_read`.
         HeadScoreError: No head scored at all.
     """
     find_chunks = match_rule(match)
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens} must be at least 1")
+    if not 0 <= least_read <= 1:
+        raise ConfigError(f"least_read={least_read} must lie between 0 and 1")
     family = family_of(model)
     text_config = family.text_model(model).config
     shape = (text_config.num_hidden_layers, text_config.num_attention_heads)
@@ -104,9 +116,10 @@ def chase(
         resume=resume,
         label="chase",
         tally="hits",
+        watch=_first_pages(least_read),
         progress=progress,
     )
-    scores = _collect(records, shape, settings)
+    scores = _collect(records, shape, settings, least_read)
     if before is not None and is_enough(before, output, len(records)):  # the pages did not say how many they are
         return before
     us = workers()
@@ -156,12 +169,41 @@ def journal_path(output: str | os.PathLike[str]) -> Path:
     return Path(output).with_suffix(".images.jsonl")
 
 
-def _collect(records: list[dict[str, Any]], shape: tuple[int, int], settings: dict[str, Any]) -> HeadScores:
+def _first_pages(least_read: float) -> Callable[[dict[str, Any]], None]:
+    """What watches the records of a process: it makes sure after the first pages that the model reads them."""
+    first: list[dict[str, Any]] = []
+
+    def watch(record: dict[str, Any]) -> None:
+        if "skipped" not in record and len(first) < _FIRST_PAGES:
+            first.append(record)
+            if len(first) == _FIRST_PAGES:
+                _refuse_unread(first, least_read)
+
+    return watch
+
+
+def _refuse_unread(records: list[dict[str, Any]], least_read: float) -> None:
+    """Raise `DataError` unless enough of what was generated stands on the pages."""
+    read, matchable = (sum(record[key] for record in records) for key in ("read", "matchable"))
+    if read < least_read * matchable or (least_read and not matchable):
+        raise DataError(
+            f"{read} of the {matchable} tokens with a letter or digit that the model generated on {len(records)} pages "
+            f"stand on them, less than {least_read:g}: it cannot read them (crops or more pixels make letters larger), "
+            "or their boxes are those of other images; lower least_read to chase all the same"
+        )
+
+
+def _collect(
+    records: list[dict[str, Any]], shape: tuple[int, int], settings: dict[str, Any], least_read: float
+) -> HeadScores:
     read = [record for record in records if "skipped" not in record]
     if not read:
         raise DataError(f"none of {len(records)} pages could be read; see the log for the reasons")
+    _refuse_unread(read, least_read)
     total = torch.zeros(shape, dtype=torch.float64)
+    flaws: Counter[str] = Counter()
     for record in read:
+        flaws.update(record["flaws"])
         for layer, head, score in record["scores"]:
             total[layer, head] += score
     found = environment()
@@ -169,9 +211,11 @@ def _collect(records: list[dict[str, Any]], shape: tuple[int, int], settings: di
         **{key: value for key, value in settings.items() if key != "shape"},
         "num_images": len(read),
         "num_skipped": len(records) - len(read),
-        "num_tokens": sum(record["tokens"] for record in read),
-        "num_matched": sum(record["matched"] for record in read),
-        "num_hits": sum(record["hits"] for record in read),
+        **{
+            f"num_{key}": sum(record[key] for record in read)
+            for key in ("tokens", "matchable", "matched", "hits", "cut")
+        },
+        "num_flaws": dict(flaws),
         "versions": {name: found[name] for name in ("sparsemm", "torch", "transformers", "python")},
     }
     # HeadScores refuses a table of zeros: "chase again with more images".

@@ -10,6 +10,7 @@ import typer
 from sparsemm.cli.chase import PAGE_SEED, place_of
 from sparsemm.cli.common import MINIATURE_WINDOW
 from sparsemm.cli.options import FreshOption, Model, NewTokensOption, PixelsOption, QuietOption
+from sparsemm.cli.outputs import claim
 from sparsemm.errors import DataError
 
 
@@ -54,6 +55,7 @@ def calibrate(
     name = data or "miniature"
     pages = _pages(name, split, num_pages, seed)
     file = output or place_of(model.model, calibrated=True)
+    claim(file)
     network, processor = model.load(device=model.device or workers().device, max_pixels=max_pixels)
     scores = measure(
         network,

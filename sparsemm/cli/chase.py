@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from sparsemm.cli.common import parse_integers, score_files
-from sparsemm.cli.data import SOURCES, Source
+from sparsemm.cli.data import SOURCES, Source, echo_flaws
 from sparsemm.cli.options import FreshOption, Model, NewTokensOption, PixelsOption, QuietOption
 from sparsemm.cli.outputs import claim
 from sparsemm.errors import ConfigError
@@ -36,6 +36,9 @@ def chase(
     ] = None,
     seed: Annotated[int, typer.Option(help="Generators: another seed draws other pages.")] = PAGE_SEED,
     max_new_tokens: NewTokensOption = 1024,
+    least_read: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the generated text that must stand on the pages.")
+    ] = 0.1,
     prompt: Annotated[str | None, typer.Option(help="What the model is asked [default: the paper's].")] = None,
     max_pixels: PixelsOption = None,
     output: Annotated[
@@ -49,6 +52,8 @@ def chase(
 
     An interrupted chase goes on where it stopped. Several GPUs: accelerate launch -m sparsemm chase ...
     """
+    from sparsemm.datasets import PdfPages
+    from sparsemm.models import family_of
     from sparsemm.runs.processes import workers
 
     name = dataset or ("miniature" if model.is_miniature else "documents")
@@ -58,11 +63,13 @@ def chase(
     claim(place)
     pages = source.open(name, limit=limit, seed=seed, num_words=words)
     network, processor = model.load(device=model.device or workers().device, max_pixels=max_pixels)
+    if isinstance(pages, PdfPages) and source.pdf_pixels is None:
+        pages = pages.at_most(family_of(network).largest_picture(network.config, processor) or pages.max_pixels)
     run_chase(
         model, network, processor, pages, place, match=match,
         model_name=model.name if model.is_miniature or Path(model.model).is_dir() else model.model,
-        dataset=source.describe(name, words=words), seed=seed, max_new_tokens=max_new_tokens, prompt=prompt,
-        resume=not fresh, progress=not no_progress,
+        dataset=source.describe(name, words=words), seed=seed, max_new_tokens=max_new_tokens,
+        least_read=least_read, prompt=prompt, resume=not fresh, progress=not no_progress,
     )  # fmt: skip
 
 
@@ -100,4 +107,7 @@ def run_chase(
                 f"{figures['num_images']} images read, {figures['num_skipped']} skipped; {figures['num_tokens']} "
                 f"tokens, {figures['num_matched']} matched, {figures['num_hits']} hits"
             )
+            if figures.get("num_cut"):
+                typer.echo(f"{figures['num_cut']} readings ended at the last of their tokens (--max-new-tokens)")
+            echo_flaws(figures.get("num_flaws", {}))
         typer.echo(f"top 5 % of the heads hold {100 * scores.top_share(0.05):.1f} % of the score")

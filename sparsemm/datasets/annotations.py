@@ -25,7 +25,7 @@ def _expecting(what: str) -> Iterator[None]:
         yield
     except DataError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{what} ({type(error).__name__}: {error})") from error
 
 
@@ -33,26 +33,25 @@ def read_plain(source: Path, images: Path | None = None) -> list[BoxedImage]:
     """Plain JSON: `{"images": [{"image": "1.png", "words": [{"text": "date", "box": [x0, y0, x1, y1]}]}]}`.
 
     Args:
-        source: The file, or a folder that holds it as `boxes.json`. Its list may stand alone; `image_name` and
-            `2_coord` (`[{"chunk": …, "coord": …}]`) are read like `image` and `words`.
+        source: The file. Its list may stand alone; `image_name` and `2_coord` (`[{"chunk": …, "coord": …}]`) are read
+            like `image` and `words`.
         images: Folder that image names are relative to; that of the file by default.
 
     Raises:
         DataError: The file has another form.
     """
-    path = source / PLAIN_FILE if source.is_dir() else source
-    document = read_json(path)
+    document = read_json(source)
     entries = document.get("images") if isinstance(document, dict) else document
     if not isinstance(entries, list):
-        raise DataError(f'{path} is neither a list of images nor {{"images": […]}}')
+        raise DataError(f'{source} is neither a list of images nor {{"images": […]}}')
     pages = []
     for number, entry in enumerate(entries):
-        where = f"{path}, image {number}"
+        where = f"{source}, image {number}"
         name = entry.get("image", entry.get("image_name")) if isinstance(entry, dict) else None
         boxes = entry.get("words", entry.get("2_coord")) if isinstance(entry, dict) else None
         if not isinstance(name, str) or not isinstance(boxes, list):
             raise DataError(f"{where}: no 'image' and 'words'")
-        pages.append(BoxedImage(name, image_path(images or path.parent, name, where), read_words(boxes, where)))
+        pages.append(BoxedImage(name, image_path(images or source.parent, name, where), read_words(boxes, where)))
     return pages
 
 

@@ -71,7 +71,9 @@ def read_words(entries: Iterable[Any], where: str) -> list[TextBox]:
 
 
 def bounding_box(points: Any, where: str) -> tuple[float, float, float, float]:
-    """(x0, y0, x1, y1) around points: `[x0, y0, x1, y1, …]` or `[[x0, y0], [x1, y1], …]`, at least two, in any order.
+    """(x0, y0, x1, y1) around points: `[x0, y0, x1, y1, …]` or `[[x0, y0], [x1, y1], …]`, at least two.
+
+    Two are taken as they stand: what reads them counts the inverted ones (`sound_words`).
 
     Raises:
         DataError: They are not that, or not finite; the message starts with `where`.
@@ -79,6 +81,8 @@ def bounding_box(points: Any, where: str) -> tuple[float, float, float, float]:
     values = _numbers(points, where)
     if len(values) < 4 or len(values) % 2:
         raise DataError(f"{where}: {points!r} is not two or more finite (x, y) points")
+    if len(values) == 4:
+        return values[0], values[1], values[2], values[3]
     xs, ys = values[0::2], values[1::2]
     return min(xs), min(ys), max(xs), max(ys)
 

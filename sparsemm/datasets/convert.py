@@ -6,13 +6,15 @@ import io
 import itertools
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import length_hint
 from pathlib import Path
 from typing import Any
 
 from sparsemm.datasets.annotations import DONT_CARE, PLAIN_FILE
-from sparsemm.documents.pages import TextBox
+from sparsemm.documents.pages import TextBox, sound_words
+from sparsemm.documents.pdf_writer import write_pdf
 from sparsemm.errors import DataError
 from sparsemm.io import write_bytes_atomic, write_json_atomic
 
@@ -22,20 +24,22 @@ Entry = tuple[str, tuple[int, int], Sequence[TextBox]]
 """File name of a written image, its (width, height), its text boxes."""
 
 
-def convert(pages: Iterable[Any], output: str | Path, format: str, *, progress: bool = True) -> tuple[int, int]:
+def convert(
+    pages: Iterable[Any], output: str | Path, format: str, *, progress: bool = True
+) -> tuple[int, int, Counter[str]]:
     """Write `pages` into the folder `output`: images as PNG (in `images/`), and the annotations.
 
-    What is written opens with `open_pages(output)`, for coco and ctw with `open_pages(output / "annotations.json…")`.
+    What is written opens with `open_pages(output)`.
     Pages that cannot be read are logged and left out.
 
     Args:
         pages: With `image` and `words`, from `open_pages`.
         output: A folder that is not there yet, or empty.
-        format: "plain", "synthdog" (parquet), "mlt", "ctw" or "coco".
+        format: "plain", "synthdog" (parquet), "mlt", "ctw", "coco" or "pdf" (`pages.pdf`; read its boxes as lines).
         progress: Show a progress bar.
 
     Returns:
-        Number of pages written, and of those left out.
+        Number of pages written, of those left out, and of words by what was wrong with them (`sound_words`).
 
     Raises:
         DataError: The format is unknown, `output` holds files, or a text cannot be written in the format.
@@ -48,21 +52,25 @@ def convert(pages: Iterable[Any], output: str | Path, format: str, *, progress: 
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DataError(f"{folder} exists and is not an empty folder; choose another output")
     skipped = 0
+    flaws: Counter[str] = Counter()
     bar = tqdm(pages, total=length_hint(pages) or None, unit="page", disable=not progress)
 
-    def readable() -> Iterator[tuple[Any, tuple[TextBox, ...]]]:
+    def readable() -> Iterator[tuple[Any, list[TextBox]]]:
         nonlocal skipped
         for page in bar:
             try:
-                image, words = page.image, page.words
+                image = page.image
+                words, found = sound_words(page.words, image.size)
             except DataError as error:
-                logger.warning("page left out: %s", error)
+                logger.warning("page %s left out: %s", getattr(page, "name", ""), error)
                 skipped += 1
                 continue
+            flaws.update(found)
             yield image, words
 
-    if format == "synthdog":
-        return _write_parquet(readable(), folder), skipped
+    if format in ("synthdog", "pdf"):
+        folder.mkdir(parents=True, exist_ok=True)
+        return WRITERS[format](readable(), folder), skipped, flaws
     images = folder if format == "mlt" else folder / "images"
     entries: list[Entry] = []
     for index, (image, words) in enumerate(readable()):
@@ -72,7 +80,7 @@ def convert(pages: Iterable[Any], output: str | Path, format: str, *, progress: 
     if not entries:
         raise DataError(f"none of {skipped} pages could be read; see the log for the reasons")
     WRITERS[format](entries, folder)
-    return len(entries), skipped
+    return len(entries), skipped, flaws
 
 
 def _png(image: Any) -> bytes:
@@ -132,7 +140,7 @@ def _write_coco(entries: list[Entry], folder: Path) -> None:
 _ROWS_A_GROUP = 32
 
 
-def _write_parquet(pages: Iterator[tuple[Any, tuple[TextBox, ...]]], folder: Path) -> int:
+def _write_parquet(pages: Iterator[tuple[Any, list[TextBox]]], folder: Path) -> int:
     """`train.parquet` with the columns of SynthDoG's schema, written group by group."""
     try:
         import datasets
@@ -142,7 +150,6 @@ def _write_parquet(pages: Iterator[tuple[Any, tuple[TextBox, ...]]], folder: Pat
         raise DataError("writing parquet needs the datasets package: pip install 'sparsemm[data]'") from error
     boxes = [{"chunk": datasets.Value("string"), "coord": [[datasets.Value("float64")]]}]
     features = datasets.Features({"image": datasets.Image(), "2_coord": boxes})
-    folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".train.parquet.part"
     rows = (
         {
@@ -160,10 +167,18 @@ def _write_parquet(pages: Iterator[tuple[Any, tuple[TextBox, ...]]], folder: Pat
     return count
 
 
+def _write_pdf(pages: Iterator[tuple[Any, list[TextBox]]], folder: Path) -> int:
+    temporary = folder / ".pages.pdf.part"
+    count = write_pdf(pages, temporary)
+    temporary.replace(folder / "pages.pdf")
+    return count
+
+
 WRITERS: dict[str, Callable[..., Any]] = {
     "plain": _write_plain,
     "synthdog": _write_parquet,
     "mlt": _write_mlt,
     "ctw": _write_ctw,
     "coco": _write_coco,
+    "pdf": _write_pdf,
 }

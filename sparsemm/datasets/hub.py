@@ -64,6 +64,11 @@ def _words(row: dict[str, Any], where: str) -> list[Any]:
     return read_words(boxes or [], where)
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` made the folder."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
 def open_rows(source: str | os.PathLike[str], split: str, columns: set[str]) -> tuple[Any, int | None]:
     """The rows of a Hugging Face data set, images not decoded, and how many there are, where it says so.
 
@@ -77,7 +82,7 @@ def open_rows(source: str | os.PathLike[str], split: str, columns: set[str]) -> 
         raise DataError("reading this data set needs the datasets package: pip install 'sparsemm[data]'") from error
     path = Path(source)
     try:
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        if is_saved(path):
             saved = datasets.load_from_disk(str(path))
             rows = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
             total: int | None = len(rows)

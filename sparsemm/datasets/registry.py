@@ -9,7 +9,8 @@ from typing import Any
 
 from sparsemm.datasets.annotations import PLAIN_FILE, read_coco, read_ctw, read_mlt, read_plain
 from sparsemm.datasets.generated import GENERATORS, GeneratedPages
-from sparsemm.datasets.hub import HubPages
+from sparsemm.datasets.hub import HubPages, is_saved
+from sparsemm.datasets.pdf import PdfPages
 from sparsemm.errors import DataError
 from sparsemm.io import read_json
 
@@ -19,8 +20,10 @@ _READERS: dict[str, Callable[..., list[Any]]] = {
     "ctw": read_ctw,
     "coco": read_coco,
 }
-FORMATS = ("synthdog", *_READERS)
-_OPTIONS = {"ctw": {"unit"}}
+FORMATS = ("synthdog", *_READERS, "pdf")
+_OPTIONS = {"ctw": {"unit"}, "pdf": {"page_range", "max_pixels", "crops", "unit", "fewest_words"}}
+
+_SUFFIXES = {".parquet": "synthdog", ".jsonl": "ctw", ".pdf": "pdf"}
 
 
 def open_pages(
@@ -36,13 +39,15 @@ def open_pages(
     """Pages of a data set, each with `image` and `words` (`text`, `box`), in a fixed order.
 
     Args:
-        source: Name of a generator ("documents", "miniature"), hub id, folder or annotation file.
-        format: "synthdog" (a Hugging Face data set), "plain", "mlt", "ctw" or "coco"; recognised where not given.
+        source: Name of a generator ("documents", "miniature"), hub id, annotation file or folder that holds one, PDF
+            file or folder of them.
+        format: "synthdog" (a Hugging Face data set), "plain", "mlt", "ctw", "coco" or "pdf"; recognised where not
+            given.
         images: Folder of the images, where it is not that of the annotations.
         split: Split of a Hugging Face data set.
         limit: At most so many pages; for a generator exactly so many (1000 by default).
         seed: Of a generator; data sets are read in their own order.
-        **options: Of the generator (`size`, `unit`, `num_words`) or reader (`unit` of CTW).
+        **options: Of the generator (`size`, `unit`, `num_words`) or reader (`unit` of CTW; those of `PdfPages`).
 
     Raises:
         DataError: There is no such data set, or it has another form; or an option does not belong to it.
@@ -60,9 +65,22 @@ def open_pages(
         raise DataError(f"{format} data sets have no option {', '.join(sorted(unknown))}")
     if format == "synthdog":
         return HubPages(name, split=split, limit=limit)
-    if not Path(name).exists():
+    path = Path(name)
+    if not path.exists():
         raise DataError(f"{name} does not exist; check the path")
-    return _READERS[format](Path(name), None if images is None else Path(images), **options)[:limit]
+    if format == "pdf":
+        return PdfPages(path, limit=limit, **options)
+    path = path if format == "mlt" else _annotation_file(path) or path
+    return _READERS[format](path, None if images is None else Path(images), **options)[:limit]
+
+
+def _annotation_file(folder: Path) -> Path | None:
+    """`boxes.json`, else the only JSON file, of a folder that is no Hugging Face data set."""
+    if not folder.is_dir() or is_saved(folder):
+        return None
+    found = [path for path in sorted(folder.glob("*.json*")) if path.suffix in (".json", ".jsonl")]
+    named = [path for path in found if path.name == PLAIN_FILE]
+    return named[0] if named else found[0] if len(found) == 1 else None
 
 
 def recognise(source: str) -> str:
@@ -73,14 +91,15 @@ def recognise(source: str) -> str:
     """
     path = Path(source)
     if path.is_dir():
-        if (path / PLAIN_FILE).is_file():
-            return "plain"
-        return "mlt" if any(path.glob("*.txt")) else "synthdog"
+        if any(path.glob("gt_*.txt")):
+            return "mlt"
+        if file := _annotation_file(path):
+            return recognise(str(file))
+        kinds = (("mlt", "*.txt"), ("pdf", "*.pdf"))
+        return next((kind for kind, pattern in kinds if any(path.glob(pattern))), "synthdog")
     if path.is_file():
-        if path.suffix == ".parquet":
-            return "synthdog"
-        if path.suffix == ".jsonl":
-            return "ctw"
+        if path.suffix in _SUFFIXES:
+            return _SUFFIXES[path.suffix]
         if path.suffix == ".json":
             # COCO's file names its categories; reading the whole file for that is what its reader does, too.
             document = read_json(path)

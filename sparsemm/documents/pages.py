@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,31 @@ def joined(words: Sequence[TextBox], separator: str = " ") -> TextBox:
     """One text box around several, in their order; at least one."""
     x0, y0, x1, y1 = zip(*(word.box for word in words), strict=True)
     return TextBox(separator.join(word.text for word in words), (min(x0), min(y0), max(x1), max(y1)))
+
+
+def sound_words(words: Iterable[TextBox], size: tuple[int, int]) -> tuple[list[TextBox], Counter[str]]:
+    """The words that a picture of (width, height) shows, and how many had which flaw.
+
+    Words without text and those outside of the picture are left out, the corners of inverted boxes are swapped, boxes
+    across the edge are kept as they are.
+    """
+    width, height = size
+    kept: list[TextBox] = []
+    flaws: Counter[str] = Counter()
+    for word in words:
+        x0, y0, x1, y1 = word.box
+        if x1 < x0 or y1 < y0:
+            flaws["inverted box"] += 1
+            x0, y0, x1, y1 = min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1)
+            word = TextBox(word.text, (x0, y0, x1, y1))
+        if not word.text.strip():
+            flaws["no text"] += 1
+        elif x1 < 0 or y1 < 0 or x0 >= width or y0 >= height:
+            flaws["outside the image"] += 1
+        else:
+            flaws["across the image's edge"] += x0 < 0 or y0 < 0 or x1 > width or y1 > height
+            kept.append(word)
+    return kept, +flaws
 
 
 @dataclass(frozen=True)

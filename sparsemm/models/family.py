@@ -87,6 +87,11 @@ class ModelFamily(ABC):
         processor = still_images(self.processor_class).from_pretrained(path, trust_remote_code=False)
         return pad_left(use_pillow(processor, path))
 
+    def largest_picture(self, config: PretrainedConfig, processor: ProcessorMixin) -> int | None:
+        """Pixels of the largest picture that the model sees undiminished; None where the family does not say."""
+        pinpoints = getattr(config, "image_grid_pinpoints", None)
+        return max(height * width for height, width in pinpoints) if pinpoints else None
+
     def build_inputs(
         self,
         processor: ProcessorMixin,

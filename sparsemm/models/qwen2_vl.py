@@ -31,6 +31,9 @@ class Qwen2VL(ModelFamily):
         _limit_pixels(processor.image_processor, min_pixels, max_pixels)
         return processor
 
+    def largest_picture(self, config: PretrainedConfig, processor: ProcessorMixin) -> int | None:
+        return processor.image_processor.size["longest_edge"]
+
     def finish_inputs(self, processor: ProcessorMixin, inputs: BatchFeature) -> BatchFeature:
         # M-RoPE positions are computed from these: without them the model refuses, or numbers image tokens as text.
         if "mm_token_type_ids" not in inputs:

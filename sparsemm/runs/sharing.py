@@ -21,6 +21,7 @@ def work_through(
     resume: bool = True,
     label: str = "",
     tally: str | None = None,
+    watch: Callable[[dict[str, Any]], None] | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
     """The record that `work` makes of each item, in the order of the items; those that `path` holds are not made again.
@@ -35,6 +36,7 @@ def work_through(
         resume: Continue from `path` where there is one; False starts again.
         label: Heads the progress bar.
         tally: An entry of the records whose sum the progress bar shows.
+        watch: Is handed every record of this process, old ones too, in order; an error that it raises ends the work.
         progress: Show a progress bar.
 
     Raises:
@@ -57,6 +59,8 @@ def work_through(
             if item is not None:
                 journal.append(index, work(item))
             if us.owns(index):
+                if watch is not None:
+                    watch(journal.records[index])
                 if tally is not None:
                     total += journal.records[index].get(tally, 0)
                     bar.set_postfix({tally: total}, refresh=False)

@@ -209,11 +209,11 @@ def test_broken_images_are_skipped_and_counted(tmp_path: Path, caplog: pytest.Lo
     pages = make_pages(model, processor, 2)
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no image")
-    mixed = [ToyPage(broken, []), pages[0], ToyPage(pages[0].image, [Word("x", (9, 0, 1, 1))]), pages[1]]
+    mixed = [ToyPage(broken, []), pages[0], ToyPage(pages[0].image, [Word("", (1, 0, 9, 1))]), pages[1]]
     options: dict = dict(match="aligned", max_new_tokens=NEW_TOKENS, progress=False)
     scores = chase(model, processor, mixed, **options)
     assert scores.provenance["num_images"] == 2 and scores.provenance["num_skipped"] == 2
-    assert "broken.png" in caplog.text and "ends before it begins" in caplog.text
+    assert "broken.png" in caplog.text and "holds no words" in caplog.text
     assert torch.equal(scores.values, chase(model, processor, pages, **options).values)
     with pytest.raises(DataError, match="none of 1 pages"):
         chase(model, processor, mixed[:1], **options)
@@ -243,8 +243,13 @@ def test_clear_errors() -> None:
         chase(model, processor, [], match="exact", progress=False)
     with pytest.raises(ConfigError, match="max_new_tokens=0"):
         chase(model, processor, [], max_new_tokens=0, progress=False)
+    with pytest.raises(ConfigError, match="least_read=1.5"):
+        chase(model, processor, [], least_read=1.5, progress=False)
     with pytest.raises(HeadScoreError, match="more images"):
-        chase(model, processor, [ToyPage(picture(0), [])], max_new_tokens=2, progress=False)
+        chase(
+            model, processor, [ToyPage(picture(0), [Word("#", (0, 0, 9, 9))])], max_new_tokens=2, least_read=0,
+            progress=False,
+        )  # fmt: skip
     with pytest.raises(DataError, match="none of 0 pages"):
         chase(model, processor, [], progress=False)
 

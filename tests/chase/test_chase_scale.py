@@ -133,7 +133,7 @@ def test_data_sets_with_a_broken_image_are_chased_to_the_end(form: str, tmp_path
         expected = [good[0], good[2]]
     else:
         expected = good
-    options: dict = dict(max_new_tokens=6, progress=False)
+    options: dict = dict(max_new_tokens=6, least_read=0.0, progress=False)
     scores = chase(model, processor, open_pages(tmp_path / form), **options)
     assert scores.provenance["num_skipped"] == len(good) - len(expected)
     assert scores.values.tolist() == chase(model, processor, expected, **options).values.tolist()
@@ -148,7 +148,8 @@ def test_an_image_too_large_to_decode_is_skipped(monkeypatch: pytest.MonkeyPatch
     Image.new("RGB", (60, 60)).save(tmp_path / "huge.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     pages = [BoxedImage("huge", tmp_path / "huge.png", []), chase_pages()[0]]
-    assert chase(model, processor, pages, max_new_tokens=6, progress=False).provenance["num_skipped"] == 1
+    options: dict = dict(max_new_tokens=6, least_read=0.0, progress=False)
+    assert chase(model, processor, pages, **options).provenance["num_skipped"] == 1
 
 
 @pytest.mark.parametrize("family", ["llava-mistral", "qwen2-vl"])

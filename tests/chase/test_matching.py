@@ -31,7 +31,7 @@ def byte_level_tokenizer(decoder: bool = True) -> PreTrainedTokenizerFast:
 
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     """Llama's kind: metaspace word marks, bytes for what the vocabulary lacks."""
-    pieces = ["<unk>", "</s>", "▁", "▁To", "tal", "▁2", "4", ",", "▁H", "i"]
+    pieces = ["<unk>", "</s>", "▁", "▁To", "tal", "▁2", "4", ",", "▁H", "i", "Ġ", "▁Ġ"]
     pieces += [f"<0x{byte:02X}>" for byte in range(256)]
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
     merges: list[tuple[str, str]] = []
@@ -61,6 +61,20 @@ def test_sentencepiece_pieces() -> None:
     texts = token_texts(tokenizer, ids)
     assert [normalise(text) for text in texts] == ["To", "tal", "2", "4", "", "H", "i", "", "é"]
     assert texts[2] == " 2"
+    # What marks words in other vocabularies is a letter in this one.
+    letters = tokenizer.convert_tokens_to_ids(["▁Ġ", "i", "Ġ", "▁Ġ"])
+    assert "".join(token_texts(tokenizer, letters)) == tokenizer.decode(letters) == "ĠiĠ Ġ"
+
+
+def test_rows_of_bytes_are_characters_only_where_all_of_them_are() -> None:
+    tokenizer = sentencepiece_tokenizer()
+    for bytes_, expected in (("E4 B8 AD E6", "����"), ("E4 B8 AD E6 96 87", "中文"), ("C3", "�")):
+        ids = tokenizer.convert_tokens_to_ids([f"<0x{byte}>" for byte in bytes_.split()] + ["i"])
+        texts = token_texts(tokenizer, ids)
+        assert "".join(texts) == tokenizer.decode(ids) == expected + "i"
+    assert token_texts(
+        tokenizer, tokenizer.convert_tokens_to_ids([f"<0x{byte}>" for byte in "E4 B8 AD E6 96 87".split()])
+    ) == [*("", "", "中", "", "", "文")]
 
 
 def test_character_pieces() -> None:

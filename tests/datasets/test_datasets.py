@@ -14,7 +14,7 @@ from sparsemm.datasets.base import bounding_box, box_of_extent
 from sparsemm.datasets.hub import HubPages
 from sparsemm.datasets.registry import recognise
 from sparsemm.documents import split_of
-from sparsemm.documents.pages import TextBox
+from sparsemm.documents.pages import TextBox, sound_words
 from sparsemm.errors import DataError
 
 
@@ -142,7 +142,7 @@ def test_plain_json_and_the_release_s_names_in_it(tmp_path):
     picture(tmp_path / "1.png")
     entries = [
         {"image": "1.png", "words": [{"text": "date", "box": [1, 2, 3, 4]}]},
-        {"id": 3, "image_name": "1.png", "2_coord": [{"chunk": "total", "coord": [[9, 8], [5, 6]]}]},
+        {"id": 3, "image_name": "1.png", "2_coord": [{"chunk": "total", "coord": [[5, 6], [9, 8]]}]},
     ]
     (tmp_path / "boxes.json").write_text(json.dumps({"images": entries}))
     pages = list(open_pages(tmp_path))
@@ -254,18 +254,19 @@ def test_broken_images_are_errors_only_when_looked_at(tmp_path):
 
 @pytest.mark.parametrize("target", sorted(WRITERS))
 def test_every_format_survives_a_round_trip(tmp_path, target):
+    pytest.importorskip("pypdfium2")
+    marked = [Image.new("RGB", size, colour) for size, colour in (((60, 40), "red"), ((50, 50), "blue"))]
+    for image in marked:
+        image.paste("white", (6, 7, 8, 9))  # text boxes of a PDF hold something
     pages = [
-        BoxedImage(
-            "a", Image.new("RGB", (60, 40), "red"), [TextBox("one, two", (1, 2, 30, 9)), TextBox("三", (5, 6, 7, 8))]
-        ),
+        BoxedImage("a", marked[0], [TextBox("one, two", (1, 2, 30, 9)), TextBox("三", (5, 6, 7, 8))]),
         BoxedImage("broken", b"", []),
-        BoxedImage("b", Image.new("RGB", (50, 50), "blue"), [TextBox("three", (0, 0, 49, 49))]),
+        BoxedImage("b", marked[1], [TextBox("three", (0, 0, 49, 49))]),
     ]
     folder = tmp_path / "out"
-    assert convert(pages, folder, target, progress=False) == (2, 1)
-    source = {"ctw": folder / "annotations.jsonl", "coco": folder / "annotations.json"}.get(target, folder)
-    read = list(open_pages(source))
-    assert recognise(str(source)) == target and target in FORMATS
+    assert convert(pages, folder, target, progress=False) == (2, 1, {})
+    read = list(open_pages(folder, **({"unit": "line"} if target == "pdf" else {})))
+    assert recognise(str(folder)) == target and target in FORMATS
     assert [boxes(page) for page in read] == [boxes(page) for page in (pages[0], pages[2])]
     assert [page.image.getpixel((3, 3)) for page in read] == [(255, 0, 0), (0, 0, 255)]
     with pytest.raises(DataError, match="not an empty folder"):
@@ -280,7 +281,7 @@ def test_mlt_cannot_hold_every_text(tmp_path):
 
 def test_boxes_of_points_and_extents():
     assert bounding_box([[3, 4], [1, 9], [5, 2]], "x") == (1, 2, 5, 9)
-    assert bounding_box(["3", "4", "1", "2"], "x") == (1, 2, 3, 4)
+    assert bounding_box(["3", "4", "1", "2"], "x") == (3, 4, 1, 2)
     for bad in ([1, 2, 3], [1, 2, float("nan"), 4], "ab", None, [[1], [2], [3]]):
         with pytest.raises(DataError, match="^x"):
             bounding_box(bad, "x")
@@ -325,3 +326,51 @@ def test_words_of_a_generated_page_can_match_uniquely():
     found = match_unique(texts, texts)
     assert all(index is None or texts[index] == text for index, text in zip(found, texts, strict=True))
     assert sum(index is not None for index in found) > len(texts) / 3
+
+
+# -- folders, and what is wrong with boxes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["plain", "ctw", "coco", "mlt", "synthdog"])
+def test_a_folder_that_holds_one_annotation_file_is_enough(tmp_path, target):
+    page = BoxedImage("a", Image.new("RGB", (60, 40), "red"), [TextBox("one", (1, 2, 30, 9))])
+    convert([page], tmp_path / "out", target, progress=False)
+    (read,) = open_pages(tmp_path / "out")
+    assert boxes(read) == boxes(page)
+    (again,) = open_pages(tmp_path / "out", format=target)
+    assert boxes(again) == boxes(page)
+
+
+def test_a_folder_of_several_annotation_files_is_not_guessed_at(tmp_path):
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text("[]")
+    with pytest.raises(DataError):
+        open_pages(tmp_path, format="plain")
+
+
+def test_flawed_words_are_mended_or_left_out_and_counted(tmp_path):
+    words = [
+        TextBox("good", (1, 1, 9, 9)),
+        TextBox(" ", (1, 1, 9, 9)),
+        TextBox("inverted", (9, 8, 2, 3)),
+        TextBox("negative", (-4, 1, 9, 9)),
+        TextBox("beyond", (50, 1, 59, 9)),
+        TextBox("before", (-9, 1, -2, 9)),
+        TextBox("wide", (1, 1, 60, 9)),
+    ]
+    kept, flaws = sound_words(words, (40, 30))
+    assert [word.text for word in kept] == ["good", "inverted", "negative", "wide"]
+    assert kept[1].box == (2, 3, 9, 8)
+    assert flaws == {"no text": 1, "inverted box": 1, "outside the image": 2, "across the image's edge": 2}
+    page = BoxedImage("a", Image.new("RGB", (40, 30)), words)
+    assert convert([page], tmp_path / "out", "plain", progress=False) == (1, 0, flaws)
+    assert sound_words(words[:1], (40, 30)) == ([words[0]], {})
+
+
+def test_bytes_of_a_data_set_s_images_are_read_as_they_are_shown(tmp_path):
+    image = Image.new("RGB", (40, 30))
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    image.save(tmp_path / "turned.png", exif=exif)
+    for source in (tmp_path / "turned.png", (tmp_path / "turned.png").read_bytes()):
+        assert BoxedImage("turned", source, []).image.size == (30, 40)

@@ -45,8 +45,8 @@ def run(output: str, seconds: float = 0.0) -> None:
     """Chase all pages; `seconds` is how long each takes to open."""
     pages = [SlowPage(index, seconds) for index in range(PAGES)]
     chase(
-        toy_model("qwen2-vl"), toy_processor("qwen2-vl"), pages, match="unique", max_new_tokens=6, output=output,
-        model_name="toy", dataset="noise", progress=False,
+        toy_model("qwen2-vl"), toy_processor("qwen2-vl"), pages, match="unique", max_new_tokens=6, least_read=0.0,
+        output=output, model_name="toy", dataset="noise", progress=False,
     )  # fmt: skip
 
 

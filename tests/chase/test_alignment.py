@@ -1,0 +1,89 @@
+"""The aligner on readings whose every character has a known origin."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from readings import cut, owners_of, page_lines, read, score
+
+from sparsemm.chase.alignment import align
+from sparsemm.chase.matching import match_aligned
+
+PAGES = [page_lines(index) for index in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "least", "most_wrong"),
+    [
+        ("true", 1.0, 0.0),
+        ("swapped", 0.99, 0.005),
+        ("skipped", 0.99, 0.005),
+        ("interleaved", 0.9, 0.02),
+        ("misread", 0.92, 0.02),
+    ],
+)
+def test_tokens_find_their_own_word_whatever_the_order(kind: str, least: float, most_wrong: float) -> None:
+    scores = []
+    for index, lines in enumerate(PAGES):
+        text, owners = read(lines, kind, seed=index)
+        tokens = cut(text, seed=index)
+        found = match_aligned(tokens, [word for line in lines for word, _ in line])
+        scores.append(score(found, owners_of(tokens, owners)))
+    matched, wrong = np.mean(scores, axis=0)
+    assert matched >= least and wrong <= most_wrong, (matched, wrong)
+
+
+def test_lines_in_reverse_are_found() -> None:
+    lines = PAGES[0]
+    text, owners = read(lines[::-1], "true", seed=0)
+    tokens = cut(text, seed=0)
+    matched, _ = score(match_aligned(tokens, [word for line in lines for word, _ in line]), owners_of(tokens, owners))
+    assert matched >= 0.85
+
+
+def test_another_text_is_hardly_matched() -> None:
+    for first, second in ((0, 1), (1, 2), (2, 0)):
+        text, _ = read(PAGES[first], "true", seed=0)
+        found = match_aligned(cut(text, seed=0), [word for line in PAGES[second] for word, _ in line])
+        assert sum(one is not None for one in found) <= 0.02 * len(found)
+
+
+def test_a_loop_is_no_reading() -> None:
+    chunks = [word for line in PAGES[0] for word, _ in line]
+    assert match_aligned(["0"] * 1024, chunks) == [None] * 1024
+    assert match_aligned([" the"] * 1024, chunks).count(None) > 1000
+
+
+def test_short_texts_are_aligned_as_wholes() -> None:
+    assert align("abc", "abc") == [0, 1, 2]
+    assert align("axc", "abc") == [0, None, 2]
+    assert align("", "abc") == [] and align("abc", "") == [None] * 3
+
+
+texts = st.text(alphabet="abc", max_size=60)
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts, texts)
+def test_places_hold_the_same_character_and_are_taken_once(generated: str, truth: str) -> None:
+    places = [(index, place) for index, place in enumerate(align(generated, truth)) if place is not None]
+    assert all(generated[index] == truth[place] for index, place in places)
+    assert len({place for _, place in places}) == len(places)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(min_size=8, max_size=40), st.text(min_size=8, max_size=40), texts, texts)
+def test_a_passage_is_found_wherever_it_stands(first: str, second: str, before: str, after: str) -> None:
+    """Runs that occur once in each text keep their order inside, whatever surrounds them."""
+    truth = before + first + second + after
+    if truth.count(first) > 1 or truth.count(second) > 1 or (second + first).count(first) > 1:
+        return
+    places = align(second + first, truth)
+    if set(before + after) & set(first + second) or set(first) & set(second):
+        return
+    assert places == [
+        *range(len(before + first), len(before + first + second)),
+        *range(len(before), len(before + first)),
+    ]
