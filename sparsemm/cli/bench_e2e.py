@@ -105,7 +105,7 @@ def e2e(
     if scores.head_scores is not None:
         scores.table(model.model)
     network = model.build(attn_implementation=attn_implementation)
-    warn_of_positions(network, max((each.prompt_tokens for each in workloads), default=0) + steps)
+    warn_of_positions(network, max((place["prompt_tokens"] for place in workloads), default=0) + steps)
     results = bench.run(
         network,
         workloads,

@@ -52,10 +52,10 @@ def calibrate(
 
     if data is None and not model.is_miniature:
         raise DataError("give the pages to calibrate on with --data: a folder with questions.jsonl, or a hub id")
-    name = data or "miniature"
-    pages = _pages(name, split, num_pages, seed)
     file = output or place_of(model.model, calibrated=True)
     claim(file)
+    name = data or "miniature"
+    pages = _pages(name, split, num_pages, seed)
     network, processor = model.load(device=model.device or workers().device, max_pixels=max_pixels)
     scores = measure(
         network,

@@ -157,11 +157,19 @@ def places(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize(("path", "name", "value"), list(cases()))
 def test_a_bad_value_is_one_message(
-    path: tuple[str, ...], name: str, value: str, run: Any, places: dict[str, Path], tmp_path: Path
+    path: tuple[str, ...],
+    name: str,
+    value: str,
+    run: Any,
+    places: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     taken = {option.name: option for option in COMMANDS[path]}
     values = {**{each: GOOD[each] for each in taken if each in GOOD}, name: value}
     options = [f"{taken[each].flag}={given.format(**places)}" for each, given in values.items() if taken[each].flag]
+    options += ["--no-progress"] if "no_progress" in taken else []
     arguments = [given.format(**places) for each, given in values.items() if taken[each].flag is None]
     before = {place: sorted(place.rglob("*")) for place in (tmp_path, *places.values()) if place.is_dir()}
     outcome = run(*path, *options, "--", *arguments)
