@@ -162,6 +162,8 @@ std::tuple<Tensor, Tensor> varlen_decode(Tensor query, Tensor key_buffer, Tensor
   a.query_stride_h = query.stride(1);
   a.query_stride_n = query.stride(2);
   a.scale = static_cast<float>(scale);
+  STD_TORCH_CHECK(num_query_heads * batch * n <= INT32_MAX, "varlen_decode: ", num_query_heads * batch * n,
+                  " queries; at most 2^31 - 1 are attended to at once");
   a.lists = static_cast<int>(lens.size(0));
   a.num_kv_heads = static_cast<int>(lens.size(0) / batch);
   a.group = static_cast<int>(num_query_heads / a.num_kv_heads);

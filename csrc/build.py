@@ -33,11 +33,17 @@ logger = logging.getLogger("sparsemm.build")
 SOURCE_DIR = Path(__file__).resolve().parent
 ROOT = SOURCE_DIR.parent
 TORCH_TARGET_VERSION = "0x020b000000000000"  # torch 2.11
+OLDEST_ARCH = 80
+_TOO_OLD = "the CUDA kernels need compute capability 8.0 or newer; without them the PyTorch operators serve"
 RELEASE_ARCHS = ("80", "90", "100", "120")  # a cubin serves its whole major version from that minor on
 
 
 class BuildError(RuntimeError):
     """A compiler is missing or failed; the message says which and what to do."""
+
+
+class TooOldError(BuildError):
+    """No visible GPU can run the kernels."""
 
 
 @dataclasses.dataclass
@@ -85,7 +91,10 @@ def find_nvcc() -> str | None:
 
 
 def cuda_archs(nvcc: str) -> list[str]:
-    """Architectures to build, as nvcc writes them ("80", "90", …): asked for, of the visible GPUs, or for a release."""
+    """Architectures to build, as nvcc writes them ("80", "90", …): asked for, of the visible GPUs, or for a release.
+
+    Raises BuildError for one that nvcc or the kernels do not know, TooOldError where no visible GPU is new enough.
+    """
     known = set(re.findall(r"compute_(\d+)", subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True,
                                                             check=True).stdout))  # fmt: skip
     asked = os.environ.get("SPARSEMM_CUDA_ARCHS", "").replace(",", ";").replace(".", "")
@@ -95,13 +104,17 @@ def cuda_archs(nvcc: str) -> list[str]:
             raise BuildError(
                 f"SPARSEMM_CUDA_ARCHS: {nvcc} cannot build for {unknown}; it knows {sorted(known, key=int)}"
             )
+        if old := [arch for arch in archs if int(arch) < OLDEST_ARCH]:
+            raise BuildError(f"SPARSEMM_CUDA_ARCHS: {old} are too old; {_TOO_OLD}")
         return archs
     if smi := shutil.which("nvidia-smi"):
         query = subprocess.run(
             [smi, "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True
         )
-        visible = sorted({line.strip().replace(".", "") for line in query.stdout.splitlines()} & known, key=int)
-        if query.returncode == 0 and visible:
+        seen = {line.strip().replace(".", "") for line in query.stdout.splitlines()} if query.returncode == 0 else set()
+        if seen and all(arch.isdigit() and int(arch) < OLDEST_ARCH for arch in seen):
+            raise TooOldError(f"no GPU here is new enough; {_TOO_OLD}")
+        if visible := sorted((arch for arch in seen & known if int(arch) >= OLDEST_ARCH), key=int):
             return visible
     return [arch for arch in RELEASE_ARCHS if arch in known]
 
@@ -271,7 +284,12 @@ def build(output_dir: Path, parts: tuple[str, ...] = ("cpu", "cuda"), force: boo
         built.append(build_cpu(builder, output_dir))
     if "cuda" in parts:
         if nvcc := find_nvcc():
-            built.append(build_cuda(builder, output_dir, nvcc))
+            try:
+                built.append(build_cuda(builder, output_dir, nvcc))
+            except TooOldError as error:
+                if parts == ("cuda",):
+                    raise
+                logger.info("kernels: %s", error)
         elif parts == ("cuda",):
             raise BuildError("nvcc is not found: install the CUDA toolkit or set CUDA_HOME")
         else:

@@ -256,14 +256,15 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) decode_kernel(DecodeArgs a)
   }
 }
 
-// One block a (query block, list, query): merges the partial results of lists that several decode blocks shared, and
+// One block a (list and query block, query): merges the partial results of lists that several decode blocks shared, and
 // answers for empty lists.
 template <class T>
 __global__ void __launch_bounds__(kCombineThreads) combine_kernel(DecodeArgs a) {
   constexpr int kWarps = kCombineThreads / 32, kVectors = kMaxHeadDim / 128;
   float* warp_out = reinterpret_cast<float*>(shared_memory());  // [kWarps, kMaxHeadDim]
   float* warp_stats = warp_out + kWarps * kMaxHeadDim;          // [kWarps, 2]
-  const int r = blockIdx.x, block = blockIdx.y, q = blockIdx.z, index = block * kDecodeQueries + q;
+  const int r = static_cast<int>(blockIdx.x) % a.lists, block = static_cast<int>(blockIdx.x) / a.lists;
+  const int q = blockIdx.y, index = block * kDecodeQueries + q;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   if (index >= a.group * a.num_queries) return;
   const int tiles = tiles_of(a.lens[r]);
@@ -327,7 +328,8 @@ void enqueue_decode(const DecodeArgs& a, void* stream) {
   const int queries = a.group * a.num_queries, blocks = (queries + kDecodeQueries - 1) / kDecodeQueries;
   SPARSEMM_LAUNCH((decode_kernel<T, kDim>), static_cast<unsigned>(a.num_ctas), kDecodeThreads,
                   sizeof(DecodeShared<T, kDim>), stream, a);
-  const dim3 grid(static_cast<unsigned>(a.lists), static_cast<unsigned>(blocks),
+  // A long chunk has more query blocks than grid.y may count (65,535); grid.x counts to 2^31 - 1.
+  const dim3 grid(static_cast<unsigned>(a.lists) * static_cast<unsigned>(blocks),
                   static_cast<unsigned>(queries < kDecodeQueries ? queries : kDecodeQueries));
   SPARSEMM_LAUNCH(combine_kernel<T>, grid, kCombineThreads, kCombineShared, stream, a);
 }

@@ -9,12 +9,11 @@ import torch
 from torch import LongTensor, Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-import sparsemm.ops  # noqa: F401  (defines torch.ops.sparsemm)
 from sparsemm.cache.chunk import Chunk, Columns
 from sparsemm.cache.selection import KeptRows, choose_rows
 from sparsemm.cache.stats import CacheRecord
 from sparsemm.errors import CacheError
-from sparsemm.ops.backends import VarlenDecode, resolve_backend
+from sparsemm.ops.backends import VarlenDecode, operators, resolve_backend
 from sparsemm.ops.chunk import MAX_DECODE_QUERIES, causal_attention, merge_attention
 from sparsemm.plan import GROWTH_ROWS, Plan
 
@@ -25,7 +24,8 @@ GROWTH_SHARE = 8  # a full cache grows by at least 1/8, so that growing costs a 
 def _varlen_decode(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> VarlenDecode:
     backend = resolve_backend(name, device, dtype, head_dim)
     # The twins serve the operator too, which traces and exports know by name.
-    return torch.ops.sparsemm.varlen_decode if (name, backend.name) == ("auto", "reference") else backend.varlen_decode
+    twins = (name, backend.name) == ("auto", "reference")
+    return operators(device, dtype, head_dim).varlen_decode if twins else backend.varlen_decode
 
 
 class SparseLayer(CacheLayerMixin):
@@ -171,7 +171,7 @@ class SparseLayer(CacheLayerMixin):
         self.offsets = rows.cu_kept + reserve * torch.arange(lists + 1, dtype=torch.int32, device=key.device)
         shape = (rows.total + reserve * lists, key.shape[-1])
         self.key_buffer, self.value_buffer = key.new_empty(shape), value.new_empty(shape)
-        torch.ops.sparsemm.compact(
+        operators(key.device, key.dtype, key.shape[-1]).compact(
             key, value, rows.positions, rows.cu_kept, self.offsets, self.key_buffer, self.value_buffer
         )
         self.lens, self.kept, self.prompt_rows = (rows.kept.reshape(-1).clone() for _ in range(3))
@@ -189,7 +189,7 @@ class SparseLayer(CacheLayerMixin):
     def _append(self, key: Tensor, value: Tensor, chunk: Chunk) -> None:
         if chunk.counted and chunk.columns > self.room:
             self.grow(chunk.columns)
-        torch.ops.sparsemm.append(
+        operators(key.device, key.dtype, key.shape[-1]).append(
             key, value, self.offsets, self.lens, self.key_buffer, self.value_buffer, self.overflow, chunk.mask
         )
         if chunk.counted:

@@ -13,9 +13,9 @@ import torch
 from torch import LongTensor, Tensor
 from torch.nn.functional import avg_pool1d, pad
 
-import sparsemm.ops  # noqa: F401  (defines torch.ops.sparsemm)
 from sparsemm.config import CompressionConfig
 from sparsemm.methods import Settings
+from sparsemm.ops.backends import operators
 from sparsemm.plan import Plan
 
 
@@ -50,7 +50,7 @@ def pooled_window_scores(
     Attention of the last queries, averaged over them and over the query heads of each kv head, then average-pooled with
     zero padding counted in the mean. Arguments as in `sparsemm.methods.method.PositionScorer`.
     """
-    scores = torch.ops.sparsemm.window_scores(query, key, starts, num_queries, scaling)
+    scores = operators(key.device, key.dtype, key.shape[-1]).window_scores(query, key, starts, num_queries, scaling)
     if columns == 0:
         return scores[..., :0]
     # Window columns are cut off first: pooling must not let them leak into the scores of their neighbours. Padding

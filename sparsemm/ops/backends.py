@@ -10,17 +10,20 @@ auto          the first of these that can serve, said in the log
 
 The libraries see each (batch row, kv head) as a sequence of its own and its query heads as the heads of that sequence;
 slack behind the rows is skipped by their used-length argument. They compute causal attention among the last n rows
-only, so calls with `num_later` go to this package's operator whatever the backend.
+only, so calls with `num_later` go to this package's operator whatever the backend. Filling the rows and scoring
+positions are this package's alone (`operators`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import inspect
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +49,8 @@ class DecodeBackend:
 
 
 def _operator(query, key_buffer, value_buffer, offsets, lens, scale, num_later=None):
-    return torch.ops.sparsemm.varlen_decode(query, key_buffer, value_buffer, offsets, lens, scale, num_later)
+    decode = operators(query.device, query.dtype, query.shape[-1]).varlen_decode
+    return decode(query, key_buffer, value_buffer, offsets, lens, scale, num_later)
 
 
 def _varlen_backend(attend: Callable[..., tuple[Tensor, Tensor]]) -> VarlenDecode:
@@ -139,7 +143,12 @@ def missing_reason(name: str, device: torch.device | str, dtype: torch.dtype, he
     if name == "cuda":
         if dtype not in (*_HALF, torch.float32):
             return f"it computes in float32, float16 or bfloat16, not {dtype}; use reference"
-        return None if library.is_loaded("cuda") else "the CUDA kernels are not built; run `make kernels` (needs nvcc)"
+        if not library.is_loaded("cuda"):
+            return "the CUDA kernels are not built; run `make kernels` (needs nvcc)"
+        major, minor = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (8, 0)
+        if major < 8:
+            return f"it needs a GPU of compute capability 8.0 or newer, this is {major}.{minor}; use reference"
+        return None
     if dtype not in _HALF:
         return f"it computes in float16 or bfloat16, not {dtype}; use cuda or reference"
     if name == "fa3":
@@ -170,6 +179,14 @@ _FACTORIES: dict[str, Callable[[], VarlenDecode]] = {
 
 BACKENDS = (*_FACTORIES, "auto")
 """Names that `resolve_backend` knows, the order in which `auto` tries them, and `auto`."""
+
+
+@functools.cache
+def operators(device: torch.device, dtype: torch.dtype, head_dim: int) -> Any:
+    """The operators for rows of such a kind: `torch.ops.sparsemm`, or their PyTorch twins where a GPU's kernels, which
+    the dispatcher would choose, cannot serve."""
+    kernels_fail = library.is_loaded("cuda") and missing_reason("cuda", device, dtype, head_dim) is not None
+    return reference if device.type == "cuda" and kernels_fail else torch.ops.sparsemm
 
 
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> DecodeBackend:

@@ -28,7 +28,7 @@ from transformers import (
 import sparsemm
 from sparsemm.bench.memory import peak_new_bytes
 from sparsemm.bench.operators import count_operators
-from sparsemm.decoding import DecodeLoop, DecodeStep, StepRunner, loop, tiled_prompt, why_no_graph
+from sparsemm.decoding import DecodeLoop, DecodeStep, StepRunner, graph, loop, tiled_prompt, why_no_graph
 from sparsemm.errors import CacheError, ConfigError, PatchError
 
 SAMPLING = dict(do_sample=True, temperature=0.7, top_p=0.9, top_k=30, repetition_penalty=1.3)
@@ -383,6 +383,31 @@ def test_the_checks_of_a_step_see_what_they_look_for():
     assert count.allocated_bytes == values.nbytes
 
 
+def test_a_capture_that_fails_gives_the_stream_back(monkeypatch):
+    """torch leaves the capture's stream current when the capture cannot be ended."""
+    streams = ["current"]
+
+    class FailingGraph:
+        def __init__(self, graph, pool, stream, capture_error_mode):
+            self.stream = stream
+
+        def __enter__(self):
+            streams[0] = self.stream
+
+        def __exit__(self, *_):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    graphs = graph.CudaGraphs.__new__(graph.CudaGraphs)
+    graphs.device, graphs.stream, graphs.pool = "cuda", "capture's", None
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: streams.__setitem__(0, stream))
+    monkeypatch.setattr(torch.cuda, "graph", FailingGraph)
+    with pytest.raises(RuntimeError, match="previous error"):
+        graphs.capture(lambda: None)
+    assert streams == ["current"]
+
+
 def test_a_step_that_leans_on_the_host_fails_the_emulation():
     graphs = EmulatedGraphs("cpu")
     state, calls = torch.zeros(1), []
@@ -587,7 +612,7 @@ def test_peak_of_a_long_prompt(text_config, monkeypatch):
 # -- with a GPU ----------------------------------------------------------------------------------------------------
 
 needs_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or not sparsemm.decoding.graph.library.is_loaded("cuda"),
+    not torch.cuda.is_available() or not sparsemm.ops.library.is_loaded("cuda"),
     reason="needs a GPU and the CUDA kernels",
 )
 
@@ -606,6 +631,37 @@ def test_gpu_replayed_tokens_are_those_of_transformers(family, method):
         for reserve in (None, 3):
             actual = sparsemm.generate(model, inputs, max_new_tokens=90, reserve=reserve, graph=True)
             assert torch.equal(actual.sequences, expected)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_gpu_buffers_that_grow_again_and_again_are_recaptured_into_one_pool():
+    """Each graph is freed before its buffers move, and the next is captured where it was."""
+    model = toy_model("llava-mistral").to("cuda")
+    inputs = {name: tensor.to("cuda") for name, tensor in text_inputs(50, batch=2).items()}
+    with sparsemm.patch(model, config("snapkv", 12)) as handle:
+        expected = model.generate(**inputs, max_new_tokens=220)
+        held = []
+        for _ in range(4):
+            run = DecodeLoop(handle, reserve=1, graph=True)
+            actual = model.generate(**inputs, max_new_tokens=220, custom_generate=run)
+            assert torch.equal(actual, expected)
+            assert run.runner.captures >= 3
+            torch.cuda.synchronize()
+            held.append(torch.cuda.memory_allocated())
+        assert held[-1] == held[1]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gpu_rows_that_the_kernels_refuse(dtype):
+    model, cpu = toy_model("qwen2-vl", dtype=dtype).to("cuda"), toy_model("qwen2-vl", dtype=dtype)
+    inputs = text_inputs(50, batch=2)
+    expected = sparsemm.generate(cpu, inputs, config("adakv", 12), max_new_tokens=20)
+    actual = sparsemm.generate(model, inputs, config("adakv", 12), max_new_tokens=20)
+    assert torch.equal(actual.sequences.cpu(), expected.sequences)
+    assert actual.graph == (dtype == torch.float32)
 
 
 @pytest.mark.gpu

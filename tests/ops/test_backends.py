@@ -12,7 +12,7 @@ import ragged_cases as cases
 import torch
 
 from sparsemm.errors import ConfigError
-from sparsemm.ops import backends, library
+from sparsemm.ops import backends, library, reference
 
 
 def plain_varlen(q, k, v, cu_q, cu_k, used_k, scale, empty_lse):
@@ -116,6 +116,26 @@ def test_auto_says_in_the_log_what_it_took(caplog):
 def test_a_backend_that_cannot_serve_names_the_remedy(name, device, dtype, head_dim, message):
     with pytest.raises(ConfigError, match=message):
         backends.resolve_backend(name, device, dtype, head_dim)
+
+
+def test_rows_that_the_kernels_of_a_gpu_refuse_are_served_by_the_twins(monkeypatch):
+    """Whatever attends: rows are filled and positions scored by operators that the dispatcher would send to them."""
+    monkeypatch.setattr(library, "is_loaded", lambda part: True)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    backends.operators.cache_clear()
+    try:
+        assert backends.operators(gpu, torch.bfloat16, 128) is torch.ops.sparsemm
+        assert backends.operators(gpu, torch.float64, 64) is reference
+        assert backends.operators(gpu, torch.float32, 20) is reference
+        assert backends.operators(cpu, torch.float64, 20) is torch.ops.sparsemm
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        backends.operators.cache_clear()
+        assert backends.operators(gpu, torch.float16, 64) is reference
+        with pytest.raises(ConfigError, match="compute capability 8.0 or newer, this is 7.5; use reference"):
+            backends.resolve_backend("cuda", gpu, torch.float16, 64)
+    finally:
+        backends.operators.cache_clear()
 
 
 @pytest.mark.parametrize(("name", "module"), [("fa3", "fa3-fwd"), ("flash_attn", "flash-attn")])

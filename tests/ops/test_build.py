@@ -138,6 +138,28 @@ def test_architectures(build, nvcc, monkeypatch):
         build.cuda_archs(nvcc)
 
 
+def test_gpus_that_are_too_old_are_named(build, nvcc, monkeypatch, tmp_path, caplog):
+    """One sentence, not what the compiler has to say about instructions that they lack; the CPU's library is built."""
+    monkeypatch.setenv("SPARSEMM_CUDA_ARCHS", "7.5;80")
+    with pytest.raises(build.BuildError, match=r"\['75'\] are too old; .* need compute capability 8.0 or newer"):
+        build.cuda_archs(nvcc)
+    monkeypatch.delenv("SPARSEMM_CUDA_ARCHS")
+    smi = tmp_path / "nvidia-smi"
+    for seen, archs in (("7.5\n7.0\n", None), ("7.5\n9.0\n", ["90"])):
+        smi.write_text(f"#!/bin/sh\nprintf '{seen}'\n")
+        smi.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+        if archs is not None:
+            assert build.cuda_archs(nvcc) == archs
+            continue
+        with pytest.raises(build.TooOldError, match="no GPU here is new enough"):
+            build.cuda_archs(nvcc)
+        monkeypatch.setattr(build, "build_cpu", lambda builder, output_dir: output_dir / "_kernels_cpu.so")
+        with caplog.at_level(logging.INFO):
+            assert build.build(tmp_path / "out") == [tmp_path / "out" / "_kernels_cpu.so"]
+        assert "need compute capability 8.0" in caplog.text
+
+
 def test_the_cuda_library_compiles_without_spills_and_loads_without_a_gpu(build, nvcc, needs_compiler, tmp_path,
                                                                           monkeypatch):  # fmt: skip
     """What users compile, for the release architectures (objects are cached over runs)."""

@@ -121,6 +121,11 @@ def test_decode_of_more_lists_than_threads(library):
     cases.check_decode(case, *Emulated(library, 9, 50).varlen_decode(*case.arguments()))
 
 
+@pytest.mark.parametrize(("lists", "group", "n"), [(8, 7, 131072), (64, 8, 65536), (70000, 1, 1), (4, 4, 1 << 20)])
+def test_decode_of_more_query_blocks_than_a_grid_counts_in_y(library, lists, group, n):
+    Emulated(library).decode_launches(lists, group, n)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spread", [5.0, 60.0])
 def test_decode_of_peaked_attention(emulated, dtype, spread):

@@ -183,6 +183,23 @@ def test_every_backend_that_serves_agrees(name, n, group):
     torch.testing.assert_close(lse.double().cpu(), exact_lse, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float64, 64), (torch.float32, 20), (torch.bfloat16, 36)])
+def test_rows_that_the_kernels_refuse_are_served_by_the_twins(dtype, head_dim):
+    served = backends.operators(torch.device("cuda:0"), dtype, head_dim)
+    case = cases.decode_case([70, 3, 0, 200], batch=2, group=2, n=3, head_dim=head_dim, dtype=dtype)
+    cases.check_decode(case, *served.varlen_decode(*case.arguments("cuda")))
+    arguments = cases.window_case(2, 2, 3, 9, 90, head_dim, dtype, seed=2)
+    scores = served.window_scores(*(x.cuda() for x in arguments[:4]), arguments[4]).cpu()
+    torch.testing.assert_close(scores.double(), cases.window_reference(*arguments), rtol=3e-5, atol=1e-9)
+    compact = cases.compact_case([7, 0, 70, 5], 2, 70, head_dim, dtype, seed=1)
+    compact.check(*compact.run(served.compact, "cuda"))
+
+
+def test_decode_of_more_query_blocks_than_a_grid_counts_in_y():
+    case = cases.decode_case([5], group=8, n=65536, head_dim=8, dtype=torch.bfloat16)
+    check_decode(case)
+
+
 @pytest.mark.parametrize("name", ["compact", "append", "varlen_decode", "window_scores", "select_rows"])
 def test_opcheck_on_the_device(name):
     arguments = [x.cuda() if torch.is_tensor(x) else x for x in cases.opcheck_arguments()[name]]

@@ -26,6 +26,7 @@ _PROTOTYPES = {
     "emulated_compact": [_POINTER] * 9 + [_LONG] * 7 + [_SEED],
     "emulated_append": [_POINTER] * 10 + [_LONG] * 6 + [_SEED],
     "emulated_decode": [_INT] + [_POINTER] * 9 + [_LONG] * 6 + [_DOUBLE, _LONG, _SEED],
+    "emulated_decode_launches": [_LONG] * 3 + [_SEED],
     "emulated_window_scores": [_INT] + [_POINTER] * 7 + [_LONG] * 6 + [_DOUBLE, _SEED],
     "emulated_select": [_POINTER] * 5 + [_LONG] * 4 + [_SEED],
 }
@@ -119,6 +120,10 @@ class Emulated:
         self._call("emulated_decode", DTYPES[query.dtype], *map(_pointer, tensors), _strides(query), lens.shape[0],
                    heads, query_heads // heads, n, head_dim, key_buffer.shape[0], scale, self.resident)  # fmt: skip
         return out, lse
+
+    def decode_launches(self, lists: int, group: int, n: int) -> None:
+        """Launch the kernels of such a decode without running them."""
+        self._call("emulated_decode_launches", lists, group, n)
 
     def window_scores(self, query, key, starts, num_queries, scale):
         batch, query_heads, window, head_dim = query.shape

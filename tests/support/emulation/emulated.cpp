@@ -32,6 +32,7 @@ std::string last_error;
 template <class F>
 const char* guarded(uint64_t seed, const F& body) {
   emulation::machine.failure.clear();
+  emulation::machine.runs = true;
   emulation::machine.permute = seed != 0;  // seed 0: threads in their natural order
   emulation::machine.random.seed(seed);
   try {
@@ -149,6 +150,21 @@ extern "C" const char* emulated_decode(int dtype, const void* query, const void*
     a.partial_out = partial.get();
     dispatch(a.dtype, a.head_dim,
              [&](auto zero, auto dim) { enqueue_decode<decltype(zero), decltype(dim)::value>(a, nullptr); });
+  });
+}
+
+// Whether a device would launch the grids of such a decode; nothing runs.
+extern "C" const char* emulated_decode_launches(int64_t lists, int64_t group, int64_t num_queries, uint64_t seed) {
+  return guarded(seed, [&] {
+    DecodeArgs a{};
+    a.lists = static_cast<int>(lists);
+    a.num_kv_heads = 1;
+    a.group = static_cast<int>(group);
+    a.num_queries = static_cast<int>(num_queries);
+    a.head_dim = 64;
+    a.num_ctas = decode_ctas(a, lists, 100);
+    emulation::machine.runs = false;
+    enqueue_decode<float, 64>(a, nullptr);
   });
 }
 

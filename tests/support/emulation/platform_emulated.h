@@ -74,6 +74,7 @@ struct Machine {
   std::string failure;
   std::mt19937_64 random{0};
   bool permute = true;
+  bool runs = true;  // false: launches are looked at only
   int current = -1;
   int64_t blocks_run = 0;
 #if defined(__x86_64__)
@@ -242,6 +243,8 @@ inline void run_block(const std::function<void()>& kernel, size_t threads, size_
 
 template <class F>
 void launch(dim3 grid, dim3 block, size_t shared_bytes, const F& body) {
+  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) throw std::runtime_error("invalid grid of a launch");
+  if (!machine.runs) return;
   gridDim = grid;
   blockDim = block;
   std::vector<int> order(static_cast<size_t>(grid.x) * grid.y * grid.z);
