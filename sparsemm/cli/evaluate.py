@@ -68,7 +68,7 @@ def _evaluate(
     from sparsemm.experiments.session import PageReader
     from sparsemm.methods import get_method
 
-    methods = parse_list(ALL_METHODS if grid.methods == "all" else grid.methods)
+    methods = list(dict.fromkeys(parse_list(ALL_METHODS if grid.methods == "all" else grid.methods)))
     calibration = None
     if any(get_method(name).head_scores == "calibrated" for name in methods):
         calibration = settings.find(model.model, calibrated=True)

@@ -12,7 +12,6 @@ import typer
 from sparsemm.cli.common import warn_of_positions
 from sparsemm.cli.options import (
     BackendOption,
-    BudgetOption,
     GraphOption,
     MethodOption,
     Model,
@@ -21,6 +20,8 @@ from sparsemm.cli.options import (
     Settings,
 )
 from sparsemm.errors import DataError
+
+BUDGET, MINIATURE_BUDGET = 256, 128
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,12 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="Question or instruction [default: read everything].")] = None,
     model: Model,
     method: MethodOption = "sparsemm",
-    budget: BudgetOption = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help=f"Mean prompt rows kept per kv head [default: {BUDGET}, miniatures {MINIATURE_BUDGET}]."
+        ),
+    ] = None,
     settings: Settings,
     max_new_tokens: NewTokensOption = 256,
     max_pixels: PixelsOption = None,
@@ -70,7 +76,7 @@ def generate(
     if not image.is_file():
         raise DataError(f"image {image} does not exist; check the path")  # before a model is loaded for nothing
     question = READ_PROMPT if prompt is None else prompt
-    config = settings.config(model.model, method, budget)
+    config = settings.config(model.model, method, budget or (MINIATURE_BUDGET if model.is_miniature else BUDGET))
     network, processor = model.load(max_pixels=max_pixels)
     inputs = family_of(network).build_inputs(processor, [image], [question], device=network.device)
     warn_of_positions(network, inputs["input_ids"].shape[1] + max_new_tokens)

@@ -113,7 +113,8 @@ class ModelFamily(ABC):
             `input_ids`, `attention_mask` int64 `[batch, seq_len]`, `pixel_values`, and what the family's model needs.
 
         Raises:
-            DataError: An image cannot be read, their number differs from the prompts', or there is no chat template.
+            DataError: An image cannot be read or is of a shape that the processor refuses, their number differs from
+                the prompts' or from the image tokens in them, or there is no chat template.
         """
         prompts = [prompts] if isinstance(prompts, str) or _is_conversation(prompts) else list(prompts)
         if images is None:
@@ -132,15 +133,18 @@ class ModelFamily(ABC):
             for kind, values in found.items():
                 media[kind].extend([values] if self.nested_images else values)
         bos = processor.tokenizer.bos_token
-        inputs = processor(
-            **{kind: values for kind, values in media.items() if any(values)},
-            text=texts,
-            padding=True,
-            padding_side="left",
-            return_tensors="pt",
-            # A template that writes the beginning-of-text token itself must not get a second one.
-            add_special_tokens=not (bos and all(text.startswith(bos) for text in texts)),
-        )
+        try:
+            inputs = processor(
+                **{kind: values for kind, values in media.items() if any(values)},
+                text=texts,
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+                # A template that writes the beginning-of-text token itself must not get a second one.
+                add_special_tokens=not (bos and all(text.startswith(bos) for text in texts)),
+            )
+        except ValueError as error:  # an image too narrow for its patches, an image token in a prompt
+            raise DataError(f"the processor takes no such images and prompts ({error}); change them") from error
         inputs = self.finish_inputs(processor, inputs)
         return inputs if device is None else inputs.to(device)
 

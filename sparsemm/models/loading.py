@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,9 @@ _FAMILIES = (
 )  # fmt: skip
 FAMILIES: dict[str, ModelFamily] = {family.name: family for family in _FAMILIES}
 """Families of models with images, by `model_type`; every other language model is one of `TEXT_ONLY`."""
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+"""Files of which a checkpoint holds at least one."""
 
 
 def family_of(model_or_config: nn.Module | PretrainedConfig) -> ModelFamily:
@@ -110,6 +114,8 @@ def load_model(
         model = family.load_weights(path, dtype=dtype, attn_implementation=attn_implementation, **placement)
     except OSError as error:
         raise DataError(f"{path} cannot be loaded, a file is missing or unreadable: {error}") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"a JSON file in {path} is damaged ({error}); get the whole checkpoint again") from error
     except ImportError as error:
         reason = " ".join(str(error).split())
         raise DataError(f"the {family.processor_class} of {path} needs a package that is not here: {reason}") from error
@@ -126,6 +132,9 @@ def _existing(name_or_path: str | os.PathLike[str]) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise DataError(f"{text} holds no config.json; give the folder that save_pretrained wrote")
+        if not any((path / name).is_file() for name in _TOKENIZERS):
+            # transformers would make up an empty one.
+            raise DataError(f"{text} holds no tokenizer ({', '.join(_TOKENIZERS)}); copy it from the whole checkpoint")
         return text
     looks_like_hub_id = isinstance(name_or_path, str) and text.count("/") == 1 and text[0] not in "./"
     if path.exists() or not looks_like_hub_id:

@@ -90,7 +90,6 @@ def test_generate_as_json_carries_figures_and_settings(run: Any, files: dict[str
     [
         (["--method", "snapkw", "--budget", "64"], "'snapkw' is unknown"),
         (["--method", "snapkv", "--budget", "2"], "--budget 2 is smaller than --window-size 32"),
-        (["--method", "snapkv"], "needs a budget"),
         (["--budget", "64"], "there are no head scores of toy"),
         (["--budget", "64", "--head-scores", "missing.json"], "missing.json does not exist"),
         (["--method", "fullkv", "--image", "missing.png"], "missing.png does not exist"),
