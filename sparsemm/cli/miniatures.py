@@ -42,6 +42,7 @@ def train(
         logging.getLogger("sparsemm").setLevel(logging.INFO)
     folder = folder or Path("runs/miniatures") / family
     claim_folder(folder)
+    claim_folder(output or folder / family)
     try:
         trainer = run(family, folder, seed=seed, threads=threads, steps=steps, fresh=fresh, progress=not no_progress)
     except KeyboardInterrupt:

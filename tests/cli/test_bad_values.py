@@ -24,7 +24,7 @@ from sparsemm.head_scores import HeadScores
 GOOD = {
     "model": "{toy}", "image": "{page}", "head_scores": "{scores}", "file": "{scores}", "files": "{scores}",
     "first": "{scores}", "second": "{scores}", "results": "{results}", "source": "{pages}", "output": "new/output",
-    "family": "qwen2-vl", "documents": "1", "max_new_tokens": "1", "num_images": "1", "budget": "40",
+    "family": "qwen2-vl", "steps": "1", "documents": "1", "max_new_tokens": "1", "num_images": "1", "budget": "40",
     "budgets": "40", "pages": "1", "dataset": "{pages}",
 }  # fmt: skip
 WRITTEN = {"output", "plot", "collect", "folder"}  # where something is written
