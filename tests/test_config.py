@@ -46,7 +46,10 @@ def test_is_immutable() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "snapkvv"}, "'snapkvv' is unknown.*adakv, fullkv, .*, mask, mask_random, pyramidkv, .*, snapkv"),
+        (
+            {"method": "snapkvv"},
+            "'snapkvv' is unknown.*adakv, fullkv, keydiff, knorm, mask, mask_random, pyramidkv, random, rate_distortion, snapkv, sparsemm",
+        ),
         ({"method": "SnapKV"}, "'SnapKV' is unknown"),
         ({"method": None}, "None is unknown"),
         ({"budget": None}, "needs a budget"),
