@@ -43,12 +43,18 @@ def test_is_immutable() -> None:
         config.budget = 1
 
 
+ALL_METHODS = (
+    "adakv, fullkv, keydiff, knorm, mask, mask_random, pyramidkv, random, rate_distortion, snapkv, sparsemm, "
+    "streaming_llm"
+)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (
             {"method": "snapkvv"},
-            "'snapkvv' is unknown.*adakv, fullkv, keydiff, knorm, mask, mask_random, pyramidkv, random, rate_distortion, snapkv, sparsemm",
+            "'snapkvv' is unknown.*" + ALL_METHODS,
         ),
         ({"method": "SnapKV"}, "'SnapKV' is unknown"),
         ({"method": None}, "None is unknown"),
