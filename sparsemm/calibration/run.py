@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +13,12 @@ from torch import Tensor
 
 from sparsemm.calibration.curves import row_grid
 from sparsemm.calibration.page import QuestionPage, calibrate_page
-from sparsemm.chase.run import is_enough, made_before
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.head_scores import Curves, HeadScores
 from sparsemm.models import family_of
 from sparsemm.models.identity import identity_of
-from sparsemm.runs.processes import workers
+from sparsemm.runs.finished import make_once
 from sparsemm.runs.results import environment
-from sparsemm.runs.sharing import work_through
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -98,26 +95,18 @@ def calibrate(
         "max_new_tokens": max_new_tokens,
         "num_kv_heads": family_of(model).text_model(model).config.num_key_value_heads,
     }
-    before = made_before(output, settings) if output is not None and resume else None
-    if before is not None and is_enough(before, output, length_hint(pages)):
-        return before
-    records = work_through(
+    return make_once(
         pages,
         lambda page: calibrate_page(model, processor, page, ranking, max_new_tokens=max_new_tokens),
-        path=None if output is None else journal_path(output),
+        lambda records: _collect(records, settings),
+        load=HeadScores.load,
+        output=output,
+        journal=None if output is None else journal_path(output),
         settings=settings,
         resume=resume,
         label="calibrate",
         progress=progress,
     )
-    scores = _collect(records, settings)
-    if before is not None and is_enough(before, output, len(records)):  # the pages did not say how many they are
-        return before
-    us = workers()
-    if output is not None and us.first:
-        scores.save(output)
-    us.wait()
-    return scores
 
 
 def journal_path(output: str | os.PathLike[str]) -> Path:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from operator import length_hint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +16,8 @@ from sparsemm.errors import ConfigError, DataError
 from sparsemm.head_scores import HeadScores
 from sparsemm.models import family_of
 from sparsemm.models.identity import identity_of
-from sparsemm.runs.processes import workers
+from sparsemm.runs.finished import make_once
 from sparsemm.runs.results import environment
-from sparsemm.runs.sharing import work_through
-
-logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -103,15 +98,15 @@ def chase(
         "num_kv_heads": text_config.num_key_value_heads,
         "shape": list(shape),
     }
-    before = made_before(output, settings) if output is not None and resume else None
-    if before is not None and is_enough(before, output, length_hint(pages)):
-        return before
-    records = work_through(
+    return make_once(
         pages,
         lambda page: chase_page(
             model, processor, page, find_chunks, prompt=prompt, part=part, max_new_tokens=max_new_tokens
         ),
-        path=None if output is None else journal_path(output),
+        lambda records: _collect(records, shape, settings, least_read),
+        load=HeadScores.load,
+        output=output,
+        journal=None if output is None else journal_path(output),
         settings=settings,
         resume=resume,
         label="chase",
@@ -119,49 +114,6 @@ def chase(
         watch=_first_pages(least_read),
         progress=progress,
     )
-    scores = _collect(records, shape, settings, least_read)
-    if before is not None and is_enough(before, output, len(records)):  # the pages did not say how many they are
-        return before
-    us = workers()
-    if output is not None and us.first:
-        scores.save(output)
-    us.wait()
-    return scores
-
-
-def made_before(output: str | os.PathLike[str], settings: dict[str, Any]) -> HeadScores | None:
-    """The scores that lie in `output` already, if any.
-
-    Raises:
-        DataError: They were made with other settings, or without saying with which.
-        HeadScoreError: The file is no score file.
-    """
-    if not Path(output).exists():
-        return None
-    scores = HeadScores.load(output)
-    found = {"shape": list(scores.values.shape), **scores.provenance}
-    differences = [
-        f"{name}: {found.get(name)!r} there, {value!r} here"
-        for name, value in settings.items()
-        if found.get(name) != value
-    ]
-    if differences:
-        raise DataError(
-            f"{output} holds scores of other settings ({'; '.join(differences)}); choose another output, or replace it "
-            "with --fresh (in Python resume=False)"
-        )
-    return scores
-
-
-def is_enough(scores: HeadScores, output: str | os.PathLike[str], wanted: int) -> bool:
-    """Whether finished scores were made from as many images as are `wanted`, or more (0: it is not known)."""
-    count = sum(scores.provenance.get(name, 0) for name in ("num_images", "num_pages", "num_skipped"))
-    if not 0 < wanted <= count:
-        return False
-    if workers().first:
-        level = logging.WARNING if wanted < count else logging.INFO
-        logger.log(level, "%s was made from %d images, %d are asked for: it is left as it is", output, count, wanted)
-    return True
 
 
 def journal_path(output: str | os.PathLike[str]) -> Path:

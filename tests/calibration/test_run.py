@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import calibrate_job
 import numpy as np
 import pytest
 import torch
+from long_jobs import killed_and_resumed, same_files, shared_by_two
 from toy_models import toy_model, toy_processor
 
 from sparsemm import CompressionConfig, HeadScores
@@ -21,14 +17,6 @@ from sparsemm.calibration import calibrate, journal_path
 from sparsemm.calibration.curves import row_grid
 from sparsemm.errors import ConfigError, DataError, HeadScoreError
 from sparsemm.plan import head_budgets
-
-SUPPORT = Path(__file__).resolve().parents[1] / "support"
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join([str(SUPPORT.parents[1]), str(SUPPORT), os.environ.get("PYTHONPATH", "")]),
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-}
 
 
 @pytest.fixture(scope="module")
@@ -82,44 +70,16 @@ def test_it_is_a_calibration_of_this_model(undisturbed: Path) -> None:
         head_budgets(config, num_layers=2, num_query_heads=8, num_kv_heads=2, prompt_length=30)
 
 
-def lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
 def test_a_killed_calibration_goes_on_and_gives_the_same_files(undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "scores.json"
-    command = [sys.executable, str(SUPPORT / "calibrate_job.py"), str(output)]
-    process = subprocess.Popen([*command, "0.5"], env=ENVIRONMENT)
-    try:
-        while lines(journal_path(output)) < 3 and process.poll() is None:
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
-    finally:
-        process.wait()
-    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
-    before = journal_path(output).read_bytes()
-    assert not output.exists()
-    subprocess.run([*command, "0"], env=ENVIRONMENT, check=True)
-    assert journal_path(output).read_bytes().startswith(before[: before.rfind(b"\n") + 1])
-    assert output.read_bytes() == undisturbed.read_bytes()
-    assert journal_path(output).read_bytes() == journal_path(undisturbed).read_bytes()
+    killed_and_resumed("calibrate_job.py", output, journal_path(output), calibrate_job.PAGES)
+    same_files((output, undisturbed), (journal_path(output), journal_path(undisturbed)))
 
 
 def test_two_processes_give_the_files_of_one(undisturbed: Path, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
     output = tmp_path / "scores.json"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    result = subprocess.run(
-        [*launcher, str(SUPPORT / "calibrate_job.py"), str(output), "0"],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert output.read_bytes() == undisturbed.read_bytes()
-    assert journal_path(output).read_bytes() == journal_path(undisturbed).read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.json", "scores.pages.jsonl"]
+    shared_by_two("calibrate_job.py", output)
+    same_files((output, undisturbed), (journal_path(output), journal_path(undisturbed)))
 
 
 def test_a_finished_file_is_not_replaced_by_less(undisturbed: Path, tmp_path: Path) -> None:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import chase_job
 import pytest
 import torch
+from long_jobs import killed_and_resumed, same_files, shared_by_two
 from PIL import Image
 from toy_models import toy_model, toy_processor
 
@@ -26,14 +22,6 @@ from sparsemm.models import family_of
 from sparsemm.runs.journal import Journal, remove_journal
 from sparsemm.runs.processes import Workers, workers
 
-SUPPORT = Path(__file__).resolve().parents[1] / "support"
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": os.pathsep.join([str(SUPPORT.parents[1]), str(SUPPORT), os.environ.get("PYTHONPATH", "")]),
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-}
-
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -44,45 +32,18 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
 def test_a_killed_chase_goes_on_and_gives_the_same_files(undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "scores.json"
-    command = [sys.executable, str(SUPPORT / "chase_job.py"), str(output)]
-    process = subprocess.Popen([*command, "0.5"], env=ENVIRONMENT)
-    try:
-        while lines(journal_path(output)) < 3 and process.poll() is None:
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
-    finally:
-        process.wait()
-    assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
-    finished = lines(journal_path(output))
-    assert 3 <= finished < 1 + chase_job.PAGES and not output.exists()
-    before = journal_path(output).read_bytes()
-    subprocess.run([*command, "0"], env=ENVIRONMENT, check=True)
-    assert journal_path(output).read_bytes().startswith(before)
-    assert output.read_bytes() == undisturbed.read_bytes()
-    assert journal_path(output).read_bytes() == journal_path(undisturbed).read_bytes()
+    killed_and_resumed("chase_job.py", output, journal_path(output), chase_job.PAGES)
+    same_files((output, undisturbed), (journal_path(output), journal_path(undisturbed)))
     assert HeadScores.load(output).provenance["num_skipped"] == 1
 
 
 def test_processes_of_accelerate_launch_share_the_pages(undisturbed: Path, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
     output = tmp_path / "scores.json"
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    result = subprocess.run(
-        [*launcher, str(SUPPORT / "chase_job.py"), str(output), "0"], env=ENVIRONMENT, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    shares = re.findall(r"\d/2:\[[\d,]*\]", result.stdout)
+    shares = re.findall(r"\d/2:\[[\d,]*\]", shared_by_two("chase_job.py", output))
     assert sorted(shares) == ["0/2:[0,2,4]", "1/2:[1,3,5]"], "each process opens its own pages"
-    assert output.read_bytes() == undisturbed.read_bytes()
-    assert journal_path(output).read_bytes() == journal_path(undisturbed).read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["scores.images.jsonl", "scores.json"]
+    same_files((output, undisturbed), (journal_path(output), journal_path(undisturbed)))
 
 
 def test_one_process_finishes_what_several_began(undisturbed: Path, tmp_path: Path) -> None:
@@ -93,9 +54,7 @@ def test_one_process_finishes_what_several_began(undisturbed: Path, tmp_path: Pa
     whole.with_suffix(".part0.jsonl").write_bytes(header + records[0] + records[2])
     whole.with_suffix(".part1.jsonl").write_bytes(header + records[3] + records[1][:20])
     chase_job.run(str(output))
-    assert output.read_bytes() == undisturbed.read_bytes()
-    assert whole.read_bytes() == journal_path(undisturbed).read_bytes()
-    assert len(list(tmp_path.iterdir())) == 2
+    same_files((output, undisturbed), (whole, journal_path(undisturbed)))
 
 
 def test_parts_of_a_journal(tmp_path: Path) -> None:
