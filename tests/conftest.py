@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
 import pytest
 
 
@@ -13,3 +16,12 @@ def pytest_configure(config) -> None:
 def timings_decide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells are not measured again because this machine is busy; tests of that set the limit themselves."""
     monkeypatch.setattr("sparsemm.runs.spread.NOISY", float("inf"))
+
+
+@pytest.fixture(autouse=True)
+def log_level_ends_with_its_test() -> Iterator[None]:
+    """The command line sets the level of the package's log, for the whole process."""
+    logger = logging.getLogger("sparsemm")
+    level = logger.level
+    yield
+    logger.setLevel(level)

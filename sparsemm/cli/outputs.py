@@ -44,9 +44,9 @@ def claim_folder(folder: Path) -> None:
         raise ConfigError(f"nothing can be written to {folder} ({error.strerror}); choose another output") from error
 
 
-def settle(*, failed: bool) -> None:
-    """End a command: of one that failed, the folders it made are removed again if nothing lies in them."""
-    for folder in reversed(_created) if failed else ():
+def settle() -> None:
+    """End a command: the folders it made are removed again if nothing lies in them."""
+    for folder in reversed(_created):
         try:
             folder.rmdir()
         except OSError:

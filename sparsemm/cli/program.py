@@ -72,11 +72,8 @@ def expand_bundles(function: Callable[..., Any]) -> Callable[..., Any]:
     def expanded(**given: Any) -> Any:
         for name, bundle in bundles.items():
             given[name] = bundle(**{field.name: given.pop(field.name) for field in dataclasses.fields(bundle)})
-        failed = True
         try:
-            result = function(**given)
-            failed = False
-            return result
+            return function(**given)
         except SparseMMError as error:
             error.args = (_name_options(str(error), [parameter.name for parameter in parameters]),)
             raise
@@ -85,7 +82,7 @@ def expand_bundles(function: Callable[..., Any]) -> Callable[..., Any]:
             typer.echo(f"\ninterrupted{again}", err=True)
             raise typer.Exit(130) from None
         finally:
-            settle(failed=failed)
+            settle()
 
     expanded.__signature__ = signature.replace(parameters=parameters)
     expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

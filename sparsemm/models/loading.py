@@ -105,6 +105,9 @@ def load_model(
     path = _existing(name_or_path)
     config = _load_config(path)
     family = family_of(config)
+    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in _TOKENIZERS):
+        # transformers would make up an empty one.
+        raise DataError(f"{path} holds no tokenizer ({', '.join(_TOKENIZERS)}); copy it from the whole checkpoint")
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, on_cpu=str(device) == "cpu" or (device == "auto" and not torch.cuda.is_available()))
     try:
@@ -132,9 +135,6 @@ def _existing(name_or_path: str | os.PathLike[str]) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise DataError(f"{text} holds no config.json; give the folder that save_pretrained wrote")
-        if not any((path / name).is_file() for name in _TOKENIZERS):
-            # transformers would make up an empty one.
-            raise DataError(f"{text} holds no tokenizer ({', '.join(_TOKENIZERS)}); copy it from the whole checkpoint")
         return text
     looks_like_hub_id = isinstance(name_or_path, str) and text.count("/") == 1 and text[0] not in "./"
     if path.exists() or not looks_like_hub_id:

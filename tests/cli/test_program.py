@@ -21,15 +21,16 @@ from sparsemm.models import load_model
 def test_places_to_write_are_made_sure_of_and_tidied_up(tmp_path: Path) -> None:
     claim(tmp_path / "a" / "b" / "file.json", None)
     assert (tmp_path / "a" / "b").is_dir() and not list((tmp_path / "a" / "b").iterdir())
-    settle(failed=True)
+    settle()
     assert not (tmp_path / "a").exists()
     claim(tmp_path / "a" / "b" / "file.json")
     (tmp_path / "a" / "kept").write_text("by somebody")
-    settle(failed=True)
+    settle()
     assert not (tmp_path / "a" / "b").exists() and (tmp_path / "a" / "kept").exists()
     claim_folder(tmp_path / "c")
-    settle(failed=False)
-    assert (tmp_path / "c").is_dir()
+    (tmp_path / "c" / "result").write_text("by the command")
+    settle()
+    assert (tmp_path / "c" / "result").exists()
     with pytest.raises(ConfigError, match="is a folder"):
         claim(tmp_path)
     for blocked in (tmp_path / "a" / "kept" / "below", Path("/proc/nowhere/file")):

@@ -79,6 +79,7 @@ def test_images_and_pixel_limits_are_refused(llama: tuple[PreTrainedModel, objec
     with pytest.raises(DataError, match="reads text only"):
         build(processor, None, [[{"role": "user", "content": [{"type": "image", "image": page}]}]])
     model.save_pretrained(tmp_path)
+    processor.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="max_pixels"):
         load_model(tmp_path, max_pixels=100)
 
