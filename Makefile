@@ -18,7 +18,7 @@ TORCH_VERSION := $(shell sed -n 's/^torch==//p' $(CONSTRAINTS))
 TORCH := $(if $(shell nvidia-smi -L 2>/dev/null),torch===$(TORCH_VERSION),torch==$(TORCH_VERSION))
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test test-oldest lint format install vocabularies kernels gpu-check clean
+.PHONY: help quickstart test test-oldest mutants lint format install vocabularies kernels gpu-check clean
 
 help:  ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-12s %s\n", $$1, $$2 }'
@@ -70,6 +70,12 @@ test-oldest:  ## The tests of models, cache and decoding with the oldest transfo
 	$(OLDEST)/bin/python -m pip install --constraint $(OLDEST)/constraints.txt --no-build-isolation --editable ".[dev]"
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(TEST_WORKERS) tests/models tests/cache \
 		tests/decoding tests/test_patching.py
+
+# Faults planted in a copy of the tree, drawn by seed; results/mutants is taken up again. Not part of `make test`.
+MUTANTS ?= 200
+SEED ?= 0
+mutants: $(STAMP)  ## Which of MUTANTS=200 planted faults (SEED=0) the tests catch; goes on where it was stopped
+	PYTHONPATH=tests/support $(BIN)/python -m mutation --count $(MUTANTS) --seed $(SEED) --workers $(TEST_WORKERS)
 
 kernels: $(STAMP)  ## Compile csrc (CPU always; CUDA where nvcc is found)
 	$(BIN)/python csrc/build.py
