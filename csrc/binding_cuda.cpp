@@ -234,12 +234,24 @@ Tensor select_rows(Tensor scores, Tensor starts, Tensor counts, int64_t window, 
   return positions;
 }
 
+}  // namespace
+}  // namespace sparsemm
+
+#include "binding_cuda_fused.h"
+
+namespace sparsemm {
+namespace {
+
 const KernelEntry kEntries[] = {
     {"compact", TORCH_BOX(&compact)},
     {"append", TORCH_BOX(&append)},
     {"varlen_decode", TORCH_BOX(&varlen_decode)},
     {"window_scores", TORCH_BOX(&window_scores)},
     {"select_rows", TORCH_BOX(&select_rows)},
+    {"add_rms_norm", TORCH_BOX(&add_rms_norm)},
+    {"rope_append", TORCH_BOX(&rope_append)},
+    {"silu_mul", TORCH_BOX(&silu_mul)},
+    {"gelu_tanh_mul", TORCH_BOX(&gelu_tanh_mul)},
 };
 
 }  // namespace

@@ -210,7 +210,7 @@ def build_cpu(builder: Builder, output_dir: Path) -> Path:
     return install(builder.run("link_cpu", link, ".so"), output_dir / "_kernels_cpu.so")
 
 
-CUDA_SOURCES = ("kernels_copy", "kernels_decode", "kernels_window")
+CUDA_SOURCES = ("kernels_copy", "kernels_decode", "kernels_window", "kernels_fused")
 
 
 def spills(log: str) -> list[str]:

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "fused.h"
 #include "vector.h"
 
 namespace sparsemm::cpu {
@@ -326,10 +327,24 @@ int64_t select_list(const float* scores, int64_t start, int64_t num_columns, int
   return written;
 }
 
+void norm_rows(const NormArgs& a, int64_t begin, int64_t end) {
+  SPARSEMM_DISPATCH(a.dtype, norm_rows_typed<T>(a, begin, end));
+}
+
+void rope_heads(const RopeArgs& a, int64_t begin, int64_t end) {
+  SPARSEMM_DISPATCH(a.dtype, rope_heads_typed<T>(a, begin, end));
+}
+
+void gated_row(Dtype dtype, Activation activation, const void* gate, const void* up, int64_t size, void* out) {
+  SPARSEMM_DISPATCH(dtype, gated_row_typed<T>(activation, static_cast<const T*>(gate), static_cast<const T*>(up), size,
+                                              static_cast<T*>(out)));
+}
+
 }  // namespace
 
 const KernelTable& SPARSEMM_TABLE() {
-  static const KernelTable table = {decode_piece, decode_finish, window_list, window_scratch, select_list};
+  static const KernelTable table = {decode_piece, decode_finish, window_list, window_scratch,
+                                    select_list,  norm_rows,     rope_heads,  gated_row};
   return table;
 }
 

@@ -90,6 +90,21 @@ inline void from_compute(float x, BFloat16* out) {
   }
 }
 
+// The vector in the dtype of the rows, each value rounded as from_compute does.
+inline void store_as(float* p, Vec<float> v) { store(p, v); }
+inline void store_as(double* p, Vec<double> v) { store(p, v); }
+inline void store_as(_Float16* p, Vec<float> v) {
+  const VecF16 narrow = __builtin_convertvector(v, VecF16);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+inline void store_as(BFloat16* p, Vec<float> v) {
+  const VecU32 bits = load_raw<VecU32>(&v);
+  VecU32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  rounded = (bits & 0x7fffffffu) > 0x7f800000u ? VecU32{} + 0x7fc0u : rounded;
+  const VecU16 narrow = __builtin_convertvector(rounded, VecU16);
+  std::memcpy(p, &narrow, sizeof(narrow));
+}
+
 template <class C>
 inline Vec<C> splat(C x) {
   return Vec<C>{} + x;

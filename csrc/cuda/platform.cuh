@@ -52,6 +52,7 @@ __device__ __forceinline__ void add_shared(int* target, int value) { atomicAdd(t
 
 __device__ __forceinline__ float exp2_fast(float x) { return exp2f(x); }
 __device__ __forceinline__ float log2_fast(float x) { return log2f(x); }
+__device__ __forceinline__ float inverse_sqrt(float x) { return rsqrtf(x); }
 __device__ __forceinline__ unsigned float_bits(float x) { return __float_as_uint(x); }
 
 // Rows are read once: through the read-only path.

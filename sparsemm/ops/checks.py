@@ -104,3 +104,60 @@ def check_select_rows(scores, starts, counts, window, cu_kept, total) -> None:
     _check_index("counts", counts, (lists,), scores.device)
     _check_index("cu_kept", cu_kept, (lists + 1,), scores.device)
     _require(window >= 0 and total >= 0, f"window {window} and total {total} must not be negative")
+
+
+def check_add_rms_norm(x, residual, weight) -> None:
+    _require(x.dim() >= 1 and x.is_contiguous(), f"x must be contiguous [..., H], got {list(x.shape)}")
+    _require(x.dtype in _ROW_DTYPES, f"rows must be floating point of 16 to 64 bits, got {x.dtype}")
+    _require(
+        tuple(weight.shape) == (x.shape[-1],) and weight.is_contiguous(),
+        f"weight must be [{x.shape[-1]}], got {list(weight.shape)}",
+    )
+    if residual is not None:
+        _require(
+            residual.shape == x.shape and residual.is_contiguous(),
+            f"residual must be contiguous and have the shape of x, {list(x.shape)}, got {list(residual.shape)}",
+        )
+    for name, each in (("residual", residual), ("weight", weight)):
+        if each is not None:
+            _require(each.dtype == x.dtype, f"{name} is {each.dtype}, x is {x.dtype}")
+            _require(each.device == x.device, f"{name} is on {each.device}, x is on {x.device}")
+
+
+def check_rope_append(
+    query, key, value, cos, sin, offsets, lens, key_buffer, value_buffer, overflow, mask, query_weight, key_weight
+) -> None:
+    check_append(key, value, offsets, lens, key_buffer, value_buffer, overflow, mask)
+    batch, num_kv_heads, n, head_dim = key.shape
+    _require(
+        query.dim() == 4 and (query.shape[0], *query.shape[2:]) == (batch, n, head_dim),
+        f"query {list(query.shape)} and key {list(key.shape)} do not belong together",
+    )
+    _require(
+        cos.dim() == 3 and cos.shape[0] in (1, batch) and cos.shape[1] == n,
+        f"cos must be [{batch} or 1, {n}, R], got {list(cos.shape)}",
+    )
+    _require(
+        cos.shape[2] % 2 == 0 and cos.shape[2] <= head_dim,
+        f"{cos.shape[2]} dimensions cannot be rotated of {head_dim}; an even number is needed",
+    )
+    _require(sin.shape == cos.shape, f"cos {list(cos.shape)} and sin {list(sin.shape)} must have one shape")
+    _require((query_weight is None) == (key_weight is None), "query_weight and key_weight go together")
+    for name, each in (("query", query), ("cos", cos), ("sin", sin), ("query_weight", query_weight),
+                       ("key_weight", key_weight)):  # fmt: skip
+        if each is not None:
+            _require(each.dtype == key.dtype, f"{name} is {each.dtype}, key is {key.dtype}")
+            _require(each.device == key.device, f"{name} is on {each.device}, key is on {key.device}")
+    for name, each in (("query_weight", query_weight), ("key_weight", key_weight)):
+        if each is not None:
+            _require(tuple(each.shape) == (head_dim,), f"{name} must be [{head_dim}], got {list(each.shape)}")
+
+
+def check_gated(gate, up) -> None:
+    _require(gate.dtype in _ROW_DTYPES, f"rows must be floating point of 16 to 64 bits, got {gate.dtype}")
+    _require(
+        gate.dim() >= 1 and gate.shape == up.shape,
+        f"gate {list(gate.shape)} and up {list(up.shape)} must have one shape",
+    )
+    _require(gate.dtype == up.dtype, f"gate is {gate.dtype} and up {up.dtype}; they must have one dtype")
+    _require(gate.device == up.device, f"gate is on {gate.device} and up on {up.device}")

@@ -137,3 +137,71 @@ def select_rows(scores: Tensor, starts: Tensor, counts: Tensor, window: int, cu_
     positions = torch.empty(total + 1, dtype=torch.int32, device=device)
     positions.scatter_(0, place.reshape(-1), column.int().expand(num_lists, -1).reshape(-1))
     return positions[:total]
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
+    """RMS norm over the last dimension: float32 inside, rounded as the modules of transformers round."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed * (1 + weight.float())).to(x.dtype) if unit_offset else weight * normed.to(x.dtype)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, unit_offset: bool = False
+) -> tuple[Tensor, Tensor]:
+    checks.check_add_rms_norm(x, residual, weight)
+    total = x if residual is None else x + residual
+    return _normed(total, weight, eps, unit_offset), x.new_empty((0,)) if residual is None else total
+
+
+def _rotated(states: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """`[B, heads, n, D]` rotated by cos and sin `[B or 1, n, R]`; see `rope_append`."""
+    width = cos.shape[-1]
+    turned, rest = states[..., :width], states[..., width:]
+    cos, sin = cos[:, None], sin[:, None]
+    if interleaved:
+        cos, sin = (each[..., : width // 2].repeat_interleave(2, dim=-1) for each in (cos, sin))
+        other = torch.stack([-turned[..., 1::2], turned[..., 0::2]], dim=-1).flatten(-2)
+    else:
+        other = torch.cat([-turned[..., width // 2 :], turned[..., : width // 2]], dim=-1)
+    return torch.cat([turned * cos + other * sin, rest], dim=-1)
+
+
+def rope_append(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    offsets: Tensor,
+    lens: Tensor,
+    key_buffer: Tensor,
+    value_buffer: Tensor,
+    overflow: Tensor,
+    mask: Tensor | None = None,
+    query_weight: Tensor | None = None,
+    key_weight: Tensor | None = None,
+    eps: float = 0.0,
+    unit_offset: bool = False,
+    interleaved: bool = False,
+) -> Tensor:
+    checks.check_rope_append(
+        query, key, value, cos, sin, offsets, lens, key_buffer, value_buffer, overflow, mask, query_weight, key_weight
+    )
+    if query_weight is not None:
+        query = _normed(query, query_weight, eps, unit_offset)
+        key = _normed(key, key_weight, eps, unit_offset)
+    append(
+        _rotated(key, cos, sin, interleaved), value, offsets, lens, key_buffer, value_buffer, overflow, mask
+    )  # fmt: skip
+    return _rotated(query, cos, sin, interleaved).contiguous()
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    checks.check_gated(gate, up)
+    return (torch.nn.functional.silu(gate) * up).contiguous()
+
+
+def gelu_tanh_mul(gate: Tensor, up: Tensor) -> Tensor:
+    checks.check_gated(gate, up)
+    return (torch.nn.functional.gelu(gate, approximate="tanh") * up).contiguous()

@@ -33,6 +33,24 @@ select_rows(scores, starts, counts, window, cu_kept, total) -> positions
     then the window columns max(starts[r], C) .. C + window - 1. cu_kept int32 `[R + 1]` and total (= cu_kept[R], known
     to the host)
     describe the lists; int32 `[total]`. Requires counts[r] <= max(0, C - starts[r]).
+
+What a decoder layer does around its attention, each in one pass; every result is rounded to the dtype of the rows where
+the modules of transformers round theirs. Rows of 64 bits are taken as those modules take them.
+
+add_rms_norm(x, residual, weight, eps, unit_offset=False) -> (normed, sum)
+    x and residual `[..., H]` contiguous, weight `[H]`, one dtype. sum = x + residual; normed = sum / sqrt(mean(sum²) +
+    eps) in float32, rounded, times weight. `unit_offset`: times 1 + weight in float32, rounded once. Without residual
+    sum is empty, `[0]`: it would be x.
+rope_append(query, key, value, cos, sin, offsets, lens!, key_buffer!, value_buffer!, overflow!, mask=None,
+            query_weight=None, key_weight=None, eps=0, unit_offset=False, interleaved=False) -> query
+    query `[B, Hq, n, D]`, key, value `[B, Hkv, n, D]` (any strides, last dim contiguous); cos, sin `[B or 1, n, R]`, R
+    even, up to D: the dimensions from R on are not rotated. The pairs are (d, d + R / 2) with the factors at both
+    places, or, `interleaved`, (2d, 2d + 1) with those at d. With weights `[D]`, each row is first normalised as
+    `add_rms_norm` does. Rotates query into a new `[B, Hq, n, D]`, and appends the rotated keys and the values as
+    `append` does.
+silu_mul(gate, up) -> product
+gelu_tanh_mul(gate, up) -> product
+    gate, up `[..., H]`, last dim contiguous: the activation of gate, rounded, times up.
 """
 
 from __future__ import annotations
@@ -48,6 +66,14 @@ SCHEMAS = {
     "float scale, Tensor? num_later=None) -> (Tensor, Tensor)",
     "window_scores": "(Tensor query, Tensor key, Tensor starts, Tensor num_queries, float scale) -> Tensor",
     "select_rows": "(Tensor scores, Tensor starts, Tensor counts, int window, Tensor cu_kept, int total) -> Tensor",
+    "add_rms_norm": "(Tensor x, Tensor? residual, Tensor weight, float eps, bool unit_offset=False) "
+    "-> (Tensor, Tensor)",
+    "rope_append": "(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor offsets, "
+    "Tensor(a!) lens, Tensor(b!) key_buffer, Tensor(c!) value_buffer, Tensor(d!) overflow, Tensor? mask=None, "
+    "Tensor? query_weight=None, Tensor? key_weight=None, float eps=0.0, bool unit_offset=False, "
+    "bool interleaved=False) -> Tensor",
+    "silu_mul": "(Tensor gate, Tensor up) -> Tensor",
+    "gelu_tanh_mul": "(Tensor gate, Tensor up) -> Tensor",
 }
 
 LIBRARY = torch.library.Library("sparsemm", "DEF")
@@ -73,11 +99,23 @@ def _select_rows_fake(scores, starts, counts, window, cu_kept, total):
     return scores.new_empty((total,), dtype=torch.int32)
 
 
+def _add_rms_norm_fake(x, residual, weight, eps, unit_offset=False):
+    return torch.empty_like(x), torch.empty_like(x) if residual is not None else x.new_empty((0,))
+
+
+def _like_first(first, *args, **kwargs):
+    return torch.empty_like(first, memory_format=torch.contiguous_format)
+
+
 for _name, _fake in {
     "compact": _no_output,
     "append": _no_output,
     "varlen_decode": _varlen_decode_fake,
     "window_scores": _window_scores_fake,
     "select_rows": _select_rows_fake,
+    "add_rms_norm": _add_rms_norm_fake,
+    "rope_append": _like_first,
+    "silu_mul": _like_first,
+    "gelu_tanh_mul": _like_first,
 }.items():
     torch.library.register_fake(f"sparsemm::{_name}", _fake, lib=LIBRARY)

@@ -169,7 +169,7 @@ def test_the_cuda_library_compiles_without_spills_and_loads_without_a_gpu(build,
     log = "\n".join(step.log for step in builder.steps)
     rows = build.register_table(log)
     assert {row["arch"] for row in rows} >= {"sm_80", "sm_90", "sm_100"}
-    assert len({row["kernel"] for row in rows}) >= 34 and all(row["registers"] > 0 for row in rows)
+    assert len({row["kernel"] for row in rows}) >= 40 and all(row["registers"] > 0 for row in rows)
     assert build.spills(log) == []
     code = (
         f"import ctypes, torch; l = ctypes.CDLL({str(built)!r}); l.sparsemm_schema_hash.restype = ctypes.c_char_p; "

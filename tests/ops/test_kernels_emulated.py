@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fused_cases
 import pytest
 import ragged_cases as cases
 import torch
@@ -190,11 +191,31 @@ def test_select_rows_ranks_nan_first(emulated):
     assert emulated.select_rows(scores, 0 * one, 2 * one, 0, cu_kept, 2).tolist() == [1, 3]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize("size", [8, 1000, 4104])
+def test_add_rms_norm(emulated, dtype, unit_offset, size):
+    fused_cases.check_add_rms_norm(emulated.add_rms_norm, dtype, 2, size, unit_offset)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", fused_cases.ROPE_CASES)
+def test_rope_append(emulated, dtype, case):
+    fused_cases.check_rope_append(emulated.rope_append, dtype, **case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", list(fused_cases.ACTIVATIONS))
+@pytest.mark.parametrize("size", [8, 2504])
+def test_gated_activations(emulated, dtype, name, size):
+    fused_cases.check_gated(getattr(emulated, name), name, dtype, 3, size)
+
+
 # Tests of the tests: each fault, planted into a copy of the kernels, must be noticed.
 
 
 def exercise(emulated: Emulated) -> None:
-    """A short run of every operator; raises (an assertion or EmulationError) where something is wrong."""
+    """A short run of the operators over rows; raises (an assertion or EmulationError) where something is wrong."""
     check_last_rounding(emulated)
     case = cases.compact_case([7, 0, 70, 5], 2, 70, 72, torch.bfloat16, seed=1)
     case.check(*case.run(emulated.compact))
@@ -212,6 +233,16 @@ def exercise(emulated: Emulated) -> None:
                                rtol=3e-5, atol=1e-9)  # fmt: skip
     arguments = cases.select_case(4, 900, 8, seed=3, ties=True)
     assert torch.equal(emulated.select_rows(*arguments), cases.select_reference(*arguments))
+
+
+def exercise_fused(emulated: Emulated) -> None:
+    """The same for the operators around attention."""
+    for unit_offset in (False, True):
+        fused_cases.check_add_rms_norm(emulated.add_rms_norm, torch.bfloat16, 2, 1000, unit_offset)
+    fused_cases.check_rope_append(emulated.rope_append, torch.bfloat16, 64, n=3, width=40, masked=True, normed="llama")
+    fused_cases.check_rope_append(emulated.rope_append, torch.float32, 32, interleaved=True)
+    for name in fused_cases.ACTIVATIONS:
+        fused_cases.check_gated(getattr(emulated, name), name, torch.bfloat16, 3, 200)
 
 
 FAULTS = {
@@ -250,22 +281,49 @@ FAULTS = {
     "ties taken from the top": ("select.cuh", "tie && ties_before < wanted", "tie && ties_before >= wanted"),
     "uncounted queries are averaged in": (
         "window.cuh", "i >= a.window - a.num_queries[b] && sum != 0", "sum != 0"),
+    "a norm reads the warps' sums too early": ("fused.cuh", "= squares;\n  sync_block();", "= squares;"),
+    "a norm of one warp's share": ("fused.cuh", "w < kNormThreads / 32", "w < 1"),
+    "a norm of the sum before it is rounded": (
+        "fused.cuh", "from_float<T>(unit_offset ? y * (weight + 1.0f) : weight * rounded<T>(y))",
+        "from_float<T>(unit_offset ? y * (weight + 1.0f) : weight * y)"),
+    "the weight's offset is forgotten": ("fused.cuh", "y * (weight + 1.0f)", "y * weight"),
+    "the sum is not stored": ("fused.cuh", "if (residual) v.store(", "if (residual && thread != 3) v.store("),
+    "the rotation turns the other way": ("fused.cuh", "-high * to_float(sin[i])", "high * to_float(sin[i])"),
+    "products are added before they are rounded": (
+        "fused.cuh", "rounded<T>(low * to_float(cos[i])) + rounded<T>(-high", "(low * to_float(cos[i])) + (-high"),
+    "what is not rotated is left out": ("fused.cuh", "d = a.width + lane", "d = a.head_dim + lane"),
+    "the length moves on before other warps have read it": (
+        "fused.cuh", "  sync_block();  // every thread has read the length by now\n", ""),
+    "a full list is rotated into": ("fused.cuh", "begin + length + total > end", "begin + length > end"),
+    "columns that are not stored leave gaps": ("fused.cuh", "first + stored_before(i)", "first + i"),
+    "keys are normalised by the queries' weight": (
+        "fused.cuh", "is_query ? a.query_weight : a.key_weight", "a.query_weight"),
+    "neighbours are rotated with the other pairs' angles": (
+        "fused.cuh", "const int at = a.interleaved ? i : second", "const int at = second"),
+    "gate and up change places": ("fused.cuh", "(a.up) + row * a.up_stride", "(a.gate) + row * a.up_stride"),
+    "an activation before its rounding": (
+        "fused.cuh", "rounded<T>(activated(a.activation, to_float(gate.value[j])))",
+        "activated(a.activation, to_float(gate.value[j]))"),
+    "rows of one product lie apart": ("fused.cuh", "row * a.gate_stride + i", "row * a.size + i"),
 }  # fmt: skip
 
 
 def test_the_exercise_passes_without_a_fault(library):
     for seed in range(4):
-        exercise(Emulated(library, seed, 5))
+        emulated = Emulated(library, seed, 5)
+        exercise(emulated)
+        exercise_fused(emulated)
 
 
 @pytest.mark.parametrize("fault", list(FAULTS))
 def test_planted_faults_are_caught(fault, tmp_path):
     file, old, new = FAULTS[fault]
-    emulated = Emulated(compile_emulation(tmp_path, {file: [(old, new)]}, small=True), resident=5)
+    part, run = ("fused", exercise_fused) if file == "fused.cuh" else ("rows", exercise)
+    emulated = Emulated(compile_emulation(tmp_path, {file: [(old, new)]}, small=True, parts=(part,)), resident=5)
     for seed in range(12):
         emulated.seed = seed
         try:
-            exercise(emulated)
+            run(emulated)
         except (AssertionError, EmulationError):
             return
     pytest.fail(f"nothing noticed: {fault}")
@@ -278,24 +336,26 @@ import test_kernels_emulated as t
 from emulation import Emulated
 from pathlib import Path
 for seed in (0, 1):
-    t.exercise(Emulated(Path({library!r}), seed, 5))
+    emulated = Emulated(Path({library!r}), seed, 5)
+    for exercise in {exercises!r}:
+        getattr(t, exercise)(emulated)
 print("finished")
 """
 
 
-def run_under_asan(library: Path) -> subprocess.CompletedProcess:
+def run_under_asan(library: Path, *exercises: str) -> subprocess.CompletedProcess:
     runtime = subprocess.run([compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not Path(runtime).is_absolute():
         pytest.skip("this compiler has no AddressSanitizer runtime")
     options = "detect_leaks=0:detect_stack_use_after_return=0"
     environment = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": options, "SPARSEMM_KERNELS": "reference"}
     folders = [str(ROOT / "tests" / name) for name in ("ops", "support")]
-    code = ASAN_RUN.format(folders=folders, library=str(library))
+    code = ASAN_RUN.format(folders=folders, library=str(library), exercises=exercises)
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_address_sanitizer_finds_nothing(tmp_path):
-    result = run_under_asan(compile_emulation(BUILD, sanitize=True, small=True))
+    result = run_under_asan(compile_emulation(BUILD, sanitize=True, small=True), "exercise", "exercise_fused")
     assert result.returncode == 0 and "finished" in result.stdout, result.stderr[-3000:]
 
 
@@ -303,11 +363,14 @@ def test_address_sanitizer_finds_nothing(tmp_path):
     "fault",
     [
         ("copy.cuh", "(begin + length + rank) * a.row_bytes", "(a.slots - begin + length + rank) * a.row_bytes"),
+        ("fused.cuh", "first = begin + length;", "first = a.slots + length;"),
         ("decode.cuh", "constexpr int kCombineShared = (", "constexpr int kCombineShared = -64 + ("),
     ],
-    ids=["overrun append", "too little shared memory"],
+    ids=["overrun append", "overrun rotation", "too little shared memory"],
 )  # fmt: skip
 def test_address_sanitizer_bites(fault, tmp_path):
     file, old, new = fault
-    result = run_under_asan(compile_emulation(tmp_path, {file: [(old, new)]}, sanitize=True, small=True))
+    part, run = ("fused", "exercise_fused") if file == "fused.cuh" else ("rows", "exercise")
+    library = compile_emulation(tmp_path, {file: [(old, new)]}, sanitize=True, small=True, parts=(part,))
+    result = run_under_asan(library, run)
     assert result.returncode != 0 and "AddressSanitizer" in result.stderr, result.stderr[-3000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fused_cases
 import pytest
 import ragged_cases as cases
 import torch
@@ -57,6 +58,28 @@ def test_small_run_of_every_operator():
     arguments = cases.select_case(4, 900, 8, seed=3, ties=True)
     found = OPS.select_rows(*(x.cuda() if torch.is_tensor(x) else x for x in arguments)).cpu()
     assert torch.equal(found, cases.select_reference(*arguments))
+    fused_cases.check_add_rms_norm(OPS.add_rms_norm, torch.bfloat16, 2, 1000, False, "cuda")
+    fused_cases.check_rope_append(OPS.rope_append, torch.bfloat16, 64, n=3, masked=True, normed="llama", device="cuda")
+    fused_cases.check_gated(OPS.silu_mul, "silu_mul", torch.bfloat16, 3, 200, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("unit_offset", [False, True])
+@pytest.mark.parametrize("size", [8, 1000, 4096, 8200])
+def test_add_rms_norm(dtype, unit_offset, size):
+    fused_cases.check_add_rms_norm(OPS.add_rms_norm, dtype, 3, size, unit_offset, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", fused_cases.ROPE_CASES)
+def test_rope_append(dtype, case):
+    fused_cases.check_rope_append(OPS.rope_append, dtype, **case, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", list(fused_cases.ACTIVATIONS))
+def test_gated_activations(dtype, name):
+    fused_cases.check_gated(getattr(OPS, name), name, dtype, 3, 2504, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

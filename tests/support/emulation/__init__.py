@@ -1,7 +1,7 @@
 """The CUDA kernels of csrc/cuda, compiled for the CPU (platform_emulated.h), with the operators' signatures.
 
-`Emulated(library)` has `compact`, `append`, `varlen_decode`, `window_scores` and `select_rows`; `seed` draws the order
-of blocks and threads (0: natural order), `resident` is how many blocks the imagined device runs at once.
+`Emulated(library)` has every operator under its name; `seed` draws the order of blocks and threads (0: natural order),
+`resident` is how many blocks the imagined device runs at once.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[2]
 KERNELS = ROOT / "csrc" / "cuda"
+_PARTS = {"rows": "emulated.cpp", "fused": "emulated_fused.cpp"}
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 _POINTER, _INT, _LONG, _DOUBLE, _SEED = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double, ctypes.c_uint64
@@ -29,6 +30,9 @@ _PROTOTYPES = {
     "emulated_decode_launches": [_LONG] * 3 + [_SEED],
     "emulated_window_scores": [_INT] + [_POINTER] * 7 + [_LONG] * 6 + [_DOUBLE, _SEED],
     "emulated_select": [_POINTER] * 5 + [_LONG] * 4 + [_SEED],
+    "emulated_norm": [_INT] + [_POINTER] * 5 + [_LONG] * 2 + [_DOUBLE, _LONG, _SEED],
+    "emulated_rope": [_INT] + [_POINTER] * 17 + [_LONG] * 8 + [_DOUBLE] + [_LONG] * 2 + [_SEED],
+    "emulated_gated": [_INT] + [_POINTER] * 3 + [_LONG] * 5 + [_SEED],
 }
 
 
@@ -41,9 +45,11 @@ def compile_emulation(
     faults: dict[str, list[tuple[str, str]]] | None = None,
     sanitize: bool = False,
     small: bool = False,
+    parts: tuple[str, ...] = tuple(_PARTS),
 ) -> Path:
     """Compiles the kernels, with `faults` planted: {file: [(text in it, replacement)]}; each text must occur.
-    `small`: only head dims up to 64, no float16. Kept by a hash of command and sources in `target_dir`."""
+    `small`: only head dims up to 64, no float16; `parts`: only those over "rows" or the "fused" ones. Kept by a hash of
+    command and sources in `target_dir`."""
     faults = faults or {}
     sources = {p.name: p.read_text(encoding="utf-8") for p in sorted(KERNELS.iterdir()) if p.suffix in {".cuh", ".h"}}
     for name, changes in faults.items():
@@ -58,7 +64,7 @@ def compile_emulation(
         flags.append("-DSPARSEMM_EMULATION_SMALL")
     if sanitize:
         flags += ["-fsanitize=address", "-g1"]
-    key = hashlib.sha256(repr((compiler(), flags, sources, own)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((compiler(), flags, parts, sources, own)).encode()).hexdigest()[:16]
     library = target_dir / f"emulated-{key}.so"
     if library.exists():
         return library
@@ -67,7 +73,9 @@ def compile_emulation(
     for name, text in {**sources, **own}.items():
         (folder / name).write_text(text, encoding="utf-8")
     partial = library.with_suffix(f".{os.getpid()}.so")
-    subprocess.run([compiler(), *flags, str(folder / "emulated.cpp"), "-o", str(partial)], check=True)
+    subprocess.run(
+        [compiler(), *flags, *(str(folder / _PARTS[part]) for part in parts), "-o", str(partial)], check=True
+    )
     os.replace(partial, library)
     shutil.rmtree(folder, ignore_errors=True)
     return library
@@ -91,8 +99,9 @@ class Emulated:
         self._library = ctypes.CDLL(str(library))
         self.seed, self.resident = seed, resident
         for name, arguments in _PROTOTYPES.items():
-            getattr(self._library, name).argtypes = arguments
-            getattr(self._library, name).restype = ctypes.c_char_p
+            if hasattr(self._library, name):  # of the parts compiled
+                getattr(self._library, name).argtypes = arguments
+                getattr(self._library, name).restype = ctypes.c_char_p
 
     def _call(self, name: str, *arguments: object) -> None:
         message = getattr(self._library, name)(*arguments, self.seed)
@@ -139,3 +148,36 @@ class Emulated:
         tensors = (scores, starts, counts, cu_kept, positions)
         self._call("emulated_select", *map(_pointer, tensors), *scores.shape, window, total)
         return positions
+
+    def add_rms_norm(self, x, residual, weight, eps, unit_offset=False):
+        normed = torch.full_like(x, float("nan"))
+        total = x.new_empty(0) if residual is None else torch.full_like(x, float("nan"))
+        size = x.shape[-1]
+        self._call("emulated_norm", DTYPES[x.dtype], *map(_pointer, (x, residual, weight, normed, total)),
+                   x.numel() // size, size, eps, unit_offset)  # fmt: skip
+        return normed, total
+
+    def rope_append(self, query, key, value, cos, sin, offsets, lens, key_buffer, value_buffer, overflow, mask=None,
+                    query_weight=None, key_weight=None, eps=0.0, unit_offset=False, interleaved=False):  # fmt: skip
+        batch, query_heads, n, head_dim = query.shape
+        out = torch.full(query.shape, float("nan"), dtype=query.dtype)
+        tensors = (query, key, value, cos, sin, offsets, lens, key_buffer, value_buffer, overflow, mask, query_weight,
+                   key_weight, out)  # fmt: skip
+        assert cos.is_contiguous() and sin.is_contiguous() and (mask is None or mask.is_contiguous())
+        self._call("emulated_rope", DTYPES[query.dtype], *map(_pointer, tensors), *map(_strides, (query, key, value)),
+                   key_buffer.shape[0], batch, query_heads, key.shape[1], n, head_dim, cos.shape[2], cos.shape[0], eps,
+                   unit_offset, interleaved)  # fmt: skip
+        return out
+
+    def _gated(self, activation, gate, up):
+        out = torch.full(gate.shape, float("nan"), dtype=gate.dtype)
+        *rows, size = gate.shape
+        self._call("emulated_gated", DTYPES[gate.dtype], *map(_pointer, (gate, up, out)), activation, gate.stride(0),
+                   up.stride(0), rows[0], size)  # fmt: skip
+        return out
+
+    def silu_mul(self, gate, up):
+        return self._gated(0, gate, up)
+
+    def gelu_tanh_mul(self, gate, up):
+        return self._gated(1, gate, up)

@@ -1,8 +1,9 @@
-// The CUDA kernels as CPU functions for tests (called through ctypes): the launchers of csrc/cuda over the emulated
-// platform. Every function returns null, or what went wrong.
+// The CUDA kernels over rows as CPU functions for tests (called through ctypes): the launchers of csrc/cuda over the
+// emulated platform. Every function returns null, or what went wrong.
 #include <algorithm>
 #include <limits>
 
+#include "guarded.h"
 #include "decode.cuh"
 #include "copy.cuh"
 #include "select.cuh"
@@ -25,23 +26,6 @@ void dispatch(Dtype dtype, int head_dim, const F& launch) {
 #else
   dispatch_rows(dtype, head_dim, launch);
 #endif
-}
-
-std::string last_error;
-
-template <class F>
-const char* guarded(uint64_t seed, const F& body) {
-  emulation::machine.failure.clear();
-  emulation::machine.runs = true;
-  emulation::machine.permute = seed != 0;  // seed 0: threads in their natural order
-  emulation::machine.random.seed(seed);
-  try {
-    body();
-    return nullptr;
-  } catch (const std::exception& error) {
-    last_error = error.what();
-    return last_error.c_str();
-  }
 }
 
 // A workspace of its own allocation, filled with NaN (as float) or -1 (as int).

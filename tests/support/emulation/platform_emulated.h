@@ -43,7 +43,7 @@ struct uint4 {
   uint32_t x, y, z, w;
 };
 
-static dim3 threadIdx, blockIdx, blockDim, gridDim;
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
 
@@ -328,6 +328,7 @@ inline void add_shared(int* target, int value) { *target += value; }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_fast(float x) { return std::log2(x); }
+inline float inverse_sqrt(float x) { return 1.0f / std::sqrt(x); }
 inline unsigned float_bits(float x) {
   unsigned bits;
   std::memcpy(&bits, &x, 4);
