@@ -6,7 +6,7 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,16 @@ class BenchResults(RunFile[BenchCell]):
     SUBJECT = "a benchmark"
     RUN = BenchCell
     LISTED = "cells"
+
+
+def check_axes(axes: Mapping[str, Sequence[int | None]]) -> None:
+    """Raise `ConfigError` for an empty axis of a grid, or a number below 1 (None stands for no limit)."""
+    for name, values in axes.items():
+        if not values:
+            raise ConfigError(f"{name} is empty; give whole numbers separated by commas")
+        wrong = [value for value in values if value is not None and value < 1]
+        if wrong:
+            raise ConfigError(f"{name} holds {wrong[0]}; give whole numbers of at least 1")
 
 
 def place_key(place: dict[str, Any]) -> tuple[str]:

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 import sparsemm
-from sparsemm.bench.cells import BenchResults, Tell, Times, run_benchmark
+from sparsemm.bench.cells import BenchResults, Tell, Times, check_axes, run_benchmark
 from sparsemm.bench.measure import PROMPT_RUNS, PROMPT_SECONDS, SHORT_PROMPT, measure
 from sparsemm.bench.memory import copy_bandwidth, row_bytes, step_weight_bytes, weight_bytes
 from sparsemm.bench.shapes import attention_shape, prompt_inputs, skewed_head_scores
 from sparsemm.bench.throughput import largest_batch
 from sparsemm.errors import ConfigError
 from sparsemm.methods import METHODS, get_method
+from sparsemm.ops.backends import resolve_backend
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +44,7 @@ def make_workloads(
     Raises:
         ConfigError: An unknown method, or a number below 1.
     """
-    for name, values in (("prompts", prompts), ("budgets", budgets), ("batches", batches)):
-        wrong = [value for value in values if value < 1]
-        if wrong:
-            raise ConfigError(f"{name} holds {wrong[0]}; give whole numbers of at least 1")
+    check_axes({"prompts": prompts, "budgets": budgets, "batches": batches})
     for method in methods:
         if method not in BASELINES and method not in METHODS:
             known = ", ".join(sorted({*METHODS, *BASELINES}))
@@ -105,8 +103,10 @@ def run(
         decode_backend: As for `sparsemm.patch`.
 
     Raises:
+        ConfigError: An unknown decode backend, or one that cannot serve this model here.
         DataError: `output` holds results of other settings.
     """
+    resolve_backend(decode_backend, model.device, model.dtype, attention_shape(model.config).head_dim)
     device, shape, bandwidth = model.device, attention_shape(model.config), copy_bandwidth(model.device)
     if limit_bytes is None and device.type == "cuda":
         limit_bytes = torch.cuda.get_device_properties(device).total_memory

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from sparsemm.bench.cells import OK, BenchCell, BenchResults, Tell, Times, run_benchmark, take_turns
+from sparsemm.bench.cells import OK, BenchCell, BenchResults, Tell, Times, check_axes, run_benchmark, take_turns
 from sparsemm.bench.kernel_calls import CALLS, Workspace, row_counts
 from sparsemm.bench.memory import copy_bandwidth
 from sparsemm.bench.shapes import SHAPES, attention_shape, shape_config, skewed_head_scores
 from sparsemm.errors import ConfigError
 from sparsemm.head_scores import HeadScores
+from sparsemm.models.loading import resolve_device
 from sparsemm.ops import library
 from sparsemm.runs.spread import show_spread, spread_of
 
@@ -41,8 +42,9 @@ def grid(
     """All places, without those that repeat another: a full cache has no skew, window_scores no budget.
 
     Raises:
-        ConfigError: A shape or operation is unknown.
+        ConfigError: A shape or operation is unknown, or a number below 1.
     """
+    check_axes({"prompts": prompts, "budgets": budgets, "batches": batches})
     for name, known, asked in (("shape", SHAPES, shapes), ("operation", CALLS, operations)):
         if unknown := [each for each in asked if each not in known]:
             raise ConfigError(f"{name} {unknown[0]!r} is unknown; choose among {', '.join(known)}")
@@ -148,17 +150,17 @@ def run(
 
     Args:
         head_scores: A score file for the skewed row counts; by default synthetic ones. Must fit every shape.
-        device, dtype: By default the GPU and bfloat16, or the CPU and float32.
+        device, dtype: By default ("auto") the GPU and bfloat16, or the CPU and float32.
         output: Result file (JSON).
         fresh: Forget what it holds.
         time_limit: Seconds after which no further cell is begun; the next run with the same settings goes on.
 
     Raises:
-        ConfigError: A shape or operation is unknown.
+        ConfigError: A shape, operation or device is unknown, or a number below 1.
         DataError: `output` holds results of other settings.
     """
     places = grid(shapes, prompts, budgets, batches, operations)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(resolve_device(None if device == "auto" else device))
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)

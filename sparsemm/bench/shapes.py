@@ -129,13 +129,15 @@ def random_model(
     """A model of the shape called `name`, or of the configuration in the folder `name`, with random weights.
 
     Raises:
-        ConfigError: No such shape or folder.
+        ConfigError: No such shape, folder or attention.
         UnsupportedModelError: The configuration is of another class.
     """
     import transformers
 
     from sparsemm.models import family_of
+    from sparsemm.models.loading import check_attention
 
+    check_attention(attn_implementation)
     config = shape_config(name)
     model_class = getattr(transformers, family_of(config).model_class)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):

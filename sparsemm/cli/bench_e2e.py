@@ -92,7 +92,7 @@ def e2e(
     claim(output / "results.json", output / "table.md", output / "efficiency.png")
     on_gpu = (model.device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cpu"
     model = replace(model, model=model.model or ("vicuna-7b" if on_gpu else "tiny"))
-    names = parse_list(methods)
+    names = parse_list(methods, "--methods")
     if methods == _METHODS and kvpress_is_installed():
         names.append("kvpress")
     workloads = bench.make_workloads(

@@ -35,11 +35,11 @@ def kernels(
     if head_scores is not None:
         load_scores(head_scores)
     results = run(
-        shapes=parse_list(shapes),
+        shapes=parse_list(shapes, "--shapes"),
         prompts=parse_integers(prompts, "--prompts"),
         budgets=[None if each == "full" else parse_integers(each, "--budgets")[0] for each in parse_list(budgets)],
         batches=parse_integers(batches, "--batches"),
-        operations=parse_list(operations),
+        operations=parse_list(operations, "--operations"),
         head_scores=head_scores,
         device=device,
         repeats=repeats,

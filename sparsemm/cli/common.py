@@ -72,9 +72,12 @@ def file_name(*parts: object) -> str:
     return "-".join(texts)
 
 
-def parse_list(text: str) -> list[str]:
-    """Values separated by commas or spaces."""
-    return [part for part in re.split(r"[,\s]+", text) if part]
+def parse_list(text: str, name: str | None = None) -> list[str]:
+    """Values separated by commas or spaces. Raises `ConfigError` where option `name` is given none."""
+    parts = [part for part in re.split(r"[,\s]+", text) if part]
+    if name is not None and not parts:
+        raise ConfigError(f"{name} is empty; give values separated by commas")
+    return parts
 
 
 def parse_integers(text: str, name: str) -> list[int]:

@@ -50,7 +50,8 @@ def open_pages(
         **options: Of the generator (`size`, `unit`, `num_words`) or reader (`unit` of CTW; those of `PdfPages`).
 
     Raises:
-        DataError: There is no such data set, or it has another form; or an option does not belong to it.
+        DataError: There is no such data set, or it has another form, or none of its images is there; or an option does
+            not belong to it.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit} must be at least 1")
@@ -71,7 +72,10 @@ def open_pages(
     if format == "pdf":
         return PdfPages(path, limit=limit, **options)
     path = path if format == "mlt" else _annotation_file(path) or path
-    return _READERS[format](path, None if images is None else Path(images), **options)[:limit]
+    pages = _READERS[format](path, None if images is None else Path(images), **options)[:limit]
+    if pages and not any(page.source.is_file() for page in pages):  # single ones that are missing are skipped
+        raise DataError(f"none of the {len(pages)} images of {path} is there ({pages[0].source}); give --images")
+    return pages
 
 
 def _annotation_file(folder: Path) -> Path | None:

@@ -100,8 +100,9 @@ def load_model(
     Raises:
         DataError: There is no such folder or hub id, or files are missing from it.
         UnsupportedModelError: The checkpoint is of another class.
-        ConfigError: An unknown dtype or device, or pixel limits for a family that has none.
+        ConfigError: An unknown dtype, device or attention, or pixel limits for a family that has none.
     """
+    check_attention(attn_implementation)
     path = _existing(name_or_path)
     config = _load_config(path)
     family = family_of(config)
@@ -169,6 +170,15 @@ def resolve_device(device: str | torch.device | None) -> str | torch.device:
         seen = "only the CPU" if here is None else f"the CPU and {count} {here.type} device(s)"
         raise ConfigError(f"device={str(device)!r} is not there: torch sees {seen}; use another, or auto")
     return wanted
+
+
+def check_attention(name: str) -> None:
+    """Raise `ConfigError` unless transformers knows a prefill attention called `name`."""
+    from transformers import AttentionInterface
+
+    known = ["eager", *AttentionInterface().valid_keys()]
+    if name not in known:
+        raise ConfigError(f"attn_implementation={name!r} is unknown; use sdpa, eager or flash_attention_2")
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, *, on_cpu: bool) -> str | torch.dtype:

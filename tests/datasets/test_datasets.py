@@ -245,6 +245,15 @@ def test_unknown_sources_are_errors(tmp_path):
         open_pages(tmp_path, limit=0)
 
 
+def test_a_folder_without_any_of_the_images_is_an_error_one_missing_image_is_not(tmp_path):
+    entries = [{"image": name, "words": [{"text": "a", "box": [0, 0, 5, 5]}]} for name in ("1.png", "2.png")]
+    (tmp_path / "boxes.json").write_text(json.dumps(entries))
+    with pytest.raises(DataError, match="none of the 2 images .*1.png.; give --images"):
+        open_pages(tmp_path)
+    picture(tmp_path / "2.png")
+    assert len(open_pages(tmp_path)) == 2
+
+
 def test_broken_images_are_errors_only_when_looked_at(tmp_path):
     (tmp_path / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n truncated")
     for page in (BoxedImage("1.png", tmp_path / "1.png", []), BoxedImage("row 1", b"no image", [])):
