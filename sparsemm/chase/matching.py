@@ -118,8 +118,9 @@ def match_aligned(tokens: Sequence[str], chunks: Sequence[str]) -> list[int | No
     """
     generated, token_of = _spaceless(tokens)
     truth, chunk_of = _spaceless(chunks)
+    starts = {place for place, chunk in enumerate(chunk_of) if place == 0 or chunk != chunk_of[place - 1]}
     owners: list[set[int | None]] = [set() for _ in tokens]
-    for token, place in zip(token_of, align(generated, truth), strict=True):
+    for token, place in zip(token_of, align(generated, truth, starts), strict=True):
         owners[token].add(None if place is None else chunk_of[place])
     return [
         next(iter(found)) if len(found) == 1 and can_match(normalise(token)) else None
