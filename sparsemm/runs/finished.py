@@ -40,6 +40,7 @@ def make_once(
     journal: Path | None,
     settings: dict[str, Any],
     resume: bool,
+    record: int | None = None,
     **how: Any,
 ) -> Made:
     """What `collect` makes of the records of all items, saved as `output` by one of the processes.
@@ -54,6 +55,7 @@ def make_once(
         output: File of the result, or None.
         journal: File of the records, as soon as they are known.
         resume: Go on with what `journal` and `output` hold. False starts again.
+        record: Number of the form that records have; a journal whose records have another is not gone on with.
 
     Raises:
         ConfigError: Several processes and no `journal`.
@@ -62,7 +64,8 @@ def make_once(
     before = _made_before(load, output, settings) if output is not None and resume else None
     if before is not None and _is_enough(before, output, length_hint(items)):
         return before
-    records = work_through(items, work, path=journal, settings=settings, resume=resume, **how)
+    form = {} if record is None else {"record": record}
+    records = work_through(items, work, path=journal, settings={**settings, **form}, resume=resume, **how)
     made = collect(records)
     if before is not None and _is_enough(before, output, len(records)):  # the items did not say how many they are
         return before

@@ -103,13 +103,16 @@ class Journal:
             found = header["settings"]
             self.records.update({record.pop("index"): record for record in records})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} is not a journal ({error}); remove it, or start without resuming") from error
+            raise DataError(
+                f"{path} is not a journal ({error}); remove it, or start over with --fresh (in Python resume=False)"
+            ) from error
         if found != self.settings:
             changed = sorted(
                 key for key in {*found, *self.settings} if found.get(key, self) != self.settings.get(key, self)
             )
             raise DataError(
-                f"{path} was made with other settings ({', '.join(changed)}); remove it, or start without resuming"
+                f"{path} was made with other settings ({', '.join(changed)}); give it another place, or start over "
+                "with --fresh (in Python resume=False)"
             )
         return end
 
