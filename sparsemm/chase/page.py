@@ -132,6 +132,7 @@ def chase_page(
     prompt: str,
     part: str | None,
     max_new_tokens: int,
+    exact_grid: bool = False,
 ) -> dict[str, Any]:
     """What one page gives, as JSON values.
 
@@ -152,7 +153,9 @@ def chase_page(
         if not words:
             raise DataError("it holds no words")
         inputs = family.build_inputs(processor, [image], [prompt], device=model.device)
-        (layout,) = family.image_token_layout(model.config, inputs, processor=processor, image_sizes=[image.size])[0]
+        ((layout,),) = family.image_token_layout(
+            model.config, inputs, processor=processor, image_sizes=[image.size], exact_grid=exact_grid
+        )
         regions = [layout.tokens_in_box(word.box, image.size, part=part) for word in words]
         length = inputs["input_ids"].shape[1]
         if length >= positions:

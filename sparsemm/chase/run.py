@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 _FIRST_PAGES = 5
 """Of so many each process makes sure that the model can read, before the rest."""
 
+_RECORD = 2
+"""Form of what `chase_page` gives: one more whenever an entry changes."""
+
 
 def chase(
     model: PreTrainedModel,
@@ -37,6 +40,7 @@ def chase(
     least_read: float = 0.1,
     prompt: str = READ_PROMPT,
     part: str | None = None,
+    exact_grid: bool = False,
     output: str | os.PathLike[str] | None = None,
     resume: bool = True,
     model_name: str | None = None,
@@ -61,6 +65,8 @@ def chase(
             the first pages and on all: a model that cannot read shows no visual heads.
         prompt: What the model is asked.
         part: Part of the image's tokens that counts; "high_res" (LLaVA-NeXT) and "grid" (Qwen2-VL) by default.
+        exact_grid: Whether a padded grid (LLaVA-NeXT) covers just what it shows instead of the whole image; see
+            `ModelFamily.image_token_layout`.
         output: File of the result. Beside it, `<name>.images.jsonl` holds what each image gave, as soon as it is known.
         resume: Continue from that file where there is one; an `output` made from as many images or more, with the same
             settings, is left as it is, and returned. False starts again.
@@ -71,8 +77,8 @@ def chase(
         Scores `[num_layers, num_query_heads]`, with their provenance; saved as `output` if given.
 
     Raises:
-        ConfigError: Unknown match rule, `max_new_tokens` below 1, `least_read` outside of 0..1, or several processes
-            and no `output`.
+        ConfigError: Unknown match rule, `max_new_tokens` below 1, `least_read` outside of 0..1, `exact_grid` of a model
+            that pads nothing, or several processes and no `output`.
         DataError: The file to resume from, or `output`, is of another chase, or no page could be read, or less than
             `least_read`.
         HeadScoreError: No head scored at all.
@@ -83,6 +89,8 @@ def chase(
     if not 0 <= least_read <= 1:
         raise ConfigError(f"least_read={least_read} must lie between 0 and 1")
     family = family_of(model)
+    if exact_grid and not family.pads_grid:
+        raise ConfigError(f"exact_grid is of no use with {family.name}, whose grids hold no padding; leave it out")
     text_config = family.text_model(model).config
     shape = (text_config.num_hidden_layers, text_config.num_attention_heads)
     identity = identity_of(model)
@@ -93,6 +101,7 @@ def chase(
         "prompt": prompt,
         "match_rule": match,
         "image_part": part,
+        "exact_grid": exact_grid or None,  # as where score files say nothing of it
         "max_new_tokens": max_new_tokens,
         "seed": seed,
         "num_kv_heads": text_config.num_key_value_heads,
@@ -101,7 +110,14 @@ def chase(
     return make_once(
         pages,
         lambda page: chase_page(
-            model, processor, page, find_chunks, prompt=prompt, part=part, max_new_tokens=max_new_tokens
+            model,
+            processor,
+            page,
+            find_chunks,
+            prompt=prompt,
+            part=part,
+            max_new_tokens=max_new_tokens,
+            exact_grid=exact_grid,
         ),
         lambda records: _collect(records, shape, settings, least_read),
         load=HeadScores.load,
@@ -109,6 +125,7 @@ def chase(
         journal=None if output is None else journal_path(output),
         settings=settings,
         resume=resume,
+        record=_RECORD,
         label="chase",
         tally="hits",
         watch=_first_pages(least_read),

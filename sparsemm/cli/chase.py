@@ -40,6 +40,9 @@ def chase(
         float, typer.Option(min=0, max=1, help="Share of the generated text that must stand on the pages.")
     ] = 0.1,
     prompt: Annotated[str | None, typer.Option(help="What the model is asked [default: the paper's].")] = None,
+    exact_grid: Annotated[
+        bool, typer.Option("--exact-grid", help="LLaVA-NeXT: leave padding out of the grid [default: as the paper].")
+    ] = False,
     max_pixels: PixelsOption = None,
     output: Annotated[
         Path | None,
@@ -69,7 +72,7 @@ def chase(
         model, network, processor, pages, place, match=match,
         model_name=model.name if model.is_miniature or Path(model.model).is_dir() else model.model,
         dataset=source.describe(name, words=words), seed=seed, max_new_tokens=max_new_tokens,
-        least_read=least_read, prompt=prompt, resume=not fresh, progress=not no_progress,
+        least_read=least_read, prompt=prompt, exact_grid=exact_grid, resume=not fresh, progress=not no_progress,
     )  # fmt: skip
 
 

@@ -36,6 +36,8 @@ class ModelFamily(ABC):
     """How an image becomes tokens, in words."""
     nested_images: bool = False
     """Whether the processor wants a list of images for each prompt, instead of all in one."""
+    pads_grid: bool = False
+    """Whether the outermost cells of a grid may hold padding: `image_token_layout` takes `exact_grid` then."""
 
     # -- models -------------------------------------------------------------------------------------------------------
 
@@ -189,6 +191,12 @@ class ModelFamily(ABC):
     ) -> list[ImageLayout]:
         """The layout of every image of a batch, in order, `columns` still counted from each image's first token."""
 
+    def exact_layouts(
+        self, config: PretrainedConfig, inputs: Mapping[str, Tensor], layouts: Sequence[ImageLayout]
+    ) -> list[ImageLayout]:
+        """The layouts, their grids over the very pixels that they show; a family that says `pads_grid` has its own."""
+        return list(layouts)
+
     def random_image(self, config: PretrainedConfig, dtype: torch.dtype, limit: int) -> dict[str, Tensor]:
         """Inputs of one random image of at most about `limit` tokens, for benchmarks; empty where none is needed."""
         return {}
@@ -200,6 +208,7 @@ class ModelFamily(ABC):
         *,
         processor: ProcessorMixin | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
+        exact_grid: bool = False,
     ) -> list[list[ImageLayout]]:
         """The images of each row of a batch: which token of `input_ids` shows which cell of which image.
 
@@ -208,6 +217,8 @@ class ModelFamily(ABC):
             inputs: From `build_inputs` (or the processor itself).
             processor: That made `inputs`; needed where the processor crops images or cuts them into tiles.
             image_sizes: Original (width, height) of every image, in order; needed there, too.
+            exact_grid: Whether a grid whose outermost cells hold padding, or miss pixels, covers just what it shows
+                instead of the whole image (as in spec section 5); for families that say `pads_grid`.
 
         Raises:
             DataError: The image tokens do not fit the images, or the family needs `processor` and `image_sizes`.
@@ -216,6 +227,8 @@ class ModelFamily(ABC):
 
         input_ids = inputs["input_ids"]
         layouts = self.image_layouts(config, inputs, processor=processor, image_sizes=image_sizes)
+        if exact_grid:
+            layouts = self.exact_layouts(config, inputs, layouts)
         counts = [len(layout) for layout in layouts]
         rows = []
         for row, indices in enumerate(split_images_by_row(input_ids, config.image_token_id, counts)):

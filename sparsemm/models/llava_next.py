@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sparsemm.models.geometry import ImageLayout, base_layout
+from sparsemm.models.geometry import ImageLayout, Region, base_layout
 from sparsemm.models.llava import Llava
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ class LlavaNext(Llava):
     model_class = "LlavaNextForConditionalGeneration"
     processor_class = "LlavaNextProcessor"
     image_tokens = "base grid, then high-resolution rows with newlines"
+    pads_grid = True
 
     def image_layouts(
         self, config: PretrainedConfig, inputs: Mapping[str, Tensor], **sources: Any
@@ -27,6 +30,11 @@ class LlavaNext(Llava):
         side = config.vision_config.image_size // config.vision_config.patch_size
         sizes = inputs["image_sizes"].tolist() if "image_sizes" in inputs else []
         return [base_layout(side, *unpadded_grid(config, tuple(size))) for size in sizes]
+
+    def exact_layouts(
+        self, config: PretrainedConfig, inputs: Mapping[str, Tensor], layouts: Sequence[ImageLayout]
+    ) -> list[ImageLayout]:
+        return with_shown_regions(config, inputs, layouts)
 
     def random_image(self, config: PretrainedConfig, dtype: torch.dtype, limit: int) -> dict[str, Tensor]:
         side = config.vision_config.image_size
@@ -55,6 +63,37 @@ def unpadded_grid(config: PretrainedConfig, image_size: tuple[int, int]) -> tupl
     else:
         cols -= (cols - int(round(width * (rows / height), 7))) // 2 * 2
     return rows, cols
+
+
+def with_shown_regions(
+    config: PretrainedConfig, inputs: Mapping[str, Tensor], layouts: Sequence[ImageLayout]
+) -> list[ImageLayout]:
+    """The layouts of a batch, the high-resolution grid of each over the pixels that it shows."""
+    sizes = inputs["image_sizes"].tolist() if "image_sizes" in inputs else []
+    return [
+        replace(layout, regions={"high_res": shown_region(config, tuple(size))})
+        for layout, size in zip(layouts, sizes, strict=True)
+    ]
+
+
+def shown_region(config: PretrainedConfig, image_size: tuple[int, int]) -> Region:
+    """What the unpadded grid shows of an image of (height, width), in the image's pixels.
+
+    As many columns are dropped on the left as on the right, and only whole ones: up to half a column of padding stays
+    at either edge, or as much of the image goes.
+    """
+    from transformers.image_processing_utils import select_best_resolution
+
+    best = select_best_resolution(list(image_size), config.image_grid_pinpoints)
+    scale = min(target / extent for target, extent in zip(best, image_size, strict=True))
+    patch = config.vision_config.patch_size
+    edges = []
+    for extent, target, cells in zip(image_size, best, unpadded_grid(config, image_size), strict=True):
+        fitted = min(math.ceil(extent * scale), target)
+        first = (target // patch - cells) // 2 * patch - (target - fitted) // 2
+        edges.append([edge * extent / fitted for edge in (first, first + cells * patch)])
+    (top, bottom), (left, right) = edges
+    return left, top, right, bottom
 
 
 LLAVA_NEXT = LlavaNext()

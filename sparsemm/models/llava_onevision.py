@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from sparsemm.models.family import ModelFamily
 from sparsemm.models.geometry import ImageLayout, base_layout
-from sparsemm.models.llava_next import unpadded_grid
+from sparsemm.models.llava_next import unpadded_grid, with_shown_regions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -21,6 +21,7 @@ class LlavaOnevision(ModelFamily):
     model_class = "LlavaOnevisionForConditionalGeneration"
     processor_class = "LlavaOnevisionProcessor"
     image_tokens = "base grid, then high-resolution rows with newlines, fewer where there are too many"
+    pads_grid = True
 
     def image_layouts(
         self, config: PretrainedConfig, inputs: Mapping[str, Tensor], **sources: Any
@@ -39,6 +40,11 @@ class LlavaOnevision(ModelFamily):
                 rows, cols = int(rows // ratio), int(cols // ratio)
             layouts.append(base_layout(side, rows, cols))
         return layouts
+
+    def exact_layouts(
+        self, config: PretrainedConfig, inputs: Mapping[str, Tensor], layouts: Sequence[ImageLayout]
+    ) -> list[ImageLayout]:
+        return with_shown_regions(config, inputs, layouts)
 
 
 LLAVA_ONEVISION = LlavaOnevision()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from sparsemm.chase.matching import match_aligned, match_unique, token_texts
 from sparsemm.cli.common import checkout
 from sparsemm.datasets import BoxedImage, convert, open_pages
 from sparsemm.documents.pages import TextBox
-from sparsemm.errors import DataError
+from sparsemm.errors import ConfigError, DataError
 from sparsemm.models import family_of
 
 NEW_TOKENS = 12
@@ -156,6 +157,46 @@ def test_a_model_that_cannot_read_is_not_chased(tmp_path: Path, monkeypatch: pyt
     scores = chase(model, processor, [read] * 5 + [unread] * 5, least_read=0.3, **options)
     assert scores.provenance["num_images"] == 10
     assert scores.provenance["num_matchable"] == 2 * scores.provenance["num_matched"] > 0
+
+
+def test_the_exact_grid_is_a_setting_of_a_chase(tmp_path: Path) -> None:
+    """A box whose cell is another one without the padding above the page: other tokens count."""
+    model, processor = toy_model("llava-vicuna"), toy_processor("llava-vicuna")
+    pages = []
+    for height, bottom in ((33, 2), (56, 30)):
+        image = noise().resize((100, height))
+        words = [TextBox("".join(said(model, processor, image)), (0, 0, 99, bottom))]
+        pages.append(BoxedImage("wide", image, words))
+    options: dict[str, Any] = dict(max_new_tokens=NEW_TOKENS, match="aligned", progress=False)
+    output = tmp_path / "scores.json"
+    plain = chase(model, processor, pages, output=output, **options)
+    exact = chase(model, processor, pages, exact_grid=True, **options)
+    assert plain.provenance["exact_grid"] is None and exact.provenance["exact_grid"] is True
+    assert plain.provenance["num_hits"] != exact.provenance["num_hits"]
+    with pytest.raises(DataError, match="exact_grid: None there, True here.*--fresh"):
+        chase(model, processor, pages, output=output, exact_grid=True, **options)
+    with pytest.raises(ConfigError, match="no use with qwen2_vl"):
+        chase(toy_model("qwen2-vl"), toy_processor("qwen2-vl"), pages, exact_grid=True, **options)
+
+
+def test_a_journal_of_before_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    """Whose records lack what is counted today, and whose settings lack what is set today."""
+    model, processor = toy_model("qwen2-vl"), toy_processor("qwen2-vl")
+    page = BoxedImage("a", noise(), [TextBox("".join(said(model, processor, noise())), (0, 0, 39, 29))])
+    output = tmp_path / "scores.json"
+    options: dict[str, Any] = dict(output=output, max_new_tokens=NEW_TOKENS, match="aligned", progress=False)
+    scores = chase(model, processor, [page, page], **options)
+    output.unlink()
+    header, *records = map(json.loads, journal_path(output).read_text().splitlines())
+    for removed in ("cut", "read", "matchable", "flaws"):
+        for record in records:
+            del record[removed]
+    del header["settings"]["record"]
+    journal_path(output).write_text("".join(json.dumps(line) + "\n" for line in [header, *records]))
+    with pytest.raises(DataError, match=r"scores.images.jsonl .* other settings \(record\).* --fresh"):
+        chase(model, processor, [page, page], **options)
+    again = chase(model, processor, [page, page], resume=False, **options)
+    assert torch.equal(again.values, scores.values) and "record" not in again.provenance
 
 
 def test_the_unique_rule_is_not_taken_for_bad_reading() -> None:

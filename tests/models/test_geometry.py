@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 
@@ -15,7 +16,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
 from sparsemm.errors import DataError
 from sparsemm.models import ImageLayout, family_of
 from sparsemm.models.geometry import cells_of_box
-from sparsemm.models.llava_next import unpadded_grid
+from sparsemm.models.llava_next import shown_region, unpadded_grid
 
 # (width, height): square, wide, tall, extreme, one pixel, smaller than the grid, and odd.
 SIZES = [(56, 56), (56, 28), (28, 56), (40, 40), (70, 20), (21, 64), (200, 9), (9, 200), (1, 1), (7, 9), (133, 101)]
@@ -152,7 +153,7 @@ def test_qwen_layout_is_that_of_the_rope_positions(size: tuple[int, int]) -> Non
 
 
 def changed_tokens(
-    family: str, size: tuple[int, int], box: tuple[float, float, float, float]
+    family: str, size: tuple[int, int], box: tuple[float, float, float, float], least: float = 0.1
 ) -> tuple[set, ImageLayout]:
     """Columns of the main part's tokens whose pixels change when `box` is painted into an image, and the layout."""
     model, processor = toy_model(family), toy_processor(family)
@@ -170,7 +171,7 @@ def changed_tokens(
         tiles = 1 + math.prod(_best_resolution(model.config, size)) // 28**2
         flags = pack(model, cells[:tiles, :, None], size, newline=0.0)[:, 0]
     # An edge that resampling blurs fades out; what keeps less than a tenth of the contrast is not painted.
-    columns = layout.columns[flags > 0.1 * flags.max()].tolist()
+    columns = layout.columns[flags > least * flags.max()].tolist()
     main = {
         column for column, part in zip(layout.columns.tolist(), layout.parts, strict=True) if part == layout.main_part
     }
@@ -210,6 +211,36 @@ def test_painted_box_changes_its_tokens_up_to_resampling(family: str, size: tupl
             if top < row < bottom and left < col < right:
                 assert column in changed, (box, row, col)
         assert changed & set(inside)
+
+
+def test_the_exact_grid_is_the_pixels_that_tokens_show() -> None:
+    """By hand: 100 x 56 pixels fit into 56 x 56 as 56 x 32 (ceil of 31.36), 12 pixels of padding above and below.
+
+    8 rows of 7 pixels less (8 - 4.48 floored to 4) // 2 = 2 above and 2 below leave pixels 14 to 42, of which the
+    picture's are 2 to 30 of 32.
+    """
+    config = copy.deepcopy(toy_model("llava-vicuna").config)
+    config.image_grid_pinpoints = [[56, 56]]
+    assert unpadded_grid(config, (56, 100)) == (4, 8)
+    left, top, right, bottom = shown_region(config, (56, 100))
+    assert (left, right) == (0, 100) and (top, bottom) == pytest.approx((2 * 56 / 32, 30 * 56 / 32))
+
+
+@pytest.mark.parametrize("size", [(133, 101), (64, 200), (200, 64), (300, 150), (91, 200), (70, 25)])
+def test_painted_stripes_change_just_the_tokens_of_the_exact_grid(size: tuple[int, int]) -> None:
+    """Where the picture is enlarged or shrunk, too: cells that a box only just reaches may keep their colour."""
+    model, processor = toy_model("llava-vicuna"), toy_processor("llava-vicuna")
+    inputs = family_of(model).build_inputs(processor, [Image.new("RGB", size)], ["Read."])
+    ((layout,),) = family_of(model).image_token_layout(model.config, inputs, exact_grid=True)
+    (rows, cols), (left, top, right, bottom) = layout.grids["high_res"], layout.regions["high_res"]
+    width, height = (right - left) / cols, (bottom - top) / rows
+    for row, col in {(0, 0), (rows // 2, cols // 2), (rows - 1, cols - 1)}:
+        middle = left + (col + 0.5) * width, top + (row + 0.5) * height
+        box = tuple(round(centre + side) for side in (-1, 1) for centre in middle)
+        clipped = max(box[0], 0), max(box[1], 0), min(box[2], size[0] - 1), min(box[3], size[1] - 1)
+        changed, _ = changed_tokens("llava-vicuna", size, clipped, least=0.5)
+        (token,) = layout.tokens_in_box(box, size).tolist()
+        assert changed == {token}, (row, col)
 
 
 def test_base_part_covers_the_whole_image_in_its_own_grid() -> None:
