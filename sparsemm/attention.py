@@ -16,7 +16,8 @@ from sparsemm.cache import SparseCache, SparseLayer
 from sparsemm.models.projections import Projections
 
 Observer = Callable[[int, Tensor, SparseLayer], None]
-"""`observer(layer_idx, query, layer)` after every attention forward: query `[B, Hq, n, D]` after RoPE, rows stored."""
+"""`observer(layer_idx, query, layer)` after every attention forward: the layer's index among those with ragged rows,
+query `[B, Hq, n, D]` after RoPE, rows stored."""
 
 
 def sparse_attention(
@@ -60,7 +61,7 @@ def sparse_attention(
     else:
         out = layer.attend(query, key, value, past_key_values.chunk, projections.scaling).transpose(1, 2)
     if observer is not None and layer is not None:
-        observer(module.layer_idx, query, layer)
+        observer(layer.layer_idx, query, layer)
     del query, key, value  # a long prompt's are as large as the largest activations that follow
     if head_mask is not None and mask_mode == "zero_output":
         out = out * head_mask[:, None]

@@ -18,6 +18,7 @@ from sparsemm.errors import CacheError, ConfigError, PatchError
 from sparsemm.models import family_of
 from sparsemm.models.identity import identity_of
 from sparsemm.models.instances import Replacement, device_of, forward_name, set_on_instance
+from sparsemm.models.layers import sliding_windows
 from sparsemm.models.projections import Projections
 from sparsemm.models.proof import proved_projections
 from sparsemm.ops.backends import resolve_backend
@@ -25,6 +26,9 @@ from sparsemm.plan import GROWTH_ROWS, Plan
 
 # Kept on the text model itself, so that a model that is dropped under its patch is freed with it.
 _HANDLE = "_sparsemm_patch"
+
+_SHAPE = ("num_layers", "num_kv_heads", "head_dim", "sliding_windows")
+"""What the plans of two caches for one model have in common."""
 
 
 def patch(
@@ -57,7 +61,7 @@ def active_patch(model: nn.Module) -> PatchHandle | None:
 
 class PatchHandle:
     """An active patch. `stats` describes the most recent prompt, `observer` sees every attention forward; `projections`
-    of each layer are as proved."""
+    of each layer are as proved, None where a sliding window keeps transformers' own attention."""
 
     def __init__(
         self, model: nn.Module, config: CompressionConfig, *, reserve: int = GROWTH_ROWS, decode_backend: str = "auto"
@@ -76,6 +80,7 @@ class PatchHandle:
             self.plan.head_scores.check_model(identity_of(model))
         self.observer: Observer | None = None
         self._record: CacheRecord | None = None
+        self._columns: Tensor | None = None  # the mask of the forward under way, before the model made others of it
         self._undo: list[Callable[[], None]] = []
         try:
             self._install()
@@ -111,13 +116,17 @@ class PatchHandle:
 
     def _install(self) -> None:
         self._set(self.text_model, _HANDLE, self)
-        layers = zip(self.text_model.layers, self.projections, self.plan.masked_heads, strict=True)
-        for decoder_layer, projections, masked_heads in layers:
-            self._replace_forward(decoder_layer.self_attn, projections, masked_heads)
+        masked_heads = iter(self.plan.masked_heads)
+        for decoder_layer, projections in zip(self.text_model.layers, self.projections, strict=True):
+            if projections is not None:
+                self._replace_forward(decoder_layer.self_attn, projections, next(masked_heads))
         self._replace(self.text_model, forward_name(self.text_model), self._text_model_forward)
         self._set(self.model, "_get_candidate_generator", _refuse_assisted_decoding)
-        if hasattr(self.model.model, "rope_deltas"):
+        inner = self.model.model
+        if hasattr(inner, "rope_deltas"):
             self._keep_rope_deltas_with_the_cache()
+        if self.plan.sliding_windows and inner is not self.text_model:
+            self._replace(inner, forward_name(inner), self._inner_forward)
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
         self._undo.append(set_on_instance(owner, name, value))
@@ -167,14 +176,13 @@ class PatchHandle:
                 "use_cache=False, or look at each layer with PatchHandle.observer"
             )
         cache = self.adopt(cache)
-        tokens = kwargs.get("inputs_embeds")
-        if tokens is None:
-            tokens = args[0] if args else kwargs["input_ids"]
+        tokens = _tokens(args, kwargs)
         first = cache.get_seq_length() == 0
-        cache.begin_chunk(kwargs.get("attention_mask"), *tokens.shape[:2])
+        mask = kwargs.get("attention_mask")
+        cache.begin_chunk(self._columns if isinstance(mask, dict) else mask, *tokens.shape[:2])
         self._record = cache.record
         # Later chunks read the ragged rows, for which no dense mask exists; building one would cost T per token.
-        mask = {} if first else {"attention_mask": None}
+        mask = {} if first or self.plan.sliding_windows else {"attention_mask": None}
         try:
             output = original(*args, **{**kwargs, "past_key_values": cache, **mask})
             cache.end_chunk(kwargs.get("position_ids") if hasattr(self.model.model, "rope_deltas") else None)
@@ -182,6 +190,22 @@ class PatchHandle:
             cache.roll_back()
             raise
         return output
+
+    def _inner_forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Where the model around makes the masks of each kind of layer, of padding and image blocks."""
+        cache, kinds = kwargs.get("past_key_values"), kwargs.get("token_type_ids")
+        if kinds is not None and isinstance(cache, SparseCache) and cache.get_seq_length() > 0:
+            columns = _tokens(args, kwargs).shape[1]
+            if bool(kinds[:, -columns:].any()):
+                raise CacheError(
+                    "image tokens attend to each other in both directions, which columns behind a filled cache cannot; "
+                    "give all images with the first prompt, in one forward"
+                )
+        self._columns = kwargs.get("attention_mask")
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._columns = None
 
     def adopt(self, cache: Any, plan: Plan | None = None) -> SparseCache:
         """Our cache, as it is or made of an empty one of transformers, in place.
@@ -198,7 +222,7 @@ class PatchHandle:
             return SparseCache(plan)
         if isinstance(cache, SparseCache):
             its = cache.plan
-            if (plan.num_layers, plan.num_kv_heads, plan.head_dim) != (its.num_layers, its.num_kv_heads, its.head_dim):
+            if any(getattr(plan, name) != getattr(its, name) for name in _SHAPE):
                 raise CacheError("past_key_values is the cache of a model of another shape; start without it")
             return cache
         if not _is_stock_cache(cache):
@@ -240,25 +264,34 @@ class PatchHandle:
         self._replace(self.model, "_prepare_position_ids_for_generation", prepare_position_ids)
 
 
+def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The ids or embeddings that a forward is given, `[batch, columns, ...]`."""
+    embeddings = kwargs.get("inputs_embeds")
+    if embeddings is not None:
+        return embeddings
+    return args[0] if args else kwargs["input_ids"]
+
+
 def _is_stock_cache(cache: Any) -> bool:
     """Whether `cache` is of the kind that `generate` makes where nothing else is asked for."""
     return type(cache) is DynamicCache and not getattr(cache, "offloading", False)
 
 
 def _plan(text_model: nn.Module, config: CompressionConfig, reserve: int, decode_backend: str) -> Plan:
-    text_config = text_model.config
-    attention = text_model.layers[0].self_attn
+    text_config, windows = text_model.config, sliding_windows(text_model.config)
+    attention = text_model.layers[windows.index(None)].self_attn
     device = device_of(attention)
     if decode_backend != "auto" and device.type != "meta":  # better refused here than in the middle of a prompt
         resolve_backend(decode_backend, device, text_model.dtype, attention.head_dim)
     return Plan(
         config=config,
-        num_layers=text_config.num_hidden_layers,
+        num_layers=windows.count(None),
         num_query_heads=text_config.num_attention_heads,
         num_kv_heads=text_config.num_key_value_heads,
         head_dim=attention.head_dim,
         reserve=reserve,
         decode_backend=decode_backend,
+        sliding_windows=windows if any(windows) else (),
     )
 
 

@@ -30,10 +30,12 @@ class Plan:
 
     Args:
         config: Method and settings; its score file is read, and random scores drawn, when the plan is made.
-        num_layers, num_query_heads, num_kv_heads: Shape of the language model.
+        num_layers, num_query_heads, num_kv_heads: Shape of the language model; only layers with ragged rows count.
         head_dim: Size of a key or value row; None where no cache is made from the plan.
         reserve: Slots allocated behind the prompt rows of every head.
         decode_backend: Who attends to the ragged rows, a name of `sparsemm.ops.backends.BACKENDS`.
+        sliding_windows: Of each decoder layer, the window of one that keeps transformers' own attention and cache, or
+            None; `()` where there are no such layers.
 
     Attributes:
         method: The row of the method table.
@@ -54,6 +56,7 @@ class Plan:
     head_dim: int | None = None
     reserve: int = GROWTH_ROWS
     decode_backend: str = "auto"
+    sliding_windows: tuple[int | None, ...] = ()
     method: Method = field(init=False)
     head_scores: HeadScores | None = field(init=False)
     masked_heads: BoolTensor = field(init=False, repr=False, compare=False)
@@ -63,6 +66,10 @@ class Plan:
         for name in ("num_layers", "num_kv_heads"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.sliding_windows and self.sliding_windows.count(None) != self.num_layers:
+            raise ConfigError(
+                f"{self.num_layers} layers keep ragged rows, {self.sliding_windows.count(None)} do not slide"
+            )
         if self.num_query_heads < 1 or self.num_query_heads % self.num_kv_heads:
             raise ConfigError(
                 f"num_query_heads={self.num_query_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"

@@ -16,6 +16,7 @@ from sparsemm.chase.matching import match_rule, token_texts
 from sparsemm.decoding.generation import generate_greedy
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.models import family_of
+from sparsemm.models.layers import ragged_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -144,13 +145,14 @@ def walk_attentions(
     ids = result.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     chunks = match_rule(match)(token_texts(processor.tokenizer, ids), [word.text for word in page.words])
     text_config = family.text_model(model).config
-    scores = torch.zeros(text_config.num_hidden_layers, text_config.num_attention_heads, dtype=torch.float64)
+    layers = ragged_layers(text_config)
+    scores = torch.zeros(len(layers), text_config.num_attention_heads, dtype=torch.float64)
     for step, chunk in enumerate(chunks):
         if chunk is None:
             continue
         region = set(layout.tokens_in_box(page.words[chunk].box, image.size).tolist())
-        for layer in range(scores.shape[0]):
+        for row, layer in enumerate(layers):
             for head in range(scores.shape[1]):
                 if int(result.attentions[step][layer][0, head, -1].argmax()) in region:
-                    scores[layer, head] += 1 / len(region)
+                    scores[row, head] += 1 / len(region)
     return len(ids), scores

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from transformers.cache_utils import Cache
 
 from sparsemm.cache.chunk import Chunk, Columns
 from sparsemm.cache.layer import SparseLayer
+from sparsemm.cache.sliding import SlidingLayer
 from sparsemm.cache.stats import CacheRecord
 from sparsemm.errors import CacheError
 from sparsemm.plan import Plan
@@ -33,7 +35,13 @@ class SparseCache(Cache):
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.record = CacheRecord(plan)
-        super().__init__(layers=[SparseLayer(plan, layer_idx, self.record) for layer_idx in range(plan.num_layers)])
+        rows = itertools.count()
+        super().__init__(
+            layers=[
+                SparseLayer(plan, next(rows), self.record) if window is None else SlidingLayer(window, idx, self.record)
+                for idx, window in enumerate(plan.sliding_windows or (None,) * plan.num_layers)
+            ]
+        )
         self._forget()
 
     def _forget(self) -> None:
@@ -41,6 +49,11 @@ class SparseCache(Cache):
         self._begun = 0  # columns fed when the steps under way began
         self._broken: str | None = None
         self.record.columns, self.record.rope_deltas = Columns(), None
+
+    @property
+    def ragged(self) -> list[SparseLayer]:
+        """The layers of the plan, which all others but those with a sliding window are."""
+        return [layer for layer in self.layers if not layer.is_sliding]
 
     @property
     def columns(self) -> Columns:
@@ -53,8 +66,8 @@ class SparseCache(Cache):
         return self.record.rope_deltas
 
     def memory_bytes(self) -> int:
-        """Bytes held: rows, slack, masks and index tensors."""
-        return self.record.memory_bytes()
+        """Bytes held: rows, slack, masks, index tensors and sliding windows."""
+        return self.record.memory_bytes() + sum(self.record.sliding_bytes.values())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         self._refuse_if_broken()
@@ -64,6 +77,12 @@ class SparseCache(Cache):
     def batch_size(self) -> int:
         """Sequences held; -1 before the first prompt."""
         return self.columns.batch if self.columns.count else -1
+
+    def mask_of_next(self, columns: int) -> Tensor | None:
+        """The `attention_mask` of so many more tokens where padding is cached beside sliding windows; else None."""
+        if not self.plan.sliding_windows or self.columns.mask is None:
+            return None
+        return self.columns.followed_by(Chunk(self.columns.batch, columns)).mask.long()
 
     # -- whole forwards ---------------------------------------------------------------------------------------------
 
@@ -123,7 +142,10 @@ class SparseCache(Cache):
             record.prompt_tokens = [
                 old if new is None else new for new, old in zip(chunk.prompt_lengths, before, strict=True)
             ]
-            record.kept = [layer.prompt_rows for layer in self.layers]
+            record.kept = [layer.prompt_rows for layer in self.ragged]
+        for layer in self.layers:
+            if layer.is_sliding:
+                layer.settle()
         self.chunk = None
         record.columns = columns
 
@@ -141,11 +163,12 @@ class SparseCache(Cache):
             if fed.count == 0:
                 for layer in self.layers:
                     layer.reset()
-            elif any(layer.torn or layer.filled > fed.count for layer in self.layers):
+            elif any(layer.torn or layer.filled > fed.count for layer in self.ragged):
                 return
             else:
-                for layer, rows in zip(self.layers, self.record.kept, strict=True):
+                for layer in self.layers:
                     layer.restore(fed, fed)
+                for layer, rows in zip(self.ragged, self.record.kept, strict=True):
                     layer.prompt_rows = rows
         except Exception as error:  # the first one is what the caller is to see
             logger.warning("the cache could not be rolled back: %s", error)
@@ -179,7 +202,7 @@ class SparseCache(Cache):
     @property
     def room(self) -> int:
         """Tokens that every list of every layer can still take before a buffer has to move."""
-        return min(layer.room for layer in self.layers)
+        return min(layer.room for layer in self.ragged)
 
     def begin_steps(self, *, watched: bool = False) -> None:
         """Let the coming forwards each append one token of every sequence and touch nothing but the device.
@@ -196,14 +219,14 @@ class SparseCache(Cache):
     def count_steps(self, steps: int) -> None:
         """Account on the host for the forwards since `begin_steps`, `steps` in all. Saying so again changes nothing."""
         self.record.columns = self.columns.first(self._begun).followed_by(Chunk.of_step(self.columns.batch), steps)
-        for layer in self.layers:
+        for layer in self.ragged:
             layer.seen = self.columns.count
 
     def grow(self, rows: int) -> None:
         """Make room for at least `rows` more tokens. Buffers move: graphs captured before must not be replayed."""
         self._check()
         try:
-            for layer in self.layers:
+            for layer in self.ragged:
                 layer.grow(rows)
         except BaseException:
             self.roll_back()
@@ -215,7 +238,8 @@ class SparseCache(Cache):
         """Take back the last columns: a negative count, or (as transformers < 5.20 calls it) a positive final size.
 
         Raises:
-            CacheError: The columns reach into a compressed prompt, whose dropped rows cannot be brought back.
+            CacheError: The columns reach into a compressed prompt, whose dropped rows cannot be brought back, or
+                further back than a sliding window does.
         """
         self._check()
         fed = self.columns
@@ -226,15 +250,16 @@ class SparseCache(Cache):
         if columns > removable:
             raise CacheError(
                 f"cannot take back {columns} of {fed.count} cached columns: only the last {removable} were appended "
-                "after the prompt was compressed"
+                "after the prompt was compressed, or are within reach of all sliding windows"
             )
         with self._change("crop"):
             left = fed.first(fed.count - columns)
             for layer in self.layers:
                 layer.restore(left, fed)
+            for layer in self.ragged:
                 layer.prompt_rows = torch.minimum(layer.prompt_rows, layer.lens)
             record, tokens = self.record, left.lengths()
-            record.columns, record.kept = left, [layer.prompt_rows for layer in self.layers]
+            record.columns, record.kept = left, [layer.prompt_rows for layer in self.ragged]
             record.prompt_tokens = [min(pair) for pair in zip(record.prompt_tokens, tokens, strict=True)]
 
     def reset(self) -> None:
@@ -253,7 +278,7 @@ class SparseCache(Cache):
             super().batch_select_indices(rows)
             record = self.record
             record.prompt_tokens = [record.prompt_tokens[row] for row in rows.tolist()]
-            record.kept = [layer.prompt_rows for layer in self.layers]
+            record.kept = [layer.prompt_rows for layer in self.ragged]
             record.columns = record.columns.select(rows)
             if record.rope_deltas is not None:
                 record.rope_deltas = record.rope_deltas[rows.to(record.rope_deltas.device)]

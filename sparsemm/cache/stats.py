@@ -24,6 +24,8 @@ class CacheStats:
         cache_bytes: Bytes held now: rows, slack, masks and index tensors.
         full_cache_bytes: Bytes of the keys and values of all tokens seen so far, padding excluded.
         token_bytes: Bytes of the keys and values of one token in all layers.
+        sliding_bytes: Bytes held beside `cache_bytes` by layers with a sliding window, which keep transformers' own
+            cache; L, `kept_rows` and the other bytes count the layers with ragged rows only.
     """
 
     method: str
@@ -35,6 +37,7 @@ class CacheStats:
     cache_bytes: int
     full_cache_bytes: int
     token_bytes: int
+    sliding_bytes: int = 0
 
     @property
     def effective_budget(self) -> float:
@@ -66,10 +69,11 @@ class CacheRecord:
     columns: Columns = field(default_factory=Columns)
     rope_deltas: Tensor | None = None  # M-RoPE offset of generated tokens, int64 [batch, 1]
     layer_bytes: dict[int, int] = field(default_factory=dict)
+    sliding_bytes: dict[int, int] = field(default_factory=dict)  # of layers that keep transformers' own cache
     row_bytes: int = 0  # one key row and one value row
 
     def memory_bytes(self) -> int:
-        """Bytes held by the layers and beside them."""
+        """Bytes held by the layers with ragged rows and beside them."""
         beside = (self.columns.mask, self.rope_deltas)
         return sum(self.layer_bytes.values()) + sum(tensor.nbytes for tensor in beside if tensor is not None)
 
@@ -90,4 +94,5 @@ class CacheRecord:
             cache_bytes=self.memory_bytes(),
             full_cache_bytes=sum(self.columns.lengths()) * token_bytes,
             token_bytes=token_bytes,
+            sliding_bytes=sum(self.sliding_bytes.values()),
         )

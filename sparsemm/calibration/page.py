@@ -20,6 +20,7 @@ from sparsemm.decoding.generation import stock_greedy
 from sparsemm.errors import DataError, SparseMMError
 from sparsemm.models import family_of
 from sparsemm.models.family import open_image
+from sparsemm.models.layers import ragged_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -100,7 +101,8 @@ def gated(model: PreTrainedModel, prompt: Prompt, gates: Tensor, window_size: in
     o_window attends to the window and the generated rows only. Gates `[num_layers, num_query_heads]`, float32 or wider,
     at 1 change no bit. A gradient has to be taken inside the context where layers are recomputed for it.
     """
-    begin = prompt.length - window_size
+    begin, text_model = prompt.length - window_size, family_of(model).text_model(model)
+    layers = ragged_layers(text_model.config)
 
     def mixed(
         attend: Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
@@ -108,10 +110,10 @@ def gated(model: PreTrainedModel, prompt: Prompt, gates: Tensor, window_size: in
         full, weights = attend(module, query, key, value, mask, **kwargs)
         mask = None if mask is None else mask[..., begin:]
         near, _ = attend(module, query, key[:, :, begin:], value[:, :, begin:], mask, **kwargs)
-        gate = gates[module.layer_idx].to(full.device)[:, None]
+        gate = gates[layers.index(module.layer_idx)].to(full.device)[:, None]
         return (gate * full + (1 - gate) * near).to(full.dtype), weights
 
-    with tapped(family_of(model).text_model(model), mixed):
+    with tapped(text_model, mixed):
         yield
 
 
@@ -124,7 +126,7 @@ def integrated_gradients(
     more than one layer's is held.
     """
     text_model = family_of(model).text_model(model)
-    shape = (text_model.config.num_hidden_layers, text_model.config.num_attention_heads)
+    shape = (len(ragged_layers(text_model.config)), text_model.config.num_attention_heads)
     dtype = torch.promote_types(model.dtype, torch.float32)
     total, losses = torch.zeros(shape, dtype=torch.float64), []
     for value in GATES:
@@ -153,7 +155,7 @@ def distortion_curves(model: PreTrainedModel, prompt: Prompt, answer: Tensor, wi
     def measured(
         attend: Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kwargs: Any
     ) -> Any:
-        ranking, residual = prompt.rankings[module.layer_idx], residuals[module.layer_idx]
+        ranking, residual = prompt.rankings[len(curves)], residuals[module.layer_idx]
         columns = head_columns(module.o_proj, query.shape[1], query.shape[3], query)
         lost = distortions(query[0], key[0], value[0], ranking, rows, kwargs["scaling"], columns)
         curves.append((lost / residual).double().mean(-1).T.cpu())

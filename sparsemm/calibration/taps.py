@@ -13,6 +13,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsemm.models.instances import forward_name, set_on_instance
+from sparsemm.models.layers import ragged_layers
 from sparsemm.models.projections import Projections
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
@@ -26,14 +27,16 @@ returns `[batch, n, num_query_heads, head_dim]`, and weights or None."""
 
 @contextmanager
 def tapped(text_model: nn.Module, tap: Tap) -> Iterator[None]:
-    """While the context lasts, `tap` answers every attention call of the language model."""
-    config = text_model.config
+    """While the context lasts, `tap` answers every attention call of the language model's layers with ragged rows."""
+    config, layers = text_model.config, ragged_layers(text_model.config)
     own = config._attn_implementation
     projections = Projections.of(text_model.layers[0].self_attn)
     attend: Attend = projections.interface.get_interface(own, projections.eager)
     name = f"{own}_tapped_{id(text_model)}"
 
     def through_tap(module: nn.Module, *states: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        if module.layer_idx not in layers:
+            return attend(module, *states, **kwargs)
         return tap(attend, module, *states, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS.register(name, through_tap)

@@ -16,6 +16,7 @@ from sparsemm.documents.pages import TextBox, sound_words
 from sparsemm.errors import DataError, SparseMMError
 from sparsemm.models import family_of
 from sparsemm.models.images import open_image
+from sparsemm.models.layers import ragged_layers
 from sparsemm.patching import patch
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def read_page(
         The new token ids, and int64 `[num_new_tokens, num_layers, num_query_heads]`: the column (of the prompt, then of
         the generated tokens) with each head's largest attention weight in the row that predicts the token.
     """
-    observer = TopColumns(family_of(model).text_model(model).config.num_hidden_layers)
+    observer = TopColumns(len(ragged_layers(family_of(model).text_model(model).config)))
     with patch(model, CompressionConfig(method="fullkv", budget=None), reserve=max_new_tokens) as handle:
         handle.observer = observer
         tokens, _ = stock_greedy(model, inputs, max_new_tokens, **generate)

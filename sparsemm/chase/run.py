@@ -16,6 +16,7 @@ from sparsemm.errors import ConfigError, DataError
 from sparsemm.head_scores import HeadScores
 from sparsemm.models import family_of
 from sparsemm.models.identity import identity_of
+from sparsemm.models.layers import ragged_layers
 from sparsemm.runs.finished import make_once
 from sparsemm.runs.results import environment
 
@@ -74,7 +75,8 @@ def chase(
         progress: Show a progress bar.
 
     Returns:
-        Scores `[num_layers, num_query_heads]`, with their provenance; saved as `output` if given.
+        Scores `[num_layers, num_query_heads]` of the layers with ragged rows, with their provenance; saved as `output`
+        if given.
 
     Raises:
         ConfigError: Unknown match rule, `max_new_tokens` below 1, `least_read` outside of 0..1, `exact_grid` of a model
@@ -92,7 +94,8 @@ def chase(
     if exact_grid and not family.pads_grid:
         raise ConfigError(f"exact_grid is of no use with {family.name}, whose grids hold no padding; leave it out")
     text_config = family.text_model(model).config
-    shape = (text_config.num_hidden_layers, text_config.num_attention_heads)
+    layers = ragged_layers(text_config)
+    shape = (len(layers), text_config.num_attention_heads)
     identity = identity_of(model)
     settings: dict[str, Any] = {
         "model": model_name or identity.name,
@@ -107,6 +110,8 @@ def chase(
         "num_kv_heads": text_config.num_key_value_heads,
         "shape": list(shape),
     }
+    if len(layers) < text_config.num_hidden_layers:
+        settings["layers"] = layers
     return make_once(
         pages,
         lambda page: chase_page(

@@ -106,6 +106,7 @@ def generate(
         "effective_budget": stats.effective_budget,
         "cache_bytes": stats.cache_bytes,
         "full_cache_bytes": stats.full_cache_bytes,
+        "sliding_bytes": stats.sliding_bytes,
         "prefill_ms": 1000 * output.prefill_seconds,
         "ms_per_token": output.ms_per_token,
         "graph": output.graph,
@@ -118,8 +119,9 @@ def generate(
         typer.echo(text)
     share = 100 * stats.effective_budget / max(1, stats.prompt_tokens[0])
     speed = "" if output.ms_per_token is None else f", {output.ms_per_token:.1f} ms/token"
+    beside = f" beside {stats.sliding_bytes:,} of sliding windows" if stats.sliding_bytes else ""
     typer.echo(
         f"[{method}] {stats.effective_budget:.2f} of {stats.prompt_tokens[0]} prompt rows ({share:.0f} %) kept per kv "
-        f"head; cache {stats.cache_bytes:,} bytes with its room for {max_new_tokens} new tokens{speed}",
+        f"head; cache {stats.cache_bytes:,} bytes with its room for {max_new_tokens} new tokens{beside}{speed}",
         err=True,
     )

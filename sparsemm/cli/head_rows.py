@@ -38,6 +38,7 @@ def head_rows(
     """
     from sparsemm.experiments.head_rows import changes, format_head_rows, head_rows_experiment
     from sparsemm.experiments.session import PageReader
+    from sparsemm.models.layers import ragged_layers
     from sparsemm.runs.plots import LABELS, save_figure
     from sparsemm.viz.heads import draw_head_rows
     from sparsemm.viz.reading import choose_heads
@@ -50,7 +51,7 @@ def head_rows(
     claim(path, path.with_suffix(".png"))
     network, processor = model.load()
     text = network.config.get_text_config()
-    shape = (text.num_hidden_layers, text.num_key_value_heads)
+    shape = (len(ragged_layers(text)), text.num_key_value_heads)
     chosen = choose_heads(None, shape, names=parse_list(heads)) if heads else None
     reader = PageReader(network, processor, pages, output=path, model_name=model.name, **reading.how)
     results = head_rows_experiment(reader, config, rows=rows, heads=chosen)

@@ -122,13 +122,14 @@ class Heads:
 
         Only naming heads by their rank needs scores.
         """
+        from sparsemm.models.layers import ragged_layers
         from sparsemm.viz.reading import choose_heads, read_with_attention
 
         table = scores.find(model.model)
         inputs = question.inputs()
         network, processor = model.load()
         text = network.config.get_text_config()
-        shape = (text.num_hidden_layers, text.num_attention_heads)
+        shape = (len(ragged_layers(text)), text.num_attention_heads)
         named = self.heads or self.top is not None or self.bottom is not None
         top, bottom = (self.top or 0, self.bottom or 0) if named else default
         heads = choose_heads(table, shape, names=parse_list(self.heads), top=top, bottom=bottom)

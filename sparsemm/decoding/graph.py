@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sparsemm.cache import SparseCache
+from sparsemm.models.layers import sliding_windows
 from sparsemm.ops.backends import missing_reason
 from sparsemm.plan import GROWTH_ROWS
 
@@ -27,11 +28,14 @@ def why_no_graph(text_model: nn.Module, decode_backend: str = "auto") -> str | N
         return "the language model is not on a GPU"
     if len(devices) > 1:
         return f"the language model is spread over {len(devices)} devices"
+    if any(sliding_windows(text_model.config)):
+        return "layers with a sliding window keep transformers' own cache, which moves at every token"
     head_dim = text_model.layers[0].self_attn.head_dim
     if reason := missing_reason("cuda", devices.pop(), text_model.dtype, head_dim):
         return f"the kernels cannot serve ({reason}), and their PyTorch twins read lengths on the host"
     rope_type = getattr(text_model.rotary_emb, "rope_type", "default")
-    if any(kind in rope_type for kind in _ROPE_THAT_READS_POSITIONS):
+    rope_types = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
+    if any(kind in each for kind in _ROPE_THAT_READS_POSITIONS for each in rope_types):
         return f"rotary embedding of type {rope_type!r} reads positions on the host"
     return None
 

@@ -98,7 +98,7 @@ class DecodeLoop:
         self.cache, self.step, self.runner = cache, step, None
         remaining = max_length - self.prompt_columns - 1
         if remaining > 0:
-            step.by_model = not self._layers_serve(step)
+            step.by_model = bool(cache.plan.sliding_windows) or not self._layers_serve(step)
         clock.mark()
         monitor.note()
         if remaining > 0 and not monitor.finished():

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from sparsemm.cache import SparseCache
 from sparsemm.errors import UnsupportedModelError
 from sparsemm.models import family_of
+from sparsemm.models.layers import rotary_embeddings
 
 
 class DecodeStep:
@@ -16,7 +17,7 @@ class DecodeStep:
     Calling it runs only device work on tensors that stay where they are: every shape is the same at each step, nothing
     is read back, no allocation depends on a length. So one call can be captured in a CUDA graph and replayed. The
     decoder layers are called directly: the model around them prepares masks and checks arguments on the host. Where it
-    does more than that (`verdict.layers_serve`), `by_model` makes every step a forward of the model.
+    does more than that (`verdict.layers_serve`, sliding windows), `by_model` makes every step a forward of the model.
 
     Attributes:
         token: int64 `[batch, 1]`, the token to feed; set before each step.
@@ -63,15 +64,19 @@ class DecodeStep:
     def forward_of_model(self) -> Tensor:
         """Logits `[batch, vocab_size]` of the token by the model's own forward, which accounts for it in the cache."""
         output = self.model(
-            input_ids=self.token, position_ids=self.positions, past_key_values=self.cache, use_cache=True
+            input_ids=self.token,
+            attention_mask=self.cache.mask_of_next(1),
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
         )
         return output.logits[:, -1]
 
     def forward_of_layers(self) -> Tensor:
         """The same by the decoder layers, after `cache.begin_steps`."""
         hidden_states = self.text_model.embed_tokens(self.token)
-        position_embeddings = self.text_model.rotary_emb(hidden_states, self.positions)
-        for layer in self.text_model.layers:
+        embeddings = rotary_embeddings(self.text_model, hidden_states, self.positions)
+        for layer, position_embeddings in zip(self.text_model.layers, embeddings, strict=True):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=None,

@@ -29,6 +29,7 @@ from sparsemm.head_scores import HeadScores, rank_correlation
 from sparsemm.methods import METHODS, BudgetRequest, get_method, register_method
 from sparsemm.methods.method import ModelBudgetRule
 from sparsemm.models import family_of
+from sparsemm.models.layers import ragged_layers
 from sparsemm.runs.markdown import markdown_table
 from sparsemm.runs.results import RunFile
 
@@ -90,7 +91,7 @@ def head_rows_experiment(
         DataError: The reader's output holds another experiment.
     """
     text_config = family_of(reader.model).text_model(reader.model).config
-    shape = (text_config.num_hidden_layers, text_config.num_key_value_heads)
+    shape = (len(ragged_layers(text_config)), text_config.num_key_value_heads)
     if rows is None:
         rows = config.budget if get_method(config.method).compresses else config.window_size
     if rows < config.window_size:

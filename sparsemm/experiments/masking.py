@@ -13,6 +13,7 @@ from sparsemm.errors import ConfigError
 from sparsemm.experiments.session import PageReader, PageScores, page_scores
 from sparsemm.head_scores import heads_of_share
 from sparsemm.models import family_of
+from sparsemm.models.layers import ragged_layers
 from sparsemm.plan import Plan
 from sparsemm.runs.markdown import table_of
 from sparsemm.runs.metrics import METRICS
@@ -79,7 +80,7 @@ def masking_experiment(
         DataError: The reader's output holds another experiment.
     """
     text_config = family_of(reader.model).text_model(reader.model).config
-    head_scores.check_shape(text_config.num_hidden_layers, text_config.num_attention_heads)
+    head_scores.check_shape(len(ragged_layers(text_config)), text_config.num_attention_heads)
     configs = _configs(head_scores, num_heads, seeds, mask_mode)
     total = head_scores.values.numel()
     results = reader.run(

@@ -144,11 +144,16 @@ class ModelFamily(ABC):
                 return_tensors="pt",
                 # A template that writes the beginning-of-text token itself must not get a second one.
                 add_special_tokens=not (bos and all(text.startswith(bos) for text in texts)),
+                **self.call_options(processor),
             )
         except ValueError as error:  # an image too narrow for its patches, an image token in a prompt
             raise DataError(f"the processor takes no such images and prompts ({error}); change them") from error
         inputs = self.finish_inputs(processor, inputs)
         return inputs if device is None else inputs.to(device)
+
+    def call_options(self, processor: ProcessorMixin) -> dict[str, Any]:
+        """Hook: what only this family's processor is told beside images and text."""
+        return {}
 
     def finish_inputs(self, processor: ProcessorMixin, inputs: BatchFeature) -> BatchFeature:
         """Hook: entries that only this family's model needs."""

@@ -106,10 +106,19 @@ def base_layout(side: int, num_rows: int, num_cols: int) -> ImageLayout:
     )
 
 
-def tiled_layout(tile_rows: int, tile_cols: int, side: int, overview: str) -> ImageLayout:
-    """Tiles of `side` x `side` tokens, tile by tile, then the whole image once more as part `overview`.
+def tiled_layout(
+    tile_rows: int,
+    tile_cols: int,
+    side: int,
+    overview: str,
+    *,
+    overview_first: bool = False,
+    region: Region | None = None,
+) -> ImageLayout:
+    """Tiles of `side` x `side` tokens, tile by tile, and the whole image as part `overview` behind or before them.
 
-    A single tile is the whole image and has no overview; no tile at all leaves the overview alone.
+    A single tile is the whole image and has no overview; no tile at all leaves the overview alone. The tiles cover
+    `region`, by default the whole image.
     """
     rows, cols = grid_cells(side, side)
     across, down = grid_cells(tile_rows, tile_cols)
@@ -119,9 +128,12 @@ def tiled_layout(tile_rows: int, tile_cols: int, side: int, overview: str) -> Im
     grids = {"tiles": (tile_rows * side, tile_cols * side)} if tokens else {}
     parts = ("tiles",) * tokens
     if tile_rows * tile_cols != 1:
-        all_rows, all_cols = [*all_rows, rows], [*all_cols, cols]
+        begin = 0 if overview_first else len(all_rows)
+        all_rows.insert(begin, rows)
+        all_cols.insert(begin, cols)
         grids[overview] = (side, side)
-        parts += (overview,) * (side * side)
+        whole = (overview,) * (side * side)
+        parts = whole + parts if overview_first else parts + whole
     return ImageLayout(
         columns=torch.arange(len(parts)),
         parts=parts,
@@ -129,6 +141,7 @@ def tiled_layout(tile_rows: int, tile_cols: int, side: int, overview: str) -> Im
         cols=torch.cat(all_cols),
         grids=grids,
         main_part="tiles" if tokens else overview,
+        regions={} if region is None else {"tiles": region},
     )
 
 

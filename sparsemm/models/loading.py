@@ -12,6 +12,7 @@ from torch import nn
 
 from sparsemm.errors import ConfigError, DataError, UnsupportedModelError
 from sparsemm.models.family import ModelFamily
+from sparsemm.models.gemma3 import GEMMA3
 from sparsemm.models.glm4v import GLM4V
 from sparsemm.models.idefics3 import IDEFICS3, SMOLVLM
 from sparsemm.models.internvl import INTERNVL
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 _FAMILIES = (
     LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, QWEN2_VL, QWEN2_5_VL, QWEN3_VL, QWEN3_VL_MOE, INTERNVL, GLM4V, IDEFICS3,
-    SMOLVLM, MISTRAL3,
+    SMOLVLM, MISTRAL3, GEMMA3,
 )  # fmt: skip
 FAMILIES: dict[str, ModelFamily] = {family.name: family for family in _FAMILIES}
 """Families of models with images, by `model_type`; every other language model is one of `TEXT_ONLY`."""

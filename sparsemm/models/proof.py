@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sparsemm.errors import UnsupportedModelError
 from sparsemm.models.instances import Findings, device_of, forward_name, set_on_instance
+from sparsemm.models.layers import rotary_embeddings, sliding_windows
 from sparsemm.models.projections import Projections
 
 _COLUMNS = 4
@@ -41,11 +42,13 @@ _ARGUMENTS = {
     "s_aux": "it has attention sinks (a learned logit beside the keys), which attention over kept rows has not",
 }
 
-_proved: Findings[tuple[Projections, ...]] = Findings()
+_proved: Findings[tuple[Projections | None, ...]] = Findings()
 
 
-def proved_projections(text_model: nn.Module) -> tuple[Projections, ...]:
-    """The projections of every layer of a language model, proved.
+def proved_projections(text_model: nn.Module) -> tuple[Projections | None, ...]:
+    """The projections of every layer of a language model, proved; None for a layer with a sliding window among others.
+
+    Such a layer keeps its own forward; of it, only that it uses its cache as transformers' own is proved.
 
     The verdict is remembered until a forward, a weight or a setting of an attention module changes. A layer whose
     weights are on the meta device is taken as it reads. The random state, the mode and the hooks of the model are left
@@ -89,56 +92,60 @@ def _check_layer_types(text_model: nn.Module) -> None:
     layer_types = getattr(config, "layer_types", None)
     if layer_types is None and window is not None and getattr(config, "use_sliding_window", True):
         layer_types = ["sliding_attention"] * len(text_model.layers)
+    apart = sliding_windows(config)
     for layer_idx, (layer, kind) in enumerate(zip(text_model.layers, layer_types or (), strict=False)):
-        if kind != "full_attention":
+        if kind != "full_attention" and apart[layer_idx] is None:
             with _layer(layer_idx, layer):
                 raise UnsupportedModelError(_LAYER_TYPES.get(kind, f"it is of type {kind!r}").format(window or "some"))
 
 
 def _prove(
     text_model: nn.Module, attentions: Sequence[nn.Module], read: Sequence[Projections]
-) -> tuple[Projections, ...]:
+) -> tuple[Projections | None, ...]:
     devices = [device_of(module) for module in attentions]
+    apart = sliding_windows(text_model.config)
+    proved = [each if window is None else None for each, window in zip(read, apart, strict=True)]
     if all(device.type == "meta" for device in devices):
-        return tuple(read)
+        return tuple(proved)
     config = copy.deepcopy(text_model.config)
     config._attn_implementation = _NAME
-    proved = list(read)
     with torch.no_grad(), _eval_mode(attentions):
-        columns = _columns(text_model)
-        for layer_idx, (module, device) in enumerate(zip(attentions, devices, strict=True)):
+        every_layers = _columns(text_model)
+        for layer_idx, (module, device, columns) in enumerate(zip(attentions, devices, every_layers, strict=True)):
             if device.type != "meta":
                 with _layer(layer_idx, text_model.layers[layer_idx]):
                     recorder = _Recorder({name: _moved(each, device) for name, each in columns.items()})
                     recorder.run(module, read[layer_idx], config)
                     recorder.check(layer_idx)
-                    proved[layer_idx] = recorder.proved(module, read[layer_idx])
+                    if proved[layer_idx] is not None:
+                        recorder.check_arguments()
+                        proved[layer_idx] = recorder.proved(module, read[layer_idx])
     return tuple(proved)
 
 
-def _columns(text_model: nn.Module) -> dict[str, Any]:
-    """Arguments of an attention module for random columns, the rotation of M-RoPE positions where the model has them;
-    `position_ids` are of another place, where only what ignores them gives the same."""
+def _columns(text_model: nn.Module) -> list[dict[str, Any]]:
+    """Arguments of each layer's attention for random columns, the rotation of M-RoPE positions where the model has
+    them; `position_ids` are of another place, where only what ignores them gives the same."""
     config, rotary_emb = text_model.config, getattr(text_model, "rotary_emb", None)
     hidden_states = torch.randn(1, _COLUMNS, config.hidden_size, generator=torch.Generator().manual_seed(0))
     hidden_states, position_ids = hidden_states.to(text_model.dtype), torch.tensor([[3, 1, 7, 12]])
-    embeddings = None
+    embeddings: list[Any] = [None] * len(text_model.layers)
     if rotary_emb is not None:
         three_axes = "mrope_section" in (getattr(config, "rope_parameters", None) or {})
         rotated = torch.stack([position_ids, position_ids.flip(1), position_ids + 5]) if three_axes else position_ids
         device = next(rotary_emb.buffers(), hidden_states).device
         try:
-            embeddings = rotary_emb(hidden_states.to(device), rotated.to(device))
+            embeddings = rotary_embeddings(text_model, hidden_states.to(device), rotated.to(device))
         except TypeError as error:
             raise UnsupportedModelError(
                 f"the language model's rotary embedding is not one of positions alone ({error})"
             ) from error
-    return {
+    same = {
         "hidden_states": hidden_states,
-        "position_embeddings": embeddings,
         "attention_mask": torch.zeros(1, 1, _COLUMNS, _COLUMNS, dtype=text_model.dtype),
         "position_ids": position_ids + _EARLIER,
     }
+    return [{**same, "position_embeddings": each} for each in embeddings]
 
 
 class _Recorder:
@@ -197,14 +204,17 @@ class _Recorder:
         """Refuse what attention over kept rows would not honour."""
         if len(self.states) != 1:
             raise UnsupportedModelError("it does not attend once, through transformers' attention interface")
-        for name, value in self.arguments.items():
-            if not self._is_honoured(name, value):
-                unknown = f"it hands {name} to its attention function, which attention over kept rows does not know"
-                raise UnsupportedModelError(_ARGUMENTS.get(name, unknown).format(value))
         (states,) = self.states
         stored = [(id(key), id(value), index) for key, value, index in self.stored]
         if stored != [(id(states["key"]), id(states["value"]), layer_idx)]:
             raise UnsupportedModelError("it does not put the keys and values that it attends to into its cache, once")
+
+    def check_arguments(self) -> None:
+        """Refuse what came with them and attention over kept rows cannot honour."""
+        for name, value in self.arguments.items():
+            if not self._is_honoured(name, value):
+                unknown = f"it hands {name} to its attention function, which attention over kept rows does not know"
+                raise UnsupportedModelError(_ARGUMENTS.get(name, unknown).format(value))
 
     def _is_honoured(self, name: str, value: Any) -> bool:
         if name == "attention_mask":

@@ -19,6 +19,7 @@ from sparsemm.errors import ConfigError, DataError
 from sparsemm.models import family_of
 from sparsemm.models.geometry import ImageLayout, Region
 from sparsemm.models.images import open_image
+from sparsemm.models.layers import ragged_layers
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -134,8 +135,9 @@ class AttentionRows:
 
 
 def attention_scaling(model: PreTrainedModel) -> list[float]:
-    """The factor of each layer's attention logits, head_dim ** -0.5 as a rule."""
-    return [layer.self_attn.scaling for layer in family_of(model).text_model(model).layers]
+    """The factor of the attention logits of each layer with ragged rows, head_dim ** -0.5 as a rule."""
+    text_model = family_of(model).text_model(model)
+    return [text_model.layers[index].self_attn.scaling for index in ragged_layers(text_model.config)]
 
 
 def cached_keys(layer: SparseLayer) -> Tensor:

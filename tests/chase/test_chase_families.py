@@ -43,12 +43,14 @@ def brute_force(name: str, page: SimpleNamespace) -> np.ndarray:
     ids = result.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     chunks = match_rule("aligned")(token_texts(processor.tokenizer, ids), [word.text for word in page.words])
     text = model.config.get_text_config()
-    totals = [[Fraction(0)] * text.num_attention_heads for _ in range(text.num_hidden_layers)]
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    full = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+    totals = [[Fraction(0)] * text.num_attention_heads for _ in full]
     for step, chunk in enumerate(chunks):
         if chunk is None:
             continue
         region = set(layout.tokens_in_box(page.words[chunk].box, page.image.size).tolist())
-        for layer, row in enumerate(totals):
+        for layer, row in zip(full, totals, strict=True):
             for head in range(len(row)):
                 if int(result.attentions[step][layer][0, head, -1].argmax()) in region:
                     row[head] += Fraction(1, len(region))

@@ -107,7 +107,7 @@ def test_eviction_is_a_masked_full_cache(name):
 
 
 @pytest.mark.parametrize("mode", ["zero_query", "zero_output"])
-@pytest.mark.parametrize("name", ["qwen3_vl", "internvl", "phi3"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "internvl", "phi3", "gemma3"])
 def test_masked_heads_equal_a_model_with_edited_weights(name, mode):
     """q/k norms; biases; one projection for query, key and value."""
     model, processor = toy(name)

@@ -69,6 +69,7 @@ SERVED = {
     "phi3": {"sliding_window": None, **YARN_FREE},
     "smollm3": {"num_hidden_layers": 4},
     "cohere2": {"sliding_window": None, **ALL_FULL},
+    "gemma3_text": {"query_pre_attn_scalar": 16, **ALL_FULL},
 }
 
 
@@ -77,7 +78,8 @@ def test_what_is_served(kind: str) -> None:
     text_model = language_model(kind, **SERVED[kind])
     found = proved_projections(text_model)
     assert len(found) == len(text_model.layers)
-    norms = {"qwen3": "head", "qwen3_moe": "head", "apertus": "head", "olmo2": "width"}.get(kind)
+    norms = dict.fromkeys(("qwen3", "qwen3_moe", "apertus", "gemma3_text"), "head") | {"olmo2": "width"}
+    norms = norms.get(kind)
     assert {each.norms for each in found} == {norms}
     assert {each.scaling for each in found} == {0.3 if kind == "granite" else 0.25}
     assert (found[0].fused == (64, 32, 32)) == (kind == "phi3")
@@ -89,7 +91,8 @@ REFUSED = {
     "soft cap": ("gemma2", ALL_FULL, "caps its attention logits at 50"),
     "sinks": ("gpt_oss", {**ALL_FULL, **YARN_FREE, "num_local_experts": 2}, "attention sinks"),
     "sliding window": ("mistral", {"sliding_window": 8}, "sliding window of 8 tokens"),
-    "some sliding layers": ("gemma2", {}, "layer 0 .*sliding window of 4096"),
+    "soft cap beside sliding layers": ("gemma2", {}, "layer 1 .*caps its attention logits"),
+    "only sliding layers": ("gemma3_text", {"layer_types": ["sliding_attention"] * 2}, "layer 0 .*window of 4096"),
     "chunks": ("llama4_text", {"num_local_experts": 2, "intermediate_size_mlp": 32}, "chunked attention"),
     "latent, V2": ("deepseek_v2", LATENT, "latent attention"),
     "latent, V3": ("deepseek_v3", {**LATENT, "n_group": 1, "topk_group": 1}, "latent attention"),
@@ -101,7 +104,6 @@ REFUSED = {
     "queries scaled by position": ("ministral3", {"sliding_window": None}, "its query is not what"),
     "a mask of its own": ("doge", {}, "not attend by the mask it is given"),
     "other names": ("phi", {}, "its parts are dense, k_proj"),
-    "one rotation a kind of layer": ("gemma3_text", ALL_FULL, "not one of positions alone"),
 }
 
 
@@ -110,6 +112,44 @@ def test_what_is_refused(why: str) -> None:
     kind, settings, message = REFUSED[why]
     with pytest.raises(UnsupportedModelError, match=message):
         proved_projections(language_model(kind, **settings))
+
+
+def _beside_sliding_layers(**settings: Any) -> nn.Module:
+    return language_model("gemma3_text", layer_types=["sliding_attention", "full_attention"], **settings)
+
+
+def test_sliding_layers_stay_as_they_are() -> None:
+    text_model = _beside_sliding_layers(sliding_window=8, query_pre_attn_scalar=4)
+    sliding, full = proved_projections(text_model)
+    assert sliding is None and full.scaling == 0.5 and full.norms == "head" and full.rotary is not None
+
+
+@pytest.mark.parametrize("layer_idx", [0, 1])
+def test_a_layer_is_rotated_as_its_kind_is(layer_idx: int) -> None:
+    """The positions of the other kind's rotation would be noticed, in the layers that are served."""
+    text_model = _beside_sliding_layers()
+    attention = text_model.layers[layer_idx].self_attn
+    original = attention.forward
+
+    def forward(**kwargs: Any) -> Any:
+        cos, sin = text_model.rotary_emb(kwargs["hidden_states"], torch.tensor([[3, 1, 7, 12]]), "sliding_attention")
+        return original(**{**kwargs, "position_embeddings": (cos, sin)})
+
+    attention.forward = forward
+    if layer_idx == 0:
+        assert proved_projections(text_model)[0] is None
+    else:
+        with pytest.raises(UnsupportedModelError, match="layer 1 .*its query is not what"):
+            proved_projections(text_model)
+
+
+def test_a_sliding_layer_that_keeps_no_keys_is_refused() -> None:
+    text_model = _beside_sliding_layers()
+    attention = text_model.layers[0].self_attn
+    original = attention.forward
+    attention.forward = lambda **kwargs: original(**{**kwargs, "past_key_values": None})
+    with pytest.raises(UnsupportedModelError, match="layer 0 .*into its cache, once"):
+        proved_projections(text_model)
 
 
 def test_attention_in_both_directions_is_refused() -> None:

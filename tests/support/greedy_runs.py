@@ -9,6 +9,7 @@ import torch
 import sparsemm
 from sparsemm.head_scores import Curves
 from sparsemm.models import family_of
+from sparsemm.models.layers import ragged_layers
 from sparsemm.plan import Plan
 
 TOLERANCE = 1e-5
@@ -23,7 +24,7 @@ def config(method="snapkv", budget=16, **settings):
 def scores(model, seed=0):
     text = model.config.get_text_config()
     generator = torch.Generator().manual_seed(seed)
-    shape = (text.num_hidden_layers, text.num_attention_heads)
+    shape = (len(ragged_layers(text)), text.num_attention_heads)
     return sparsemm.HeadScores(torch.rand(shape, generator=generator, dtype=torch.float64) ** 4)
 
 
@@ -93,7 +94,8 @@ def without_heads(model, table, share, mode):
     values = torch.as_tensor(table.values)
     for index in values.flatten().argsort(descending=True)[: int(share * values.numel())].tolist():
         layer_idx, head = divmod(index, values.shape[1])
-        attention = family_of(edited).text_model(edited).layers[layer_idx].self_attn
+        text_model = family_of(edited).text_model(edited)
+        attention = text_model.layers[ragged_layers(text_model.config)[layer_idx]].self_attn
         rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
         query = attention.qkv_proj if hasattr(attention, "qkv_proj") else attention.q_proj
         with torch.no_grad():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 from reference import kept_positions
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 MARGIN = 1e-5  # below this the float32 scores may order two positions differently
 
@@ -23,8 +24,12 @@ class MaskedTwin:
         self.dropped, self.kept, self.margin = {}, {}, np.inf
 
     def __call__(self, module, query, key, value, attention_mask, scaling, **kwargs):
-        layer_idx, prompt = module.layer_idx, query.shape[2]
-        if layer_idx not in self.dropped:
+        prompt = query.shape[2]
+        layer_types = getattr(module.config, "layer_types", None) or ["full_attention"] * (module.layer_idx + 1)
+        layer_idx = layer_types[: module.layer_idx].count("full_attention")
+        if layer_types[module.layer_idx] != "full_attention":
+            dropped = None
+        elif layer_idx not in self.dropped:
             self._choose(layer_idx, query[0], key[0], scaling)
             dropped = None
         else:
@@ -32,9 +37,10 @@ class MaskedTwin:
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         logits = query @ key.transpose(2, 3) * scaling
-        columns = torch.arange(key.shape[2])
-        future = columns > (key.shape[2] - prompt + torch.arange(prompt))[:, None]
-        logits = logits.masked_fill(future, float("-inf"))
+        if attention_mask is None:
+            columns = torch.arange(key.shape[2])
+            attention_mask = columns <= (key.shape[2] - prompt + torch.arange(prompt))[:, None]
+        logits = logits.masked_fill(~attention_mask, float("-inf"))
         if dropped is not None:
             hidden = torch.nn.functional.pad(dropped, (0, key.shape[2] - dropped.shape[1]))
             logits = logits.masked_fill(hidden.repeat_interleave(group, 0)[:, None], float("-inf"))
@@ -67,5 +73,6 @@ class MaskedTwin:
     def take_the_place_of_attention(self, model):
         """From now on the text part of `model` (unpatched) attends by this twin."""
         AttentionInterface.register("masked_twin", self)
+        AttentionMaskInterface.register("masked_twin", sdpa_mask)
         one_config = model.config.get_text_config() is model.config
         model.set_attn_implementation("masked_twin" if one_config else {"text_config": "masked_twin"})

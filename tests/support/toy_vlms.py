@@ -11,6 +11,7 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.glm4v.image_processing_pil_glm4v import Glm4vImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -40,6 +41,10 @@ TEXT: dict[str, Any] = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
+_SLIDING: dict[str, Any] = dict(
+    num_hidden_layers=4, sliding_window=12, query_pre_attn_scalar=24,
+    layer_types=["sliding_attention", "full_attention"] * 2,
+)  # fmt: skip
 _VISION = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
 _CLIP = dict(model_type="clip_vision_model", image_size=TILE, patch_size=7, projection_dim=32, **_VISION)
 _SIGLIP = dict(model_type="siglip_vision_model", image_size=TILE, patch_size=7, vision_use_head=False, **_VISION)
@@ -58,8 +63,8 @@ _TEMPLATE = (
 
 
 @functools.cache
-def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character, and every special token that a family's processor asks for."""
+def tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    """One token a character, and every special token that a family's processor asks for; `special` names more."""
     vocabulary = {character: 4 + index for index, character in enumerate(CHARACTERS)} | ID
     taken = set(vocabulary.values())
     vocabulary |= {f"[{index}]": index for index in range(VOCAB_SIZE) if index not in taken}
@@ -79,6 +84,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
             "end_image_token": "<end>",
             "context_image_token": "<image>",
             "video_token": "<video>",
+            **special,
         },
     )
 
@@ -161,6 +167,21 @@ def _qwen3_vl(name: str = "qwen3_vl", **text: Any) -> tuple[Any, ProcessorMixin]
     return _qwen_vl(name, text, num_position_embeddings=16, deepstack_visual_indexes=[0, 1])
 
 
+def _gemma3(pan_and_scan: bool = False) -> tuple[Any, ProcessorMixin]:
+    config = transformers.Gemma3Config(
+        vision_config={**_SIGLIP, "image_size": 2 * TILE},
+        text_config={"model_type": "gemma3_text", **TEXT, **_SLIDING}, mm_tokens_per_image=16,
+        image_token_index=ID["<image>"], boi_token_index=ID["<start>"],
+        eoi_token_index=ID["<end>"], tie_word_embeddings=False,
+    )  # fmt: skip
+    images = Gemma3ImageProcessorPil(
+        size={"height": 2 * TILE, "width": 2 * TILE}, do_pan_and_scan=pan_and_scan or None,
+        pan_and_scan_min_crop_size=16,
+    )  # fmt: skip
+    special = {"image_token": "<image>", "boi_token": "<start>", "eoi_token": "<end>"}
+    return config, _processor("Gemma3Processor", images, image="<start>", special=special, image_seq_length=16)
+
+
 def _mistral3() -> tuple[Any, None]:
     """Without its processor, which imports torchvision; `mistral3_inputs` stands in for it."""
     config = transformers.Mistral3Config(
@@ -220,9 +241,11 @@ def _smolvlm() -> tuple[Any, ProcessorMixin]:
     return config, _processor("SmolVLMProcessor", images, image_seq_len=4)
 
 
-def _processor(name: str, image_processor: Any, *, image: str = "<image>", **settings: Any) -> ProcessorMixin:
+def _processor(
+    name: str, image_processor: Any, *, image: str = "<image>", special: dict[str, str] | None = None, **settings: Any
+) -> ProcessorMixin:
     template = _TEMPLATE.format(image=image)
-    return still_images(name)(image_processor, tokenizer(), chat_template=template, **settings)
+    return still_images(name)(image_processor, tokenizer(**special or {}), chat_template=template, **settings)
 
 
 TOYS: dict[str, Callable[[], tuple[Any, ProcessorMixin]]] = {
@@ -232,6 +255,8 @@ TOYS: dict[str, Callable[[], tuple[Any, ProcessorMixin]]] = {
     "internvl": _internvl,
     "internvl, qwen3": lambda: _internvl("qwen3"),
     "glm4v": _glm4v,
+    "gemma3": _gemma3,
+    "gemma3, crops": lambda: _gemma3(pan_and_scan=True),
     "idefics3": _idefics3,
     "smolvlm": _smolvlm,
     "qwen2_5_vl": _qwen2_5_vl,
@@ -247,6 +272,11 @@ LANGUAGE_MODELS: dict[str, Callable[[], tuple[Any, ProcessorMixin]]] = {
     "qwen3": lambda: _language_model("qwen3"),
     "phi3": lambda: _language_model("phi3", sliding_window=None, **_PLAIN_ROPE),
     "smollm3": lambda: _language_model("smollm3", no_rope_layers=[1, 0]),
+    "gemma3_text": lambda: _language_model("gemma3_text", **_SLIDING),
+    "gemma3_text, none sliding": lambda: _language_model("gemma3_text", layer_types=["full_attention"] * 2),
+    "cohere2": lambda: _language_model(
+        "cohere2", num_hidden_layers=4, sliding_window=12, layer_types=["sliding_attention", "full_attention"] * 2
+    ),
     "granite": lambda: _language_model(
         "granite", attention_multiplier=0.4, embedding_multiplier=3.0, residual_multiplier=0.7, logits_scaling=2.0
     ),
