@@ -1,4 +1,4 @@
-"""Files that are either complete or absent: results are written to a temporary name and renamed."""
+"""Files that are either complete or absent: results are written to a temporary name and renamed. And the hub."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from sparsemm.errors import DataError
 
 
 def write_bytes_atomic(path: str | os.PathLike[str], data: bytes) -> None:
@@ -54,3 +56,26 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise DataError(f"{path} cannot be read ({error.strerror}); give a file") from error
     except ValueError as error:  # not UTF-8, or not JSON
         raise DataError(f"{path} is not valid JSON ({error}); it may be truncated: make it again") from error
+
+
+def reach_hub(name: str, file: str, *, kind: str = "model") -> None:
+    """Ask the Hugging Face hub once for a file of `name`, a "model" or "dataset", unless it is here already.
+
+    The libraries that load it would ask for half a minute before they said that there is no network.
+
+    Raises:
+        DataError: The hub does not answer, or `name` cannot be one of its ids. What it answers is not looked at.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        if not isinstance(try_to_load_from_cache(name, file, repo_type=kind), str):
+            get_hf_file_metadata(hf_hub_url(name, file, repo_type=kind))
+    except HfHubHTTPError:  # an answer
+        return
+    except Exception as error:  # of whichever library huggingface_hub asks with
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{name} is not here, and the hub does not answer ({reason}); check the name, or the network"
+        ) from error

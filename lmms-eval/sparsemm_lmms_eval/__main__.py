@@ -63,12 +63,12 @@ def run(
     from sparsemm_lmms_eval.runner import run_cells
 
     given = {name: value for name, value in dataclasses.asdict(loading).items() if value is not None}
-    names = list(METHODS) if methods == "all" else parse_list(methods)
+    names = list(METHODS) if methods == "all" else parse_list(methods, "--methods")
     if settings.any_head_scores:
         given["any_head_scores"] = True
     shared = Shared(model, settings, limit, given)
     usable = names if ablation else usable_methods(names, shared.head_scores) or names
-    chosen_tasks = None if tasks is None else parse_list(tasks)
+    chosen_tasks = None if tasks is None else parse_list(tasks, "--tasks")
     chosen_budgets = None if budgets is None else parse_integers(budgets, "--budgets")
     if ablation == "parts":
         cells = parts_grid(shared, chosen_tasks, chosen_budgets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import logging
 import math
@@ -11,9 +12,9 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsemm.errors import DataError
 from sparsemm.io import read_json, write_bytes_atomic, write_json_atomic
@@ -21,6 +22,9 @@ from sparsemm.runs.results import environment
 from sparsemm.runs.spread import show_spread, spread_of
 from sparsemm_lmms_eval import TASKS_FOLDER
 from sparsemm_lmms_eval.grid import OFFLINE_TASKS, Cell
+
+if TYPE_CHECKING:
+    from lmms_eval.tasks import TaskManager
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +38,12 @@ def run_cells(
 
     With one process all cells share one loaded model. With several, each cell is a `torchrun` of its own, data
     parallel: were one of its processes to fail, it could not take the others of later cells with it.
+
+    Raises:
+        DataError: A task is neither one of lmms-eval's nor of this package; no cell was begun.
     """
     missing = [cell for cell in cells if not (cell.folder(output) / DONE).is_file()]
+    _check_tasks({cell.task for cell in missing})
     report(f"{len(cells)} cells, {len(cells) - len(missing)} of them finished before")
     failed = []
     runner = _InProcess() if num_processes == 1 else _Torchrun(num_processes)
@@ -55,6 +63,23 @@ def run_cells(
         else:
             report(f"    {describe(summary)}")
     return failed
+
+
+def _check_tasks(tasks: Collection[str]) -> None:
+    known = _task_manager(tasks).all_tasks
+    if unknown := sorted(set(tasks) - set(known)):
+        close = difflib.get_close_matches(unknown[0], known, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else "check its name"
+        raise DataError(f"task {unknown[0]!r} is not one of lmms-eval's or this package's; {hint}")
+
+
+def _task_manager(tasks: Collection[str]) -> TaskManager:
+    """A new one for each cell: a task's module may keep state (OCRBench adds up its scores in one). Reading all of
+    lmms-eval's tasks takes seconds, which the offline ones need not wait for."""
+    from lmms_eval.tasks import TaskManager
+
+    own = set(tasks) <= set(OFFLINE_TASKS)
+    return TaskManager("ERROR", include_path=str(TASKS_FOLDER), include_defaults=not own)
 
 
 def describe(summary: dict[str, Any]) -> str:
@@ -122,17 +147,10 @@ def run_cell(cell: Cell, folder: Path, model: Any) -> None:
     """
     from lmms_eval import evaluator
     from lmms_eval.loggers import EvaluationTracker
-    from lmms_eval.tasks import TaskManager
     from lmms_eval.utils import get_datetime_str
 
     start = time.perf_counter()
     model.use(progress=folder / PROGRESS, **cell.settings)
-    # A new one for each cell: a task's module may keep state (OCRBench adds up its scores in one). Reading all of
-    # lmms-eval's tasks takes seconds, which the offline ones need not wait for.
-    own = cell.task in OFFLINE_TASKS
-    manager = TaskManager("ERROR", include_path=str(TASKS_FOLDER), include_defaults=not own)
-    if cell.task not in manager.all_tasks:
-        raise DataError(f"task {cell.task!r} is not one of lmms-eval's or this package's; check its name")
     options = ",".join(f"{name}={value}" for name, value in _arguments(cell).items())
     results = evaluator.simple_evaluate(
         model=model,
@@ -140,7 +158,7 @@ def run_cell(cell: Cell, folder: Path, model: Any) -> None:
         tasks=[cell.task],
         limit=cell.limit,
         batch_size=model.batch_size,
-        task_manager=manager,
+        task_manager=_task_manager([cell.task]),
         bootstrap_iters=0,
         log_samples=True,
         # Tasks write their submission files where this says, or into the current folder.

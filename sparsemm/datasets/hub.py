@@ -11,6 +11,7 @@ from typing import Any
 
 from sparsemm.datasets.base import BoxedImage, read_words
 from sparsemm.errors import DataError
+from sparsemm.io import reach_hub
 
 IMAGE_COLUMN, BOX_COLUMN = "image", "2_coord"
 
@@ -90,6 +91,8 @@ def open_rows(source: str | os.PathLike[str], split: str, columns: set[str]) -> 
             rows = datasets.load_dataset("parquet", data_files={split: str(path)}, split=split, streaming=True)
             total = pyarrow.parquet.read_metadata(path).num_rows
         else:
+            if not path.exists():
+                reach_hub(str(source), "README.md", kind="dataset")
             rows = datasets.load_dataset(str(source), split=split, streaming=True)
             known = (rows.info.splits or {}).get(split)
             total = known.num_examples if known is not None and known.num_examples else None

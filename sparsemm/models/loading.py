@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sparsemm.errors import ConfigError, DataError, UnsupportedModelError
+from sparsemm.io import reach_hub
 from sparsemm.models.family import ModelFamily
 from sparsemm.models.gemma3 import GEMMA3
 from sparsemm.models.glm4v import GLM4V
@@ -147,6 +148,8 @@ def _existing(name_or_path: str | os.PathLike[str]) -> str:
 def _load_config(path: str) -> PretrainedConfig:
     from transformers import AutoConfig
 
+    if not Path(path).is_dir():
+        reach_hub(path, "config.json")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,8 +22,10 @@ pytest.importorskip("lmms_eval", reason="lmms-eval is not installed (make instal
 pytest.importorskip("sparsemm_lmms_eval", reason="the plug-in is not installed (make install does it)")
 
 from sparsemm_lmms_eval import TASKS_FOLDER, grid, runner  # noqa: E402
+from sparsemm_lmms_eval.__main__ import app  # noqa: E402
 
 from sparsemm import HeadScores  # noqa: E402
+from sparsemm.cli.program import run_program as run_program_of  # noqa: E402
 from sparsemm.errors import ConfigError, UnsupportedModelError  # noqa: E402
 from sparsemm.tables import read_measurements  # noqa: E402
 
@@ -264,11 +267,27 @@ def test_a_failed_cell_is_seen_and_resumes(
     assert not (cells[0].folder(tmp_path) / "failed.json").exists()
 
 
-def test_unknown_tasks_fail_clearly(checkpoints: Path, tmp_path: Path) -> None:
-    cells = [shared(checkpoints).cell("no_such_task", "fullkv", None)]
-    lines: list[str] = []
-    assert runner.run_cells(cells, tmp_path, report=lines.append) == cells
-    assert "'no_such_task' is not one of" in lines[-1]
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--tasks=sparsemm_read,ocrbnch", "task 'ocrbnch' is not one of .* did you mean .*ocrbench"),
+        ("--tasks=,", "--tasks is empty"),
+        ("--methods=,", "--methods is empty"),
+    ],
+)
+def test_what_is_wrong_with_a_grid_is_said_before_its_first_cell(
+    option: str, message: str, checkpoints: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """By the program of the plug-in, which the scripts call; nothing is loaded, nothing written."""
+    common = [f"--model={checkpoints / 'qwen2-vl'}", f"--head-scores={checkpoints / 'scores.json'}"]
+    common += [f"--output={tmp_path / 'out'}", "--methods=fullkv", "--tasks=sparsemm_read"]
+    monkeypatch.setattr(sys, "argv", ["sparsemm_lmms_eval", "run", *common, option])
+    monkeypatch.setattr(runner, "load", lambda cell: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit) as ending:
+        run_program_of(app, "sparsemm_lmms_eval")
+    said = capsys.readouterr().err
+    assert ending.value.code == 2 and re.search(f"^error: {message}", said, re.MULTILINE), said
+    assert "Traceback" not in said and not (tmp_path / "out").exists()
 
 
 # -- the benchmarks -------------------------------------------------------------------------------------------------
