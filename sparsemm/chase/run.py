@@ -163,7 +163,7 @@ def _refuse_unread(records: list[dict[str, Any]], least_read: float) -> None:
         raise DataError(
             f"{read} of the {matchable} tokens with a letter or digit that the model generated on {len(records)} pages "
             f"stand on them, less than {least_read:g}: it cannot read them (crops or more pixels make letters larger), "
-            "or their boxes are those of other images; lower least_read to chase all the same"
+            "or their boxes are those of other images; a lower --least-read (in Python least_read) chases all the same"
         )
 
 

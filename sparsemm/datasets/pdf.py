@@ -23,8 +23,13 @@ DEFAULT_PIXELS = 2_000_000
 CROPS = {"none": 1, "halves": 2, "quarters": 4}
 
 
+def is_pdf(path: Path) -> bool:
+    """Whether a file's name says that it is a PDF, in whichever case."""
+    return path.suffix.lower() == ".pdf" and path.is_file()
+
+
 class PdfPages(Sequence):
-    """Pages of a PDF file, or of all in a folder, file by file.
+    """Pages of a PDF file, or of all in a folder by their names.
 
     Files that cannot be opened count as one page each, which cannot be read; pages without text are of that kind, too.
 
@@ -61,7 +66,7 @@ class PdfPages(Sequence):
             raise DataError(f"max_pixels={max_pixels} and fewest_words={fewest_words} must be at least 1")
         self.max_pixels, self.crops, self.unit, self.fewest_words = max_pixels, crops, unit, fewest_words
         wanted = _page_numbers(page_range)
-        files = sorted(source.glob("*.pdf")) if source.is_dir() else [source]
+        files = sorted(filter(is_pdf, source.iterdir())) if source.is_dir() else [source]
         self._pages: list[tuple[Path, int]] = []
         broken: list[DataError] = []
         for path in files:

@@ -10,7 +10,7 @@ from typing import Any
 from sparsemm.datasets.annotations import PLAIN_FILE, read_coco, read_ctw, read_mlt, read_plain
 from sparsemm.datasets.generated import GENERATORS, GeneratedPages
 from sparsemm.datasets.hub import HubPages, is_saved
-from sparsemm.datasets.pdf import PdfPages
+from sparsemm.datasets.pdf import PdfPages, is_pdf
 from sparsemm.errors import DataError
 from sparsemm.io import read_json
 
@@ -99,11 +99,10 @@ def recognise(source: str) -> str:
             return "mlt"
         if file := _annotation_file(path):
             return recognise(str(file))
-        kinds = (("mlt", "*.txt"), ("pdf", "*.pdf"))
-        return next((kind for kind, pattern in kinds if any(path.glob(pattern))), "synthdog")
+        return "mlt" if any(path.glob("*.txt")) else "pdf" if any(map(is_pdf, path.iterdir())) else "synthdog"
     if path.is_file():
-        if path.suffix in _SUFFIXES:
-            return _SUFFIXES[path.suffix]
+        if path.suffix.lower() in _SUFFIXES:
+            return _SUFFIXES[path.suffix.lower()]
         if path.suffix == ".json":
             # COCO's file names its categories; reading the whole file for that is what its reader does, too.
             document = read_json(path)

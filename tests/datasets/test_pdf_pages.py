@@ -36,6 +36,11 @@ def test_files_folders_and_ranges(tmp_path):
     assert last_words(open_pages(tmp_path, page_range="2-")) == ["2", "2", "3"]
     assert last_words(open_pages(tmp_path / "b.pdf", page_range=" 3, 1-1")) == ["1", "3"]
     assert last_words(open_pages(tmp_path / "b.pdf", limit=2)) == ["1", "2"]
+    (tmp_path / "scans").mkdir()
+    numbered(tmp_path / "scans" / "SCAN.PDF", 1)
+    assert (
+        last_words(open_pages(tmp_path / "scans")) == last_words(open_pages(tmp_path / "scans" / "SCAN.PDF")) == ["1"]
+    )
     with pytest.raises(IndexError):
         _ = pages[3]
 
