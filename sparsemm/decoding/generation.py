@@ -120,6 +120,8 @@ def generate(
         loop = DecodeLoop(handle, reserve=reserve, graph=graph, prompt_tile=prompt_tile, streamer=streamer)
         device = handle.text_model.embed_tokens.weight.device
         device = model.device if device.type == "meta" else device
+        if device.type == "meta" and not hasattr(model, "hf_device_map"):  # accelerate brings no weights at need
+            raise ConfigError("the model is on the meta device, without weights; load it with sparsemm.load_model")
         tensors = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in inputs.items()}
         sequences = model.generate(**tensors, **options, custom_generate=loop)
         return GenerationOutput(

@@ -150,6 +150,17 @@ def test_more_tokens_than_positions_are_warned_about(
     assert f"{known + 1} tokens are more than the {known} positions" in capsys.readouterr().err
 
 
+def test_shapes_of_7b_are_warned_about_on_a_cpu(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*given: Any, **options: Any) -> None:
+        raise DataError("stop")
+
+    monkeypatch.setattr("sparsemm.bench.shapes.random_model", stop)
+    for shape, warned in (("vicuna-7b", True), ("tiny", False)):
+        outcome = run("bench", "e2e", "--model", shape, "--device", "cpu")
+        assert outcome.status == 2 and outcome.err.endswith("error: stop\n")
+        assert (f"warning: {shape} on a CPU fills tens of gigabytes" in outcome.err) == warned
+
+
 def test_the_figures_of_the_quickstart_follow_from_its_json(run: Any, files: dict[str, Path], tmp_path: Path) -> None:
     outcome = run(
         *("quickstart", "--model", files["model"], "--head-scores", files["scores"], "--documents", 4),

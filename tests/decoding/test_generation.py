@@ -238,6 +238,8 @@ def test_what_is_refused():
                 sparsemm.generate(model, inputs, max_new_tokens=4, cache_implementation=kind)
         with pytest.raises(PatchError, match="patched already"):
             sparsemm.generate(model, inputs, config("snapkv", 12))
+        with pytest.raises(ConfigError, match="meta device, without weights"):
+            sparsemm.generate(toy_model("llava-mistral").to("meta"), inputs, config("snapkv", 12))
         assert sparsemm.generate(model, inputs, max_new_tokens=4).new_tokens.shape == (1, 4)
 
 

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from toy_models import toy_model, toy_processor
 
 from sparsemm.errors import DataError
+from sparsemm.models import family_of
 from sparsemm.models.images import open_image
 
 RAMP = np.arange(0, 256, dtype=np.uint8).reshape(16, 16)
@@ -82,6 +85,34 @@ def test_data_uris_go_the_same_way(tmp_path: Path) -> None:
     Image.fromarray(RAMP.astype(np.uint16) * 257).save(tmp_path / "a.png")
     uri = "data:image/png;base64," + base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
     assert np.array_equal(np.asarray(open_image(uri))[..., 0], RAMP)
+
+
+@pytest.mark.parametrize("family", ["qwen2-vl", "llava-mistral"])
+def test_every_way_into_a_prompt_turns_a_photo(tmp_path: Path, family: str) -> None:
+    model, processor = toy_model(family), toy_processor(family)
+    upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    exif, path = Image.Exif(), tmp_path / "photo.png"
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    uri = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+    def pixels(image: object, prompt: object = "read") -> torch.Tensor:
+        return family_of(model).build_inputs(processor, [image], [prompt])["pixel_values"]
+
+    expected = pixels(upright)
+    for given in (path, str(path), Image.open(path), path.read_bytes(), uri):
+        assert torch.equal(pixels(given), expected), type(given)
+    for name, given in (("image", Image.open(path)), ("image", str(path)), ("path", str(path)), ("url", uri)):
+        content = [{"type": "image", name: given}, {"type": "text", "text": "read"}]
+        assert torch.equal(pixels(None, [{"role": "user", "content": content}]), expected), name
+
+
+def test_no_image_comes_in_another_way() -> None:
+    """Pillow's own reading stands where a picture that was just made is taken up again, and nowhere else."""
+    root = Path(__file__).resolve().parents[2]
+    found = [path for room in ("sparsemm", "lmms-eval") for path in root.glob(f"{room}/**/*.py")]
+    opening = {path.relative_to(root).as_posix() for path in found if "Image.open(" in path.read_text()}
+    assert opening == {"sparsemm/models/images.py", "sparsemm/documents/photo.py"}
 
 
 @pytest.mark.parametrize("make", ["text", "truncated", "folder", "missing"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import importlib
 import json
@@ -49,6 +50,9 @@ class Bench:
             MKL_NUM_THREADS="1",
             CUDA_VISIBLE_DEVICES="",
         )
+        sys.dont_write_bytecode = False
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        compileall.compile_dir(self.tree / "sparsemm", quiet=2)
         for module in modules:
             with contextlib.suppress(Exception):
                 importlib.import_module(module)
@@ -82,6 +86,7 @@ class Bench:
 
             choice = Choice(tests, seconds)
             sys.dont_write_bytecode = True
+            os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
             resource.setrlimit(resource.RLIMIT_AS, (_address_space() + MEMORY,) * 2)
             code = self._pytest(["-x", *dict.fromkeys(test.split("::")[0] for test in tests)], choice)
             return {"code": code, "by": choice.caught_by}
