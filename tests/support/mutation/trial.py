@@ -134,17 +134,16 @@ class Bench:
                 sys.stderr.flush()
                 os._exit(code)
         deadline = time.monotonic() + limit
-        while True:
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                break
-            if time.monotonic() > deadline:
+        try:
+            while not (waited := os.waitpid(child, os.WNOHANG))[0]:
+                if time.monotonic() > deadline:
+                    os.killpg(child, signal.SIGKILL)
+                time.sleep(0.05)
+        finally:  # of an interrupted run, too: the child has a group of its own, with what its tests start in it
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(child, signal.SIGKILL)
-            time.sleep(0.05)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)  # what the tests started and left behind
         result = json.loads(answer.read_text()) if answer.exists() else None
-        return status, result, log.read_text(errors="replace") if log.exists() else ""
+        return waited[1], result, log.read_text(errors="replace") if log.exists() else ""
 
     def _restore(self) -> None:
         """Undo the change, and whatever the mutant wrote over."""
