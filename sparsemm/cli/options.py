@@ -103,13 +103,13 @@ class Scores:
     def file(self, model: str, *, calibrated: bool = False) -> Path | None:
         """The file given, else the first that is there of those where the model's are looked for, else None.
 
-        Of plain scores given for methods that need a calibration, nothing is said here if the model has one.
+        Plain scores that are given are no calibration; that of the model is looked for all the same.
         """
         from sparsemm import HeadScores
 
         if self.head_scores is not None and not (calibrated and HeadScores.load(self.head_scores).curves is None):
             return self.head_scores
-        return next((file for file in score_files(model, calibrated=calibrated) if file.is_file()), self.head_scores)
+        return next((file for file in score_files(model, calibrated=calibrated) if file.is_file()), None)
 
     def table(self, model: str, *, calibrated: bool = False) -> HeadScores:
         """The scores, or the calibration, with one line on standard error that says which.

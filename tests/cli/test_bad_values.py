@@ -182,3 +182,26 @@ def test_a_bad_value_is_one_message(
     usage = bool(said) and said[0].startswith("Usage: ")
     assert said and (usage or (len(said) == 1 and said[0].startswith("error: "))), shown
     assert {place: sorted(place.rglob("*")) for place in before} == before, shown
+
+
+@pytest.mark.parametrize(
+    "path", [path for path, options in COMMANDS.items() if any(each.name == "head_scores" for each in options)], ids=str
+)
+def test_a_command_that_uses_scores_says_which(
+    path: tuple[str, ...], run: Any, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line on standard error, before the model is loaded."""
+
+    def stop(*given: Any, **options: Any) -> None:
+        raise FloatingPointError("stop")
+
+    monkeypatch.setattr("sparsemm.load_model", stop)
+    monkeypatch.setattr("sparsemm.bench.kernels.run", stop)
+    taken = {option.name: option for option in COMMANDS[path]}
+    given = [f"{taken[each].flag}={GOOD[each].format(**places)}" for each in taken if each in GOOD and taken[each].flag]
+    arguments = [GOOD[each].format(**places) for each in taken if each in GOOD and taken[each].flag is None]
+    given = [each.replace("new/output", "new/output.png") if path[0] == "viz" else each for each in given]
+    outcome = run(*path, *given, "--", *arguments)
+    lines = [line for line in outcome.err.splitlines() if not line.startswith("left out for want of a calibration")]
+    assert lines[0] == f"head scores: {places['scores']} (toy)", outcome.err
+    assert len(lines) == 2 and lines[1].startswith("error: FloatingPointError: stop"), outcome.err

@@ -191,5 +191,10 @@ def test_missing_scores_stop_only_what_needs_them(run: Any, files: dict[str, Pat
     assert "left out for want of head scores: sparsemm, mask" in outcome.err
     cells = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]
     assert [cell["method"] for cell in cells] == ["fullkv", "snapkv"]
+    # Plain scores are no calibration: the methods that want one are left out, the others run.
+    given = ["--fresh", "--head-scores", files["scores"]]
+    plain = run(*arguments, *given, "--methods", "fullkv,mask,rate_distortion")
+    assert plain.status == 1 and "left out for want of a calibration: rate_distortion" in plain.err
+    assert plain.err.count("head scores: ") == 1
     alone = run(*arguments, "--methods", "sparsemm")
     assert alone.status == 2 and "there are no head scores of toy" in alone.err
