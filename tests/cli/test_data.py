@@ -61,6 +61,13 @@ def test_options_choose_what_is_converted(
     assert outcome.out.startswith(f"out: {len(expected)} pages")
 
 
+@pytest.mark.parametrize("form", ["synthdog", "plain", "mlt", "ctw", "coco", "pdf"])
+def test_pages_of_a_pdf_are_written_in_any_format(run: Any, book: Path, tmp_path: Path, form: str) -> None:
+    outcome = run("data", "convert", book, "out", "--to", form, "--fewest-words", 2, "--no-progress")
+    assert outcome.status == 0 and outcome.out == "out: 2 pages, 1 left out\n"
+    assert boxes(tmp_path / "out") == [FIRST, SECOND]
+
+
 @pytest.mark.parametrize(("options", "expected"), OPTIONS)
 def test_options_choose_what_is_chased(
     run: Any, files: dict[str, Path], book: Path, monkeypatch: pytest.MonkeyPatch, options: list[str],
@@ -148,7 +155,10 @@ def test_a_miniature_is_chased_on_its_own_pdf(run: Any, tmp_path: Path) -> None:
     """The three commands of head_scores/README.md."""
     assert not run("data", "convert", "miniature", "pages", "--to", "pdf", "--num-images", 3, "--no-progress").status
     assert "text boxes on" in run("data", "show", "pages/pages.pdf", "boxes.png", "--image", 2).out
-    outcome = run("chase", "--model", "llava-vicuna", "--dataset", "pages/pages.pdf", "--output", "scores.json")
-    assert outcome.status == 0 and "3 images read, 0 skipped" in outcome.out
+    options = ["--model", "llava-vicuna", "--dataset", "pages/pages.pdf"]
+    outcome = run("chase", *options, "--output", "scores.json")
+    assert outcome.status == 0 and "3 images read, 0 skipped" in outcome.out and "ended at" not in outcome.out
+    cut = run("chase", *options, "--output", "cut.json", "--max-new-tokens", 2)
+    assert "3 readings ended at the last of their tokens (--max-new-tokens)" in cut.out
     provenance = json.loads((tmp_path / "scores.json").read_text())["provenance"]
     assert provenance["dataset"] == "pages.pdf" and provenance["num_hits"] > 0

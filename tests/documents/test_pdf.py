@@ -83,6 +83,18 @@ def test_a_layer_without_unicode_values_is_no_text(tmp_path):
         read(path)
 
 
+@pytest.mark.parametrize("unmapped", [1, 2])
+def test_a_character_in_a_hundred_may_lack_its_value(tmp_path, unmapped):
+    line = "b" * (100 - unmapped) + "c" * unmapped
+    font = square_font({"b": "0062", "c": ""})
+    path = write(tmp_path / "a.pdf", Sheet(text(line, 20, 150, 3, font="F2")), font=font)
+    if unmapped == 1:
+        assert texts(path) == ["b" * 99]
+    else:
+        with pytest.raises(DataError, match="2 of 100 characters"):
+            read(path)
+
+
 def test_what_the_page_does_not_show_has_no_box(tmp_path):
     content = (
         text("shown", 20, 150)
@@ -103,6 +115,12 @@ def test_pages_without_text_have_no_words(tmp_path):
 def test_ligatures_and_accents_are_as_they_are_read(tmp_path):
     path = write(tmp_path / "a.pdf", Sheet(text("caf\xe9 na\xefve \xbd", 20, 150)))
     assert texts(path) == ["caf\xe9", "na\xefve", "\xbd"]
+
+
+def test_a_glyph_of_two_letters_is_both_of_them(tmp_path):
+    font = square_font({"a": "00660069", "b": "0074"})
+    (word,) = read(write(tmp_path / "a.pdf", Sheet(text("bab", 20, 150, font="F2")), font=font))[1]
+    assert word.text == "tfit"
 
 
 def test_words_of_scripts_without_spaces_end_with_punctuation_and_script():
