@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from types import TracebackType
@@ -15,10 +16,12 @@ from sparsemm.attention import Observer, head_mask_for, sparse_attention
 from sparsemm.cache import CacheRecord, CacheStats, SparseCache
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import CacheError, ConfigError, PatchError
+from sparsemm.methods import get_method
 from sparsemm.models import family_of
 from sparsemm.models.identity import identity_of
 from sparsemm.models.instances import Replacement, device_of, forward_name, set_on_instance
 from sparsemm.models.layers import sliding_windows
+from sparsemm.models.parallel import TensorParallel, tensor_parallel_of
 from sparsemm.models.projections import Projections
 from sparsemm.models.proof import proved_projections
 from sparsemm.ops.backends import resolve_backend
@@ -48,7 +51,7 @@ def patch(
     Raises:
         ConfigError: An unknown backend, or one that cannot serve this model here.
         UnsupportedModelError: Another class, or a layer that cannot be served (names it and why).
-        PatchError: The model is patched already.
+        PatchError: The model is patched already, or the processes that hold it (tensor parallelism) do not agree.
         HeadScoreError: The head scores do not fit the model, belong to another one, or cannot be read.
     """
     return PatchHandle(model, config, reserve=reserve, decode_backend=decode_backend)
@@ -75,9 +78,7 @@ class PatchHandle:
         if _HANDLE in vars(self.text_model):
             raise PatchError("this model is patched already; remove that handle (or leave its with block) first")
         self.projections = proved_projections(self.text_model)
-        self.plan = _plan(self.text_model, config, reserve, decode_backend)
-        if self.plan.method.needs_head_scores:
-            self.plan.head_scores.check_model(identity_of(model))
+        self.plan = self._agreed_plan(reserve, decode_backend)
         self.observer: Observer | None = None
         self._record: CacheRecord | None = None
         self._columns: Tensor | None = None  # the mask of the forward under way, before the model made others of it
@@ -98,7 +99,8 @@ class PatchHandle:
 
     @property
     def stats(self) -> CacheStats:
-        """What the cache used last kept of its prompts. Raises `CacheError` before the first prompt."""
+        """What the cache used last kept of its prompts, of all heads: under tensor parallelism every process has to
+        ask. Raises `CacheError` before the first prompt."""
         if self._record is None:
             raise CacheError("no prompt has been through the model yet; call generate, then read the statistics")
         return self._record.stats()
@@ -112,11 +114,31 @@ class PatchHandle:
         while self._undo:
             self._undo.pop()()
 
+    def _agreed_plan(self, reserve: int, decode_backend: str) -> Plan:
+        """The plan, the same in every process that holds the model. Raises `PatchError` in all of them if it is not."""
+        parallel = tensor_parallel_of(self.text_model)
+        needed = parallel.size > 1 or get_method(self.config.method).needs_head_scores
+        identity = identity_of(self.model) if needed else None
+        own = next(each.num_kv_heads for each in self.projections if each is not None)
+        divided = own != self.text_model.config.num_key_value_heads
+
+        def make() -> Plan:
+            held = dataclasses.replace(parallel, divided=divided)
+            plan = _plan(self.text_model, self.config, reserve, decode_backend, held)
+            if plan.method.needs_head_scores:
+                plan.head_scores.check_model(identity)
+            return plan
+
+        plan = parallel.together(make)
+        if parallel.size > 1:
+            _refuse_differences(parallel.collect({"weights": identity.weights, **plan.describe()}))
+        return plan
+
     # -- installing -----------------------------------------------------------------------------------------------
 
     def _install(self) -> None:
         self._set(self.text_model, _HANDLE, self)
-        masked_heads = iter(self.plan.masked_heads)
+        masked_heads = iter(self.plan.own_masked_heads)
         for decoder_layer, projections in zip(self.text_model.layers, self.projections, strict=True):
             if projections is not None:
                 self._replace_forward(decoder_layer.self_attn, projections, next(masked_heads))
@@ -277,7 +299,9 @@ def _is_stock_cache(cache: Any) -> bool:
     return type(cache) is DynamicCache and not getattr(cache, "offloading", False)
 
 
-def _plan(text_model: nn.Module, config: CompressionConfig, reserve: int, decode_backend: str) -> Plan:
+def _plan(
+    text_model: nn.Module, config: CompressionConfig, reserve: int, decode_backend: str, parallel: TensorParallel
+) -> Plan:
     text_config, windows = text_model.config, sliding_windows(text_model.config)
     attention = text_model.layers[windows.index(None)].self_attn
     device = device_of(attention)
@@ -292,7 +316,22 @@ def _plan(text_model: nn.Module, config: CompressionConfig, reserve: int, decode
         reserve=reserve,
         decode_backend=decode_backend,
         sliding_windows=windows if any(windows) else (),
+        parallel=parallel,
     )
+
+
+def _refuse_differences(plans: list[dict[str, Any]]) -> None:
+    """Raise `PatchError` unless all processes that hold a model describe the same plan."""
+    differences = [
+        f"{name} is {' / '.join(str(each[name]) for each in plans)}"
+        for name in plans[0]
+        if any(each[name] != plans[0][name] for each in plans)
+    ]
+    if differences:
+        raise PatchError(
+            f"the {len(plans)} processes that hold the model do not agree: {'; '.join(differences)}; start all of them "
+            "with the same settings, files and versions"
+        )
 
 
 def _refuse_assisted_decoding(*args: Any, **kwargs: Any) -> torch.Tensor:

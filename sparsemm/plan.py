@@ -17,6 +17,8 @@ from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError, HeadScoreError
 from sparsemm.head_scores import HeadScores
 from sparsemm.methods import BudgetRequest, Method, get_method
+from sparsemm.models.parallel import ALONE, TensorParallel
+from sparsemm.runs.results import environment
 
 GROWTH_ROWS = 64
 """Slots behind every head's prompt rows, and the least number that a full cache grows by."""
@@ -36,6 +38,8 @@ class Plan:
         decode_backend: Who attends to the ragged rows, a name of `sparsemm.ops.backends.BACKENDS`.
         sliding_windows: Of each decoder layer, the window of one that keeps transformers' own attention and cache, or
             None; `()` where there are no such layers.
+        parallel: The processes that hold the model. Budgets and masks are those of the whole model in each of them; a
+            cache has the rows of its own process's heads.
 
     Attributes:
         method: The row of the method table.
@@ -57,6 +61,7 @@ class Plan:
     reserve: int = GROWTH_ROWS
     decode_backend: str = "auto"
     sliding_windows: tuple[int | None, ...] = ()
+    parallel: TensorParallel = ALONE
     method: Method = field(init=False)
     head_scores: HeadScores | None = field(init=False)
     masked_heads: BoolTensor = field(init=False, repr=False, compare=False)
@@ -97,6 +102,34 @@ class Plan:
             request = BudgetRequest(self.config, *shape, prompt_length, self.head_scores)
             self._budgets[prompt_length] = self.method.budgets(request)
         return self._budgets[prompt_length]
+
+    @property
+    def own_kv_heads(self) -> int:
+        """Number of kv heads whose rows this process holds."""
+        own = self.parallel.own(self.num_kv_heads)
+        return own.stop - own.start
+
+    def own_budgets(self, prompt_length: int) -> LongTensor:
+        """The part of `budgets` for the heads of this process: `[num_layers, own_kv_heads]`."""
+        return self.budgets(prompt_length)[:, self.parallel.own(self.num_kv_heads)]
+
+    @property
+    def own_masked_heads(self) -> BoolTensor:
+        """The part of `masked_heads` for the query heads of this process."""
+        return self.masked_heads[:, self.parallel.own(self.num_query_heads)]
+
+    def describe(self) -> dict[str, Any]:
+        """What all processes that hold a model have to have alike, as JSON values."""
+        scores = None if self.head_scores is None else self.head_scores.describe()["sha256"]
+        found = environment()
+        return {
+            **self.config.to_dict(),
+            "head_scores": scores,
+            "shape": [self.num_layers, self.num_query_heads, self.num_kv_heads, self.head_dim],
+            "kv heads a process": self.own_kv_heads,
+            "reserve": self.reserve,
+            **{name: found[name] for name in ("sparsemm", "torch", "transformers")},
+        }
 
     def with_reserve(self, reserve: int) -> Plan:
         """The same plan with other slack; nothing is resolved again, and the budgets computed so far are shared."""

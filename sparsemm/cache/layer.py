@@ -10,7 +10,7 @@ from torch import LongTensor, Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from sparsemm.cache.chunk import Chunk, Columns
-from sparsemm.cache.selection import KeptRows, choose_rows
+from sparsemm.cache.selection import KeptRows, choose_rows, is_covered
 from sparsemm.cache.stats import CacheRecord
 from sparsemm.errors import CacheError
 from sparsemm.ops.backends import VarlenDecode, operators, resolve_backend
@@ -96,7 +96,7 @@ class SparseLayer(CacheLayerMixin):
         chunk = chunk.to(key.device)
         query, key, value = (chunk.right_aligned(states.detach()) for states in (query, key, value))
         lengths = torch.tensor(chunk.lengths, dtype=torch.int32)
-        starts = (chunk.columns - lengths)[:, None].expand(-1, self.plan.num_kv_heads)
+        starts = (chunk.columns - lengths)[:, None].expand(-1, self.plan.own_kv_heads)
         window = min(self.plan.config.window_size, chunk.columns)
         rows = choose_rows(
             self.plan,
@@ -108,8 +108,13 @@ class SparseLayer(CacheLayerMixin):
             prompt_lengths=chunk.prompt_lengths,
             scaling=scale,
         )
-        everything = rows.total == sum(chunk.lengths) * self.plan.num_kv_heads
-        self._fill(key, value, rows, chunk.columns, frozen=0 if everything else chunk.columns)
+        self._fill(key, value, rows, chunk.columns, frozen=0 if self._keeps_all(rows, chunk) else chunk.columns)
+
+    def _keeps_all(self, rows: KeptRows, chunk: Chunk) -> bool:
+        """Whether the first chunk lost no row, in any process: what can be taken back later is the same in all."""
+        if self.plan.parallel.divided and self.plan.method.compresses:
+            return all(is_covered(self.plan.config, length) for length in chunk.prompt_lengths)
+        return rows.total == sum(chunk.lengths) * self.plan.own_kv_heads
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, scale: float) -> Tensor:
         """Append the chunk and attend to everything kept: query, key, value as above for n columns; `[B, Hq, n, D]`."""
@@ -140,7 +145,7 @@ class SparseLayer(CacheLayerMixin):
         if self.plan.method.compresses:
             raise CacheError("rows of a compressed cache are not columns; look at attention with method='fullkv'")
         batch, num_query_heads, columns, head_dim = query.shape
-        num_kv_heads = self.plan.num_kv_heads
+        num_kv_heads = self.plan.own_kv_heads
         row = torch.arange(self.seen, device=query.device)
         slots = (self.offsets[:-1, None] + row).clamp(max=self.key_buffer.shape[0] - 1)
         key = self.key_buffer[slots].view(batch, num_kv_heads, 1, self.seen, head_dim)
@@ -221,9 +226,11 @@ class SparseLayer(CacheLayerMixin):
 
     def _compress_again(self, query: Tensor, chunk: Chunk, scale: float) -> None:
         """Kept rows and the new chunk compete, ranked by the chunk's last queries (`compress_turns="every"`)."""
-        batch, num_kv_heads = chunk.batch, self.plan.num_kv_heads
+        plan, batch, num_kv_heads = self.plan, chunk.batch, self.plan.own_kv_heads
         lens = self.lens.cpu()
         width = int(lens.max())
+        if plan.parallel.divided and plan.method.layer_budgets is not None:
+            width = max(plan.parallel.collect(width))  # scores of all heads are to lie side by side
         slots = self.offsets[:-1, None] + self.lens[:, None] - width
         slots = (slots + torch.arange(width, device=slots.device)).clamp(min=0)
         key, value = (
@@ -245,6 +252,8 @@ class SparseLayer(CacheLayerMixin):
         prompt_rows = torch.where(self._per_list(again), rows.kept.reshape(-1), self.prompt_rows)
         if rows.total < int(lens.sum()):  # else the rows stay where they are
             self._fill(key, value, rows, self.seen, frozen=self.seen)
+        elif plan.parallel.divided:  # heads of other processes may have lost rows
+            self.frozen = self.seen
         self.prompt_rows = prompt_rows
 
     # -- beams, batches, taking back ------------------------------------------------------------------------------
@@ -253,7 +262,7 @@ class SparseLayer(CacheLayerMixin):
         """Keep the batch rows `indices` (repeats allowed), as for beam search or to drop finished sequences."""
         if not self.is_initialized:
             return
-        num_kv_heads = self.plan.num_kv_heads
+        num_kv_heads = self.plan.own_kv_heads
         chosen = indices.tolist()
         begins = self.offsets[::num_kv_heads].tolist()
         self.key_buffer, self.value_buffer = (
@@ -285,4 +294,4 @@ class SparseLayer(CacheLayerMixin):
         """A value of each batch row, for each of its lists."""
         if isinstance(tokens, int):
             return tokens
-        return tokens.to(self.lens.device).repeat_interleave(self.plan.num_kv_heads)
+        return tokens.to(self.lens.device).repeat_interleave(self.plan.own_kv_heads)

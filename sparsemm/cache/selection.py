@@ -2,7 +2,8 @@
 
 Rows reach `choose_rows` right-aligned: row list (b, h) occupies the columns `starts[b, h] ..` to the last one. The host
 knows the number of rows kept for every method whose budgets depend on the prompt length only, and their sum under AdaKV
-with `exact` rounding, so no device is waited for in a first prompt (AdaKV with `paper` rounding waits once a layer).
+with `exact` rounding, so no device is waited for in a first prompt (AdaKV waits once a layer with `paper` rounding, and
+under tensor parallelism).
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def choose_rows(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = min(config.window_size, seq_len)
     available = seq_len - starts.long()
-    if method.layer_budgets is not None and not all(_covered(config, length) for length in prompt_lengths):
+    if method.layer_budgets is not None and not all(is_covered(config, length) for length in prompt_lengths):
         return _choose_by_scores(plan, query, key, starts, num_queries, prompt_lengths, scaling)
 
     if method.layer_budgets is not None:
@@ -96,7 +97,7 @@ def choose_rows(
     else:
         budgets = torch.stack(
             [
-                rows if length is None else plan.budgets(length)[layer_idx]
+                rows if length is None else plan.own_budgets(length)[layer_idx]
                 for length, rows in zip(prompt_lengths, available, strict=True)
             ]
         )
@@ -192,21 +193,24 @@ def _choose_by_scores(
     num_kv_heads, seq_len, device = key.shape[1], key.shape[2], key.device
     window = min(config.window_size, seq_len)
     available = seq_len - starts
-    covered = torch.tensor([_covered(config, length) for length in prompt_lengths])[:, None].expand_as(starts)
+    covered = torch.tensor([is_covered(config, length) for length in prompt_lengths])[:, None].expand_as(starts)
     starts_device, available_device, covered_device, num_queries_device = _upload(
         device, starts, available, covered, num_queries
     )
     scorer = method.score_positions or pooled_window_scores
     columns = seq_len - window
     scores = scorer(config, query, key, starts_device, num_queries_device, columns, scaling)
-    valid = torch.arange(columns, device=device) >= starts_device[..., None]
+    # The rule looks at all heads of the layer, whichever process has them.
+    every_score, every_start = (plan.parallel.gather(each, dim=1) for each in (scores, starts_device))
+    valid = torch.arange(columns, device=device) >= every_start[..., None]
     in_window = available_device.clamp(max=window)
-    beyond_window = torch.minimum(method.layer_budgets(config, scores, valid).int(), available_device - in_window)
+    chosen = method.layer_budgets(config, every_score, valid).int()[:, plan.parallel.own(plan.num_kv_heads)]
+    beyond_window = torch.minimum(chosen, available_device - in_window)
     beyond_window = torch.where(covered_device.bool(), available_device - in_window, beyond_window)
     kept = beyond_window + in_window
     cu_kept = pad(kept.flatten().cumsum(0, dtype=torch.int32), (1, 0))
     everything_there = available.tolist() == [[length] * num_kv_heads for length in prompt_lengths]
-    if config.rounding == "exact" and everything_there:
+    if config.rounding == "exact" and everything_there and not plan.parallel.divided:
         total = num_kv_heads * sum(min(config.budget, length) for length in prompt_lengths)
     else:
         total = int(cu_kept[-1])
@@ -214,7 +218,7 @@ def _choose_by_scores(
     return KeptRows(positions, kept, cu_kept, total)
 
 
-def _covered(config: CompressionConfig, prompt_length: int | None) -> bool:
+def is_covered(config: CompressionConfig, prompt_length: int | None) -> bool:
     """Whether a layer-wise method leaves such a prompt uncompressed (spec section 3; `paper` jumps at the budget)."""
     if prompt_length is None:
         return True

@@ -21,7 +21,8 @@ class CacheStats:
         kept_rows: LongTensor `[batch, num_layers, num_kv_heads]`, prompt rows kept, without generated rows or slack.
         nominal_budget: The budget asked for; None for methods that keep every row.
         effective_budgets: Kept prompt rows / (L * Hkv), per sequence.
-        cache_bytes: Bytes held now: rows, slack, masks and index tensors.
+        cache_bytes: Bytes held now, by all processes that hold the model: rows, slack, masks and index tensors.
+        bytes_by_rank: The same of each of these processes.
         full_cache_bytes: Bytes of the keys and values of all tokens seen so far, padding excluded.
         token_bytes: Bytes of the keys and values of one token in all layers.
         sliding_bytes: Bytes held beside `cache_bytes` by layers with a sliding window, which keep transformers' own
@@ -37,6 +38,7 @@ class CacheStats:
     cache_bytes: int
     full_cache_bytes: int
     token_bytes: int
+    bytes_by_rank: list[int]
     sliding_bytes: int = 0
 
     @property
@@ -73,16 +75,21 @@ class CacheRecord:
     row_bytes: int = 0  # one key row and one value row
 
     def memory_bytes(self) -> int:
-        """Bytes held by the layers with ragged rows and beside them."""
+        """Bytes held by the layers with ragged rows and beside them, in this process."""
         beside = (self.columns.mask, self.rope_deltas)
         return sum(self.layer_bytes.values()) + sum(tensor.nbytes for tensor in beside if tensor is not None)
 
     def stats(self) -> CacheStats:
-        """Raises `CacheError` before a prompt has gone through all layers."""
+        """Of all heads; under tensor parallelism every process has to ask. Raises `CacheError` before a prompt has gone
+        through all layers."""
         plan = self.plan
         if not self.kept:
             raise CacheError("no prompt has been through the model yet; call generate, then read the statistics")
-        kept = torch.stack([rows.long().cpu().view(-1, plan.num_kv_heads) for rows in self.kept], dim=1)
+        kept = torch.stack([rows.long().cpu().view(-1, plan.own_kv_heads) for rows in self.kept], dim=1)
+        shares = plan.parallel.collect((kept, self.memory_bytes(), sum(self.sliding_bytes.values())))
+        if plan.parallel.divided:
+            kept = torch.cat([share for share, _, _ in shares], dim=2)
+        bytes_by_rank = [held for _, held, _ in shares]
         token_bytes = self.row_bytes * plan.num_kv_heads * plan.num_layers
         return CacheStats(
             method=plan.config.method,
@@ -91,8 +98,9 @@ class CacheRecord:
             kept_rows=kept,
             nominal_budget=plan.config.budget if plan.method.compresses else None,
             effective_budgets=kept.double().mean(dim=(1, 2)).tolist(),
-            cache_bytes=self.memory_bytes(),
+            cache_bytes=sum(bytes_by_rank),
             full_cache_bytes=sum(self.columns.lengths()) * token_bytes,
             token_bytes=token_bytes,
-            sliding_bytes=sum(self.sliding_bytes.values()),
+            bytes_by_rank=bytes_by_rank,
+            sliding_bytes=sum(sliding for _, _, sliding in shares),
         )

@@ -17,6 +17,7 @@ from sparsemm.errors import ConfigError, DataError
 from sparsemm.head_scores import Curves, HeadScores
 from sparsemm.models import family_of
 from sparsemm.models.identity import identity_of
+from sparsemm.models.parallel import tensor_parallel_of
 from sparsemm.runs.finished import make_once
 from sparsemm.runs.results import environment
 
@@ -83,6 +84,11 @@ def calibrate(
             raise ConfigError(f"{name}={value} must be at least {least}")
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ConfigError(f"kernel_size={kernel_size} must be odd; pooling is centred")
+    if tensor_parallel_of(model).size > 1:
+        raise ConfigError(
+            "a calibration takes gradients through the gates of all heads, which tensor parallelism does not offer; "
+            "load the model in one process (device=auto spreads a large one over the GPUs)"
+        )
     ranking = _Ranking(window_size, kernel_size)
     identity = identity_of(model)
     settings: dict[str, Any] = {

@@ -17,6 +17,7 @@ from sparsemm.errors import DataError, SparseMMError
 from sparsemm.models import family_of
 from sparsemm.models.images import open_image
 from sparsemm.models.layers import ragged_layers
+from sparsemm.models.parallel import tensor_parallel_of
 from sparsemm.patching import patch
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def read_page(
     with patch(model, CompressionConfig(method="fullkv", budget=None), reserve=max_new_tokens) as handle:
         handle.observer = observer
         tokens, _ = stock_greedy(model, inputs, max_new_tokens, **generate)
-    return tokens[0].tolist(), observer.result()
+        return tokens[0].tolist(), handle.plan.parallel.gather(observer.result(), dim=2)
 
 
 def count_hits(
@@ -148,6 +149,7 @@ def chase_page(
 
     family = family_of(model)
     positions = family.text_model(model).config.max_position_embeddings
+    flaw = None
     try:
         image = open_image(page.image)
         words, flaws = sound_words(page.words, image.size)
@@ -163,8 +165,11 @@ def chase_page(
             raise DataError(f"its prompt of {length} tokens leaves none of the model's {positions} positions to read")
     except (SparseMMError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         # What broken images and odd sizes raise.
-        logger.warning("page %s skipped: %s", getattr(page, "name", ""), error)
-        return {"skipped": str(error)}
+        flaw = str(error)
+    flaw = tensor_parallel_of(model).first_of(flaw)  # none reads what another process cannot
+    if flaw is not None:
+        logger.warning("page %s skipped: %s", getattr(page, "name", ""), flaw)
+        return {"skipped": flaw}
     most = min(max_new_tokens, positions - length)
     end = model.generation_config.eos_token_id
     ends = end if isinstance(end, list) else [end]

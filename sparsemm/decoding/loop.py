@@ -88,6 +88,8 @@ class DecodeLoop:
         position_ids = model_kwargs["position_ids"]
         plan = self.handle.plan.with_reserve(self.reserve or max(1, max_length - self.prompt_columns))
         cache = self.make_cache(model_kwargs.get("past_key_values"), plan)
+        if generation_config.do_sample:
+            plan.parallel.share_generator(input_ids.device)
         with tiled_prompt(self.handle.text_model, self.prompt_tile):
             outputs = model._prefill(input_ids, generation_config, {**model_kwargs, "past_key_values": cache})
         step = DecodeStep(model, cache, position_ids, outputs.logits[:, -1].to(input_ids.device))

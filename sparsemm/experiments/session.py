@@ -20,6 +20,7 @@ from sparsemm.decoding.generation import Timing, generate_greedy, remember_image
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.models import family_of
 from sparsemm.models.identity import identity_of
+from sparsemm.models.parallel import tensor_parallel_of
 from sparsemm.runs.metrics import mean_metrics, score_metrics, standard_error
 from sparsemm.runs.results import Run, RunFile, environment
 
@@ -183,6 +184,9 @@ class PageReader:
         from tqdm.auto import tqdm
 
         results = results_class.open(self.output, {**self.settings(), **settings}, fresh=self.fresh)
+        parallel = tensor_parallel_of(self.model)
+        if not parallel.first:
+            results.path = None  # one of the processes that hold the model writes
         missing = results.missing(keys)
         total = len(missing) * len(self.pages)
         was_training = self.model.training
@@ -203,6 +207,7 @@ class PageReader:
                     results.add(make_run(key, readings))
         finally:
             self.model.train(was_training)
+        parallel.collect(None)  # the file is whole when any of them goes on
         return results
 
 

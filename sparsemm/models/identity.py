@@ -10,6 +10,8 @@ from pathlib import Path
 
 from torch import nn
 
+from sparsemm.models.parallel import whole
+
 _WHOLE_FILE = 64 << 20  # bytes; of a larger file, blocks are read
 _BLOCK, _NUM_BLOCKS = 64 << 10, 64
 _IN_MEMORY = "memory-"
@@ -96,6 +98,7 @@ def digest_of_parameters(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         if not parameter.is_meta:
+            parameter = whole(parameter)
             digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return _IN_MEMORY + digest.hexdigest()[:16]
 

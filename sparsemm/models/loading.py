@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from sparsemm.models.llava import LLAVA
 from sparsemm.models.llava_next import LLAVA_NEXT
 from sparsemm.models.llava_onevision import LLAVA_ONEVISION
 from sparsemm.models.mistral3 import MISTRAL3
+from sparsemm.models.parallel import ALONE, check_plan, join, placed_on
 from sparsemm.models.qwen2_5_vl import QWEN2_5_VL
 from sparsemm.models.qwen2_vl import QWEN2_VL
 from sparsemm.models.qwen3_vl import QWEN3_VL, QWEN3_VL_MOE
@@ -86,6 +88,7 @@ def load_model(
     attn_implementation: str = "sdpa",
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    tensor_parallel: bool | int = False,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a checkpoint folder, or a model of the Hugging Face hub, for inference.
 
@@ -95,6 +98,8 @@ def load_model(
         dtype: bfloat16 on a GPU, float32 on the CPU; a `torch.dtype`, its name, or "auto" for the checkpoint's own.
         attn_implementation: transformers' name of the prefill attention: "sdpa", "eager", "flash_attention_2".
         min_pixels, max_pixels: Bounds of the area images are resized to, for families that resize to any size.
+        tensor_parallel: Divide every layer among processes, which all call this: True for all that the launcher
+            (torchrun) has started, or how many hold one model. Each has a GPU of its own, or all compute on the CPU.
 
     Returns:
         The model in eval mode, and its processor, padding on the left.
@@ -102,7 +107,8 @@ def load_model(
     Raises:
         DataError: There is no such folder or hub id, or files are missing from it.
         UnsupportedModelError: The checkpoint is of another class.
-        ConfigError: An unknown dtype, device or attention, or pixel limits for a family that has none.
+        ConfigError: An unknown dtype, device or attention, pixel limits for a family that has none, or no such
+            processes.
     """
     check_attention(attn_implementation)
     path = _existing(name_or_path)
@@ -111,13 +117,24 @@ def load_model(
     if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in _TOKENIZERS):
         # transformers would make up an empty one.
         raise DataError(f"{path} holds no tokenizer ({', '.join(_TOKENIZERS)}); copy it from the whole checkpoint")
+    parallel = ALONE
+    if tensor_parallel:
+        if device is not None:
+            raise ConfigError(
+                f"device={str(device)!r}: under tensor parallelism each process has its own; leave it out"
+            )
+        parallel = join(None if tensor_parallel is True else tensor_parallel)
+        check_plan(config, parallel.size)
+        device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, on_cpu=str(device) == "cpu" or (device == "auto" and not torch.cuda.is_available()))
     try:
         # First the small files: a folder without a tokenizer should fail before gigabytes are read.
         processor = family.load_processor(path, min_pixels=min_pixels, max_pixels=max_pixels)
-        placement = {"device_map": "auto"} if device == "auto" else {}
-        model = family.load_weights(path, dtype=dtype, attn_implementation=attn_implementation, **placement)
+        divided = placed_on(parallel) if parallel.size > 1 else nullcontext({})
+        with divided as placement:
+            placement = {"device_map": "auto"} if device == "auto" else placement
+            model = family.load_weights(path, dtype=dtype, attn_implementation=attn_implementation, **placement)
     except OSError as error:
         raise DataError(f"{path} cannot be loaded, a file is missing or unreadable: {error}") from error
     except json.JSONDecodeError as error:
@@ -125,7 +142,7 @@ def load_model(
     except ImportError as error:
         reason = " ".join(str(error).split())
         raise DataError(f"the {family.processor_class} of {path} needs a package that is not here: {reason}") from error
-    if device != "auto":
+    if device != "auto" and parallel.size == 1:
         model = model.to(device)
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = processor.tokenizer.pad_token_id

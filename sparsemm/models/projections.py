@@ -36,6 +36,7 @@ class Projections:
         interface: The attention functions that the source file chooses from.
         eager: Its own attention function, for `attn_implementation="eager"`.
         scaling: Factor of the attention logits.
+        num_kv_heads: kv heads that this process has: the layer's, or its part of them under tensor parallelism.
     """
 
     head_dim: int
@@ -45,6 +46,7 @@ class Projections:
     interface: Any
     eager: Callable[..., tuple[Tensor, Tensor | None]]
     scaling: float
+    num_kv_heads: int
 
     @classmethod
     def of(cls, module: nn.Module) -> Projections:
@@ -64,6 +66,7 @@ class Projections:
             interface=source["ALL_ATTENTION_FUNCTIONS"],
             eager=source["eager_attention_forward"],
             scaling=head_dim**-0.5 if scaling is None else scaling,
+            num_kv_heads=module.config.num_key_value_heads,
         )
 
     def project(

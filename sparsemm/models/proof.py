@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sparsemm.errors import UnsupportedModelError
 from sparsemm.models.instances import Findings, device_of, forward_name, set_on_instance
 from sparsemm.models.layers import rotary_embeddings, sliding_windows
+from sparsemm.models.parallel import TensorParallel, tensor_parallel_of
 from sparsemm.models.projections import Projections
 
 _COLUMNS = 4
@@ -52,7 +53,7 @@ def proved_projections(text_model: nn.Module) -> tuple[Projections | None, ...]:
 
     The verdict is remembered until a forward, a weight or a setting of an attention module changes. A layer whose
     weights are on the meta device is taken as it reads. The random state, the mode and the hooks of the model are left
-    alone.
+    alone. The processes of a model under tensor parallelism come to one verdict.
 
     Raises:
         UnsupportedModelError: A layer cannot be served; names it, and what it does otherwise.
@@ -107,6 +108,7 @@ def _prove(
     proved = [each if window is None else None for each, window in zip(read, apart, strict=True)]
     if all(device.type == "meta" for device in devices):
         return tuple(proved)
+    parallel = tensor_parallel_of(text_model)
     config = copy.deepcopy(text_model.config)
     config._attn_implementation = _NAME
     with torch.no_grad(), _eval_mode(attentions):
@@ -114,13 +116,30 @@ def _prove(
         for layer_idx, (module, device, columns) in enumerate(zip(attentions, devices, every_layers, strict=True)):
             if device.type != "meta":
                 with _layer(layer_idx, text_model.layers[layer_idx]):
-                    recorder = _Recorder({name: _moved(each, device) for name, each in columns.items()})
+                    recorder = _Recorder({name: _moved(each, device) for name, each in columns.items()}, parallel)
+                    _check_division(module, recorder.columns["hidden_states"], parallel)
                     recorder.run(module, read[layer_idx], config)
-                    recorder.check(layer_idx)
+                    parallel.together(lambda: recorder.check(layer_idx))  # noqa: B023 - called here
                     if proved[layer_idx] is not None:
-                        recorder.check_arguments()
+                        parallel.together(recorder.check_arguments)
                         proved[layer_idx] = recorder.proved(module, read[layer_idx])
+    if len({projections.num_kv_heads for projections in proved if projections is not None}) > 1:
+        raise UnsupportedModelError("some layers have all kv heads in every process, others a part of them")
     return tuple(proved)
+
+
+def _check_division(module: nn.Module, hidden_states: Tensor, parallel: TensorParallel) -> None:
+    """Refuse a layer whose heads transformers has cut through, in all processes alike."""
+    config, size = module.config, parallel.size
+    projections = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, heads in projections.items():
+        if heads % size and hasattr(module, name):
+            width = getattr(module, name)(hidden_states).shape[-1]
+            if not all(whole == heads * module.head_dim for whole in parallel.collect(width)):
+                raise UnsupportedModelError(
+                    f"the {heads} heads of its {name} do not divide among the {size} processes that hold the model; "
+                    "start a number of processes that divides them"
+                )
 
 
 def _columns(text_model: nn.Module) -> list[dict[str, Any]]:
@@ -153,6 +172,7 @@ class _Recorder:
 
     Attributes:
         columns: The arguments of the layer.
+        parallel: The processes that have a part of it each.
         states: Query, key and value of each call.
         arguments: What came with them.
         stored: Key, value and layer index of each update of the cache.
@@ -160,8 +180,8 @@ class _Recorder:
         result: What the layer made of it.
     """
 
-    def __init__(self, columns: dict[str, Any]) -> None:
-        self.columns = columns
+    def __init__(self, columns: dict[str, Any], parallel: TensorParallel) -> None:
+        self.columns, self.parallel = columns, parallel
         self.states: list[dict[str, Tensor]] = []
         self.arguments: dict[str, Any] = {}
         self.stored: list[tuple[Tensor, Tensor, int]] = []
@@ -226,7 +246,11 @@ class _Recorder:
     def proved(self, module: nn.Module, read: Projections) -> Projections:
         """The projections as read, with or without rotation, that give what was recorded."""
         scaling = self.arguments.get("scaling")
-        read = dataclasses.replace(read, scaling=read.head_dim**-0.5 if scaling is None else scaling)
+        read = dataclasses.replace(
+            read,
+            scaling=read.head_dim**-0.5 if scaling is None else scaling,
+            num_kv_heads=self.states[0]["key"].shape[1],
+        )
         differences = []
         for candidate in (read, dataclasses.replace(read, rotary=None)):
             difference = self._difference(module, candidate)
@@ -236,22 +260,35 @@ class _Recorder:
         raise UnsupportedModelError(differences[0])
 
     def _difference(self, module: nn.Module, projections: Projections) -> str | None:
+        """What `projections` would do otherwise, in any process; all of them hear of it."""
         (theirs,) = self.states
+        difference = None
         try:
             states = projections.project(module, self.columns["hidden_states"], self.columns["position_embeddings"])
         except (TypeError, ValueError, RuntimeError) as error:
-            return f"its projections do not fit together as they read ({error})"
-        ours = dict(zip(theirs, states, strict=True)) | {"output": projections.output(module, self.answer)}
-        output = self.result[0] if isinstance(self.result, tuple) else self.result
-        for name, value in {**theirs, "output": output}.items():
-            if value.shape != ours[name].shape or value.dtype != ours[name].dtype:
-                shapes = [f"{states.dtype} {list(states.shape)}" for states in (value, ours[name])]
-                return f"its {name} is {shapes[0]}, its projections would give {shapes[1]}"
-            if not torch.allclose(value, ours[name], rtol=0, atol=0, equal_nan=True):
-                off = (value.float() - ours[name].float()).abs().max().item()
-                source = "o_proj" if name == "output" else "its projections, norms and rotary embedding"
-                return f"its {name} is not what {source} would give (off by {off:.2g})"
+            difference = f"its projections do not fit together as they read ({error})"
+        else:
+            pairs = zip(theirs.items(), states, strict=True)
+            found = (_unlike(name, value, ours, "its projections, norms and rotary embedding")
+                     for (name, value), ours in pairs)  # fmt: skip
+            difference = next(filter(None, found), None)
+        difference = self.parallel.first_of(difference)
+        if difference is None:
+            output = self.result[0] if isinstance(self.result, tuple) else self.result
+            ours = projections.output(module, self.answer)
+            difference = self.parallel.first_of(_unlike("output", output, ours, "o_proj"))
+        return difference
+
+
+def _unlike(name: str, value: Tensor, ours: Tensor, source: str) -> str | None:
+    """How `value` differs from what `source` would give, if it does."""
+    if value.shape != ours.shape or value.dtype != ours.dtype:
+        shapes = [f"{states.dtype} {list(states.shape)}" for states in (value, ours)]
+        return f"its {name} is {shapes[0]}, its projections would give {shapes[1]}"
+    if torch.allclose(value, ours, rtol=0, atol=0, equal_nan=True):
         return None
+    off = (value.float() - ours.float()).abs().max().item()
+    return f"its {name} is not what {source} would give (off by {off:.2g})"
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -24,13 +24,20 @@ class Journal:
         resume: Read what the file holds. False starts an empty one.
         part: Number of the process, where several share the work: each appends to a file of its own beside `path`, and
             `merge` makes one of them. Every process reads what all of them have finished before.
+        writes: False in a process whose records another one writes.
 
     Raises:
         DataError: The file was made with other settings, or is no journal.
     """
 
     def __init__(
-        self, path: Path | None, settings: dict[str, Any], *, resume: bool = True, part: int | None = None
+        self,
+        path: Path | None,
+        settings: dict[str, Any],
+        *,
+        resume: bool = True,
+        part: int | None = None,
+        writes: bool = True,
     ) -> None:
         self.whole = path
         self.path = path if path is None or part is None else _part(path, part)
@@ -41,6 +48,8 @@ class Journal:
         if path is not None and resume:
             kept = {found: self._read(found) for found in _files(path)}
             self._keep = kept.get(self.path, 0)
+        if not writes:
+            self.path = None
 
     def __enter__(self) -> Journal:
         if self.path is not None:

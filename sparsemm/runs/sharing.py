@@ -50,7 +50,7 @@ def work_through(
         if us.first:
             remove_journal(path)
         us.wait()
-    journal = Journal(path, settings, part=None if us.count == 1 else us.rank)
+    journal = Journal(path, settings, part=None if us.count == 1 else us.rank, writes=us.writes)
     us.wait()  # nobody merges what another has yet to read
     count = total = 0
     with journal, _progress(items, us, label, progress) as bar:
