@@ -26,10 +26,11 @@ from sparsemm.cli.program import Program, run_program
 
 app = Program(help="Visual heads and per-head key/value caches for vision-language models.")
 for command in (
-    generate.generate, evaluate.evaluate, evaluate.report, evaluate.quickstart, chase.chase, calibrate.calibrate,
+    generate.generate, evaluate.evaluate, evaluate.report, evaluate.quickstart, chase.chase,
     mask.mask, head_rows.head_rows, tables.tables, models.models,
 ):  # fmt: skip
     app.command()(command)
+app.command(alone=calibrate.NOT_TOGETHER)(calibrate.calibrate)
 for name, room in {
     "head-scores": head_scores, "data": data, "viz": viz, "miniatures": miniatures, "bench": bench,
 }.items():  # fmt: skip

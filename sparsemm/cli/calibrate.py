@@ -9,14 +9,16 @@ import typer
 
 from sparsemm.cli.chase import PAGE_SEED, place_of
 from sparsemm.cli.common import MINIATURE_WINDOW
-from sparsemm.cli.options import FreshOption, Model, NewTokensOption, PixelsOption, QuietOption
+from sparsemm.cli.options import DividedModel, FreshOption, NewTokensOption, PixelsOption, QuietOption
 from sparsemm.cli.outputs import claim
 from sparsemm.errors import DataError
+
+NOT_TOGETHER = "a calibration runs in one process; device=auto spreads a large model over the GPUs"
 
 
 def calibrate(
     *,
-    model: Model,
+    model: DividedModel,
     data: Annotated[
         str | None,
         typer.Option(

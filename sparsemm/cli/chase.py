@@ -9,7 +9,7 @@ import typer
 
 from sparsemm.cli.common import parse_integers, score_files
 from sparsemm.cli.data import SOURCES, Source, echo_flaws
-from sparsemm.cli.options import FreshOption, Model, NewTokensOption, PixelsOption, QuietOption
+from sparsemm.cli.options import DividedModel, FreshOption, Model, NewTokensOption, PixelsOption, QuietOption
 from sparsemm.cli.outputs import claim
 from sparsemm.errors import ConfigError
 
@@ -18,7 +18,7 @@ PAGE_SEED = 1  # the pages of `evaluate` have seed 0: heads are not chosen on th
 
 def chase(
     *,
-    model: Model,
+    model: DividedModel,
     dataset: Annotated[
         str | None, typer.Option(help=f"{SOURCES} [default: documents; for miniatures, miniature].")
     ] = None,

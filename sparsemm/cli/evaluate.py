@@ -10,7 +10,16 @@ import typer
 
 from sparsemm.cli.chase import PAGE_SEED, run_chase
 from sparsemm.cli.common import file_name, parse_integers, parse_list
-from sparsemm.cli.options import MethodsOption, Metric, Model, Reading, Settings, load_scores, usable_methods
+from sparsemm.cli.options import (
+    DividedModel,
+    MethodsOption,
+    Metric,
+    Model,
+    Reading,
+    Settings,
+    load_scores,
+    usable_methods,
+)
 from sparsemm.cli.outputs import claim, claim_picture
 from sparsemm.errors import DataError
 
@@ -37,7 +46,7 @@ class Grid:
 
 def evaluate(
     *,
-    model: Model,
+    model: DividedModel,
     grid: Grid,
     settings: Settings,
     reading: Reading,
@@ -67,6 +76,7 @@ def _evaluate(
     import sparsemm.experiments.evaluate as engine
     from sparsemm.experiments.session import PageReader
     from sparsemm.methods import get_method
+    from sparsemm.runs.processes import workers
 
     methods = list(dict.fromkeys(parse_list(ALL_METHODS if grid.methods == "all" else grid.methods)))
     calibration = None
@@ -87,7 +97,8 @@ def _evaluate(
         *(loaded or model.load()), pages, output=folder / "results.json", model_name=model.name, **reading.how
     )
     engine.evaluate(reader, **options, **settings.fields(model.model))
-    report(results=folder / "results.json")
+    if workers().first:
+        report(results=folder / "results.json")
     if len(usable) < len(methods):
         raise typer.Exit(1)
 

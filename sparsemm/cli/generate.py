@@ -12,9 +12,9 @@ import typer
 from sparsemm.cli.common import warn_of_positions
 from sparsemm.cli.options import (
     BackendOption,
+    DividedModel,
     GraphOption,
     MethodOption,
-    Model,
     NewTokensOption,
     PixelsOption,
     Settings,
@@ -49,7 +49,7 @@ def generate(
     *,
     image: Annotated[Path, typer.Option(help="Picture to ask about.")],
     prompt: Annotated[str | None, typer.Option(help="Question or instruction [default: read everything].")] = None,
-    model: Model,
+    model: DividedModel,
     method: MethodOption = "sparsemm",
     budget: Annotated[
         int | None,

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
 
@@ -71,6 +71,7 @@ class Model:
     model: ModelOption = DEFAULT_MODEL
     device: DeviceOption = None
     dtype: DtypeOption = None
+    processes: ClassVar[int] = 1
 
     @property
     def name(self) -> str:
@@ -84,10 +85,27 @@ class Model:
     def load(self, **options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
         """The model and its processor; `options` of `sparsemm.load_model`, those that are None left out."""
         given = {"device": self.device, "dtype": self.dtype, **options}
+        if self.processes > 1:
+            given["tensor_parallel"] = self.processes
         try:
             return load(self.model, **{name: value for name, value in given.items() if value is not None})
         except (DataError, UnsupportedModelError) as error:
             raise type(error)(f"--model: {error}") from error
+
+
+@dataclass(frozen=True)
+class DividedModel(Model):
+    """A checkpoint that several processes may hold together."""
+
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(min=1, help="Processes (GPUs) that divide every layer; started here, or already by torchrun."),
+    ] = 1
+
+    @property
+    def processes(self) -> int:
+        """How many run the command together."""
+        return self.tensor_parallel
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Any, get_type_hints
 import typer
 
 from sparsemm.cli.outputs import settle
-from sparsemm.errors import SparseMMError
+from sparsemm.cli.processes import leave_message, run_together
+from sparsemm.errors import ConfigError, SparseMMError
 
 logger = logging.getLogger(__name__)
 
@@ -34,21 +35,28 @@ class Program(typer.Typer):
             **settings,
         )
 
-    def command(self, name: str | None = None, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """As Typer's; listings of commands show the first sentence of the docstring, all of it."""
+    def command(
+        self, name: str | None = None, *, alone: str | None = None, **settings: Any
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """As Typer's; listings of commands show the first sentence of the docstring, all of it.
+
+        `alone` is why the command is not offered in several processes (`--tensor-parallel`).
+        """
 
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             sentence = re.split(r"(?<=\.)\s", " ".join(inspect.getdoc(function).split()))[0]
-            super(Program, self).command(name, short_help=sentence, **settings)(expand_bundles(function))
+            expanded = expand_bundles(function, alone=alone)
+            super(Program, self).command(name, short_help=sentence, **settings)(expanded)
             return function
 
         return register
 
 
-def expand_bundles(function: Callable[..., Any]) -> Callable[..., Any]:
+def expand_bundles(function: Callable[..., Any], *, alone: str | None = None) -> Callable[..., Any]:
     """`function` with every parameter whose type is a dataclass replaced by the fields of that dataclass, as options.
 
-    What several commands take is so declared once, and a command is handed the object made of it.
+    What several commands take is so declared once, and a command is handed the object made of it. One with `processes`
+    has the command run by so many together, unless there is a reason to run `alone`.
     """
     signature = inspect.signature(function, eval_str=True)
     bundles = {
@@ -72,7 +80,13 @@ def expand_bundles(function: Callable[..., Any]) -> Callable[..., Any]:
     def expanded(**given: Any) -> Any:
         for name, bundle in bundles.items():
             given[name] = bundle(**{field.name: given.pop(field.name) for field in dataclasses.fields(bundle)})
+        processes = max((getattr(given[name], "processes", 1) for name in bundles), default=1)
         try:
+            if processes > 1:
+                if alone is not None:
+                    raise ConfigError(f"tensor_parallel={processes}: {alone}")
+                if not run_together(processes):
+                    return None
             return function(**given)
         except SparseMMError as error:
             error.args = (_name_options(str(error), [parameter.name for parameter in parameters]),)
@@ -104,7 +118,8 @@ def run_program(program: Program, name: str) -> None:
             line = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         elif not isinstance(error, (SparseMMError, OSError)):
             line, status = f"{type(error).__name__}: {line or 'no message'} (--verbose shows where)", 1
-        typer.echo(f"error: {line}", err=True)
+        if not leave_message(error, line):
+            typer.echo(f"error: {line}", err=True)
         logger.debug("raised here:", exc_info=True)
         sys.exit(status)
 
