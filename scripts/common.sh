@@ -43,8 +43,9 @@ run_tool() {
 # run_sparsemm command...: the program, in one process or PROCESSES that share the work.
 run_sparsemm() {
     if [[ "${PROCESSES:-1}" -gt 1 ]]; then
-        # --multi_gpu starts the processes; without a GPU they compute on the CPU.
-        run_tool python -m accelerate.commands.launch --multi_gpu --num_processes "$PROCESSES" --num_machines 1 \
+        # --multi_gpu starts the processes; without a GPU they compute on the CPU. TENSOR_PARALLEL of them hold a model.
+        run_tool python -m accelerate.commands.launch --multi_gpu \
+            --num_processes "$((PROCESSES * ${TENSOR_PARALLEL:-1}))" --num_machines 1 \
             --mixed_precision no --dynamo_backend no --main_process_port 0 -m sparsemm "$@"
     else
         run_tool sparsemm "$@"
@@ -54,7 +55,8 @@ run_sparsemm() {
 # The lmms-eval plug-in, with the variables of scripts/eval.
 run_evaluation() {
     options_from MODEL METHODS BUDGETS TASKS RATIO ROUNDING MASK_RATIO MASK_MODE HEAD_SCORES WINDOW_SIZE SEED LIMIT \
-        NUM_PROCESSES BATCH_SIZE OUTPUT DEVICE DTYPE MIN_PIXELS MAX_PIXELS ATTN_IMPLEMENTATION DECODE_BACKEND
+        NUM_PROCESSES TENSOR_PARALLEL BATCH_SIZE OUTPUT DEVICE DTYPE MIN_PIXELS MAX_PIXELS ATTN_IMPLEMENTATION \
+        DECODE_BACKEND
     run_tool python -c 'import lmms_eval, sparsemm_lmms_eval' 2>/dev/null || {
         echo "lmms-eval and its plug-in are not installed: see lmms-eval/README.md" >&2
         exit 1

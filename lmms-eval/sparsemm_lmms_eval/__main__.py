@@ -36,6 +36,9 @@ class Loading:
     max_pixels: PixelsOption = None
     attn_implementation: Annotated[str, typer.Option(help="transformers' attention for the prompt.")] = "sdpa"
     decode_backend: BackendOption = "auto"
+    tensor_parallel: Annotated[
+        int | None, typer.Option(min=2, help="Processes (GPUs) that divide each model's layers [default: none].")
+    ] = None
 
 
 @app.command()

@@ -86,7 +86,7 @@ class Cell:
         if scores is not None:
             values["settings"]["head_scores"] = hashlib.sha256(Path(scores).read_bytes()).hexdigest()
         # None of these changes an answer (beyond rounding): a run may go on with another batch size or machine.
-        for name in ("device", "device_map", "batch_size"):
+        for name in ("device", "device_map", "batch_size", "tensor_parallel"):
             values["loading"].pop(name, None)
         return values
 

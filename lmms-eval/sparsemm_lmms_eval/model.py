@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import sparsemm
 from sparsemm.errors import ConfigError, UnsupportedModelError
+from sparsemm.models.parallel import ALONE, join
 from sparsemm.runs.journal import Journal
 
 DEFAULT_NEW_TOKENS = 1024
@@ -45,6 +46,17 @@ class SampleCounts(TokenCounts):
 
 
 @dataclass(frozen=True)
+class _Question:
+    """A request by what it asks; every process that holds the model has the document."""
+
+    owner: int  # rank of the process that lmms-eval handed it to
+    task: str
+    split: str
+    document: int
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class _Loaded:
     """Keeps the network out of lmms-eval's sight, which deletes a model's modules after each run."""
 
@@ -65,6 +77,8 @@ class SparseMMModel(lmms):
         batch_size: Prompts generated together, left padded.
         device: `cpu`, `cuda`, ...; `auto` (or `device_map=auto`) spreads a large model over the GPUs.
         dtype: As for `sparsemm.load_model`.
+        tensor_parallel: So many processes of the launcher in a row hold one model and answer the requests of all of
+            them together; each `tensor_parallel` processes more are data parallel.
         progress: Folder of journals from which an interrupted run goes on.
         any_head_scores: Take scores that were chased on another model.
 
@@ -89,6 +103,7 @@ class SparseMMModel(lmms):
         device: str | None = None,
         device_map: str | None = None,
         dtype: str | None = None,
+        tensor_parallel: int | str = 1,
         progress: str | os.PathLike[str] | None = None,
         any_head_scores: bool = False,
         **config: Any,
@@ -104,10 +119,14 @@ class SparseMMModel(lmms):
             raise ConfigError(f"decode_backend={decode_backend!r} is unknown; use one of {', '.join(BACKENDS)}")
         self.decode_backend = decode_backend
         wanted = device_map or device
+        processes = _whole("tensor_parallel", tensor_parallel)
+        self.parallel = join(processes) if processes > 1 else ALONE
         # Told nothing where there is no GPU, accelerate knows of the other processes and yet gathers nothing from them.
         self.accelerator = Accelerator(cpu=wanted == "cpu" or not torch.cuda.is_available())
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        if self._world_size > 1:
+        if self.parallel.size > 1:
+            wanted = None
+        elif self._world_size > 1:
             if wanted == "auto":
                 raise ConfigError("device_map=auto needs all GPUs in one process; run without torchrun or accelerate")
             own = self.accelerator.device
@@ -119,6 +138,7 @@ class SparseMMModel(lmms):
             attn_implementation=attn_implementation,
             min_pixels=min_pixels,
             max_pixels=max_pixels,
+            tensor_parallel=processes if processes > 1 else False,
         )
         self.loaded = _Loaded(*loaded)
         self._family = family_of(self.loaded.network)
@@ -154,14 +174,17 @@ class SparseMMModel(lmms):
             bar = stack.enter_context(tqdm(total=len(requests), desc="answers", disable=self._rank != 0))
             missing = {}
             for request in requests:  # a request may come twice: ranks are padded to the same number of them
-                task, document = request.args[4], request.args[3]
+                _, _, settings, document, task, split = request.args
                 if document not in journals[task].records:
-                    missing[task, document] = request
+                    missing[task, document] = _Question(self._rank, task, split, document, dict(settings))
             bar.update(len(requests) - len(missing))
-            for batch in self._batches(list(missing.values())):
-                for request, record in zip(batch, self._answer(batch, handle), strict=True):
-                    journals[request.args[4]].append(request.args[3], record)
-                    bar.update()
+            to_messages = {request.args[4]: request.args[1] for request in requests}
+            asked = [question for each in self.parallel.collect(list(missing.values())) for question in each]
+            for batch in self._batches(asked):
+                for question, record in zip(batch, self._answer(batch, to_messages, handle), strict=True):
+                    if question.owner == self._rank:
+                        journals[question.task].append(question.document, record)
+                        bar.update()
         records = [journals[request.args[4]].records[request.args[3]] for request in requests]
         self._log(records)
         config = self.compression.to_dict()
@@ -191,26 +214,29 @@ class SparseMMModel(lmms):
             journals[task].records = {**earlier, **journals[task].records}
         return journals
 
-    def _batches(self, requests: list[Instance]) -> Iterator[list[Instance]]:
-        """Up to `batch_size` requests with the same generation settings each."""
-        groups: dict[str, list[Instance]] = {}
-        for request in requests:
-            groups.setdefault(json.dumps(request.args[2], sort_keys=True, default=str), []).append(request)
+    def _batches(self, questions: list[_Question]) -> Iterator[list[_Question]]:
+        """Up to `batch_size` questions with the same generation settings each."""
+        groups: dict[str, list[_Question]] = {}
+        for question in questions:
+            groups.setdefault(json.dumps(question.settings, sort_keys=True, default=str), []).append(question)
         for group in groups.values():
             for start in range(0, len(group), self.batch_size):
                 yield group[start : start + self.batch_size]
 
-    def _answer(self, batch: list[Instance], handle: sparsemm.PatchHandle) -> list[dict[str, Any]]:
-        """Text and figures of each request of a batch, as JSON values."""
+    def _answer(
+        self, batch: list[_Question], to_messages: dict[str, Callable[[Any], Any]], handle: sparsemm.PatchHandle
+    ) -> list[dict[str, Any]]:
+        """Text and figures of each question of a batch, as JSON values; `to_messages` of each task."""
         from sparsemm.cache import share_of_full
         from sparsemm.decoding.generation import generate_greedy
 
         network, processor = self.loaded.network, self.loaded.processor
         conversations = []
-        for _, to_messages, _, document, task, split in (request.args for request in batch):
-            messages = to_messages(self.task_dict[task][split][document])
+        for question in batch:
+            document = self.task_dict[question.task][question.split][question.document]
+            messages = to_messages[question.task](document)
             conversations.append(ChatMessages(messages=messages).to_hf_messages())
-        settings = dict(batch[0].args[2])
+        settings = batch[0].settings
         if settings.get("do_sample") or settings.get("temperature") or settings.get("num_beams", 1) != 1:
             raise ConfigError(f"generation settings {settings} ask for sampling or beams; answers are greedy here")
         inputs = self._family.build_inputs(processor, None, conversations, device=network.device)

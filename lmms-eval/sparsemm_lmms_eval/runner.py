@@ -36,8 +36,9 @@ def run_cells(
 ) -> list[Cell]:
     """Evaluate the cells that are not finished in `output`; returns those that failed.
 
-    With one process all cells share one loaded model. With several, each cell is a `torchrun` of its own, data
-    parallel: were one of its processes to fail, it could not take the others of later cells with it.
+    `num_processes` are data parallel; where the cells' loading says `tensor_parallel`, each is so many processes that
+    hold one model. One process loads a model once for all its cells. Several are a `torchrun` for each cell: were one
+    to fail, it could not take the others of later cells with it.
 
     Raises:
         DataError: A task is neither one of lmms-eval's nor of this package; no cell was begun.
@@ -46,12 +47,14 @@ def run_cells(
     _check_tasks({cell.task for cell in missing})
     report(f"{len(cells)} cells, {len(cells) - len(missing)} of them finished before")
     failed = []
-    runner = _InProcess() if num_processes == 1 else _Torchrun(num_processes)
+    own = _InProcess()
     for number, cell in enumerate(missing, start=1):
         folder = cell.folder(output)
         (folder / FAILED).unlink(missing_ok=True)
         report(f"[{number}/{len(missing)}] {cell.task} {cell.label} ({cell.settings['rounding']} rounding)")
         try:
+            started = num_processes * cell.loading.get("tensor_parallel", 1)
+            runner = own if started == 1 else _Torchrun(started)
             runner(cell, folder)
             summary = read_json(folder / DONE)["summary"]
         except Exception as error:

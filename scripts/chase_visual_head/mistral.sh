@@ -15,10 +15,11 @@
 #                                                              checkpoint head_scores.json in its folder)
 #   FRESH          1 replaces a score file made from more images or with other settings
 #   PROCESSES      processes that share the images, a GPU each (1)
+#   TENSOR_PARALLEL processes (GPUs) that divide every layer  (none: each has a whole model)
 #   DEVICE, DTYPE  where and how precisely to compute          (cuda and bfloat16, or cpu and float32)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 MODEL="${MODEL:-llava-mistral}"
-options_from MODEL DATASET NUM_IMAGES MATCH OUTPUT DEVICE DTYPE FRESH
+options_from MODEL DATASET NUM_IMAGES MATCH OUTPUT DEVICE DTYPE TENSOR_PARALLEL FRESH
 run_sparsemm chase "${options[@]}" "$@"

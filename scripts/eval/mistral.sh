@@ -17,6 +17,7 @@
 #   HEAD_SCORES    score file                                        (head_scores/<name of the model>.json)
 #   LIMIT          documents a cell                                  (all, miniatures: 200)
 #   NUM_PROCESSES  data-parallel processes, one a GPU                (1)
+#   TENSOR_PARALLEL processes (GPUs) that divide every layer     (none: each has a whole model)
 #   BATCH_SIZE     prompts generated together                        (1)
 #   OUTPUT         folder of the results                             (results/lmms-eval)
 #   DEVICE         cpu, cuda, or auto: a large model over all GPUs   (cuda where there is one)

@@ -352,9 +352,13 @@ def test_a_second_cell_of_ocrbench_starts_from_zero(
 # -- programs -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", ["cpu", ""], ids=["named", "default"])
+@pytest.mark.parametrize(
+    ("device", "sharing"),
+    [("cpu", "NUM_PROCESSES"), ("", "NUM_PROCESSES"), ("", "TENSOR_PARALLEL")],
+    ids=["named", "default", "divided"],
+)
 def test_two_processes_answer_like_one(
-    device: str, finished: tuple[Path, list[grid.Cell]], checkpoints: Path, tmp_path: Path
+    device: str, sharing: str, finished: tuple[Path, list[grid.Cell]], checkpoints: Path, tmp_path: Path
 ) -> None:
     """Through the script; five documents, so that one process is padded with a document of its own."""
     if not device and 0 < torch.cuda.device_count() < 2:
@@ -370,7 +374,7 @@ def test_two_processes_answer_like_one(
         "ROUNDING": "exact",
         "LIMIT": "5",
         "BATCH_SIZE": "4",
-        "NUM_PROCESSES": "2",
+        sharing: "2",
         "DEVICE": device,
         "OUTPUT": str(tmp_path / "out"),
     }
