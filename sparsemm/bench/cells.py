@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from sparsemm.decoding.clock import Clock
 from sparsemm.errors import ConfigError
+from sparsemm.models.parallel import joined
 from sparsemm.runs.results import Run, RunFile, environment
 from sparsemm.runs.spread import Spread, is_noisy, spread_of
 
@@ -118,6 +119,8 @@ def run_benchmark(
     """
     place = {**environment(device), **settings.get("environment", {})}
     results = BenchResults.open(output, {"benchmark": name, **settings, "environment": place}, fresh=fresh)
+    if not joined().first:
+        results.path = None  # one of the processes that hold the model writes
     by_key = {place_key(each): each for each in places}
     missing = results.missing(by_key)
     if not missing:

@@ -20,6 +20,7 @@ from sparsemm.bench.shapes import attention_shape, prompt_inputs, skewed_head_sc
 from sparsemm.bench.throughput import largest_batch
 from sparsemm.errors import ConfigError
 from sparsemm.methods import METHODS, get_method
+from sparsemm.models.parallel import tensor_parallel_of
 from sparsemm.ops.backends import resolve_backend
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,9 @@ def run(
     """
     resolve_backend(decode_backend, model.device, model.dtype, attention_shape(model.config).head_dim)
     device, shape, bandwidth = model.device, attention_shape(model.config), copy_bandwidth(model.device)
+    parallel = tensor_parallel_of(model)
+    if parallel.size > 1 and any(place["kind"] == "throughput" for place in workloads):
+        raise ConfigError("the largest batch is not looked for in several processes: leave throughput_prompts empty")
     if limit_bytes is None and device.type == "cuda":
         limit_bytes = torch.cuda.get_device_properties(device).total_memory
     timed = {"steps": steps, "warmup": warmup, "graph": graph, "decode_backend": decode_backend}
@@ -119,6 +123,7 @@ def run(
         "head_scores": "skewed" if head_scores is None else str(head_scores),
         "window_size": window_size,
         **timed,
+        **({"tensor_parallel": parallel.size} if parallel.size > 1 else {}),
         "environment": {"copy_bytes_per_second": bandwidth},
     }
     scores = skewed_head_scores(shape.layers, shape.query_heads) if head_scores is None else head_scores
@@ -154,7 +159,8 @@ def run(
         times, figures = measure(model, inputs, method, config, tell=tell, **timed)
         # What the timed steps read on average: every row kept, and half of those that they append.
         kept = min(budget, prompt) if compresses(method) else prompt
-        read = step_weight_bytes(model) + place["batch"] * (kept + warmup + steps // 2) * row_bytes(model)
+        rows = place["batch"] * (kept + warmup + steps // 2) * row_bytes(model)
+        read = step_weight_bytes(model) + rows // parallel.size
         if figures["cache_bytes"] is None and not compresses(method):
             figures["cache_bytes"] = figures["full_cache_bytes"]
         held = figures["cache_bytes"]

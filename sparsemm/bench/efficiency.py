@@ -54,6 +54,9 @@ def format_tables(results: BenchResults) -> str:
         "rest MB": _figure("rest_bytes", "{:,.1f}", 1e6),
         "kernels/step": lambda cell: _shown(cell.figures["kernels"] or cell.figures["launches"], "{}"),
     }
+    if results.settings.get("tensor_parallel"):
+        columns["cache MB a process"] = _by_rank
+        columns["KB sent/token"] = _figure("sent_bytes", "{:,.1f}", 1e3)
     parts = []
     if latency:
         parts.append(table_of(latency, {**place, "batch": _place("batch"), **columns}, left=2))
@@ -77,7 +80,12 @@ def _place(name: str) -> Any:
 
 
 def _figure(name: str, form: str, unit: float = 1) -> Any:
-    return lambda cell: _shown(cell.figures[name], form, unit)
+    return lambda cell: _shown(cell.figures.get(name), form, unit)
+
+
+def _by_rank(cell: BenchCell) -> str:
+    held = cell.figures.get("cache_bytes_by_rank") or ()
+    return " / ".join(f"{each / 1e6:,.1f}" for each in held)
 
 
 def _shown(value: Any, form: str = "{:.2f}", unit: float = 1) -> str:

@@ -15,11 +15,13 @@ from sparsemm.bench.baselines import CopyingLoop, kvpress_snapkv
 from sparsemm.bench.cells import Tell, Times, release_memory
 from sparsemm.bench.memory import peak_new_bytes, row_bytes, weight_bytes
 from sparsemm.bench.operators import count_kernels, count_operators
+from sparsemm.bench.sent import sent_bytes, step_bytes
 from sparsemm.bench.shapes import prompt_inputs
 from sparsemm.decoding import DecodeLoop
 from sparsemm.decoding.generation import stock_greedy
+from sparsemm.models.parallel import tensor_parallel_of
 
-SPARE_ROWS = 8  # for the steps that count operators
+SPARE_ROWS = 8  # for the steps that count operators and what is sent
 SHORT_PROMPT = 64  # of the warm-up
 PROMPT_RUNS, PROMPT_SECONDS = 4, 10.0  # a prompt is run so often, unless that takes longer
 NEVER_ENDS = {"eos_token_id": None, "pad_token_id": 0}
@@ -49,6 +51,8 @@ def measure(
 
         - `cache_bytes`: held at the end; None where the cache is not ours to ask. `full_cache_bytes`: keys and values
           of every token at the end. `effective_budget`: prompt rows kept per kv head.
+        - `cache_bytes_by_rank`, `sent_bytes` and `sent_formula` (`sparsemm.bench.sent`) of a model that processes hold
+          together; all other bytes are then those of this process.
         - `peak_bytes`: largest allocation, weights included: of the whole run on a GPU, of the prompt's tensors on a
           CPU.
         - `graph`: whether steps were replayed from a CUDA graph.
@@ -98,10 +102,11 @@ def _ticks(device: torch.device, total: int, tell: Tell) -> _Ticks | None:
     return None if device.type == "cuda" else _Ticks(total, tell)
 
 
-def _first_tokens(run: Callable[[int], float], new_tokens: int, device: torch.device, tell: Tell) -> list[float]:
+def _first_tokens(run: Callable[[int], float], new_tokens: int, model: nn.Module, tell: Tell) -> list[float]:
     """Seconds to the first token: of a few runs that end there, while they are short, and of the one that decodes."""
     seconds: list[float] = []
-    while len(seconds) < PROMPT_RUNS and sum(seconds) < PROMPT_SECONDS:
+    device, parallel = model.device, tensor_parallel_of(model)
+    while len(seconds) < PROMPT_RUNS and parallel.collect(sum(seconds))[0] < PROMPT_SECONDS:
         tell(f"prompt, run {len(seconds) + 1}")
         seconds.append(run(1))
     if device.type == "cuda":
@@ -125,13 +130,22 @@ def _measure_ours(
         return loop.prefill_seconds
 
     generate(3, short)
-    first = _first_tokens(generate, new_tokens, model.device, tell)
+    first = _first_tokens(generate, new_tokens, model, tell)
     times: Times = {"first_token": first, "step": loop.step_seconds}
+    stats = loop.cache.record.stats()
     figures: Figures = {
         "graph": loop.runner.captures > 0,
         "cache_bytes": loop.cache.memory_bytes(),
-        "effective_budget": loop.cache.record.stats().effective_budget,
+        "effective_budget": stats.effective_budget,
     }
+    parallel = loop.cache.plan.parallel
+    if parallel.size > 1:
+        loop.cache.begin_steps()
+        sent = {
+            "sent_bytes": sent_bytes(loop.step),
+            "sent_formula": step_bytes(model, len(inputs["input_ids"]), parallel.size),
+        }
+        figures |= {"cache_bytes_by_rank": stats.bytes_by_rank, **sent}
     if not isinstance(loop, CopyingLoop):
         loop.cache.begin_steps()
         count = count_operators(loop.step)
@@ -152,7 +166,7 @@ def _measure_stock(
         return first
 
     stock_greedy(model, short, 3, **NEVER_ENDS)
-    times["first_token"] = _first_tokens(generate, new_tokens, model.device, tell)
+    times["first_token"] = _first_tokens(generate, new_tokens, model, tell)
     steps = times["step"]
     tell("peak memory")
     figures = {"peak_bytes": _peak_bytes(model, lambda: generate(1))}

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sparsemm.bench.cells import take_turns
 from sparsemm.bench.shapes import attention_shape
 from sparsemm.models import family_of
+from sparsemm.models.parallel import own
 
 
 class _Alive(TorchDispatchMode):
@@ -55,16 +56,17 @@ def peak_new_bytes(run: Callable[[], Any]) -> int:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, shared ones once."""
-    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
-    return sum(tensors.values())
+    """Bytes of all parameters and buffers in this process, shared ones once."""
+    tensors = map(own, [*model.parameters(), *model.buffers()])
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def step_weight_bytes(model: nn.Module) -> int:
-    """Bytes of weights that one decode step has to read: decoder layers, norm and output matrix, not the embedding."""
+    """Bytes of weights that one decode step has to read, in this process: decoder layers, norm and output matrix, not
+    the embedding."""
     text_model, head = family_of(model).text_model(model), model.get_output_embeddings()
     parts = (text_model.layers, text_model.norm, head)
-    return sum(parameter.nbytes for part in parts for parameter in part.parameters())
+    return sum(own(parameter).nbytes for part in parts for parameter in part.parameters())
 
 
 def row_bytes(model: nn.Module) -> int:

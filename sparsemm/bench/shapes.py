@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,8 @@ from sparsemm.head_scores import HeadScores
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+    from sparsemm.models.parallel import TensorParallel
 
 
 _LARGE_ROPE = {"rope_type": "default", "rope_theta": 1e6}
@@ -145,6 +149,32 @@ def random_model(
         model = model_class._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     model.generation_config.pad_token_id = 0
     return model.to(device).eval()
+
+
+def divided_model(name: str, parallel: TensorParallel, **options: Any) -> PreTrainedModel:
+    """`random_model(name, **options)`, divided among the processes of `parallel`; by way of a folder that is gone
+    afterwards, for which there has to be room. Raises what `random_model` does, and `check_plan`."""
+    import transformers
+
+    from sparsemm.models import family_of
+    from sparsemm.models.parallel import check_plan, placed_on
+
+    config = shape_config(name)
+    check_plan(config, parallel.size)
+    folder = Path(parallel.collect(tempfile.mkdtemp() if parallel.first else None)[0])
+    try:
+        parallel.together(lambda: random_model(name, **options).save_pretrained(folder) if parallel.first else None)
+        with placed_on(parallel) as placement:
+            settings = {"dtype": options["dtype"], "attn_implementation": options.get("attn_implementation", "sdpa")}
+            model = getattr(transformers, family_of(config).model_class).from_pretrained(
+                folder, **settings, **placement
+            )
+        parallel.collect(None)
+    finally:
+        if parallel.first:
+            shutil.rmtree(folder, ignore_errors=True)
+    model.generation_config.pad_token_id = 0
+    return model.eval()
 
 
 def skewed_head_scores(layers: int, heads: int) -> HeadScores:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsemm.cli.common import DEFAULT_MODEL, parse_integers, parse_list, warn_of_positions
-from sparsemm.cli.options import BackendOption, FreshOption, GraphOption, JsonOption, Model, Scores
+from sparsemm.cli.options import BackendOption, DividedModel, FreshOption, GraphOption, JsonOption, Scores
 from sparsemm.cli.outputs import claim
 
 _GPU_PROMPTS = "2048,4096,8192,16384,32768,65536,131072"
@@ -20,7 +20,7 @@ _METHODS = "hf,fullkv,sparsemm,snapkv,pyramidkv,adakv,original"
 
 
 @dataclass(frozen=True)
-class Shape(Model):
+class Shape(DividedModel):
     """A model of random weights, or a checkpoint."""
 
     model: Annotated[
@@ -34,8 +34,9 @@ class Shape(Model):
         """The model, without its processor; `options` of its attention."""
         import torch
 
-        from sparsemm.bench.shapes import SHAPES, random_model
+        from sparsemm.bench.shapes import SHAPES, divided_model, random_model
         from sparsemm.models.loading import resolve_device, resolve_dtype
+        from sparsemm.models.parallel import joined
 
         if self.model not in SHAPES:
             return self.load(**options)[0]
@@ -43,6 +44,8 @@ class Shape(Model):
         dtype = resolve_dtype(self.dtype, on_cpu=place.type == "cpu")
         if place.type == "cpu" and self.model != "tiny":
             typer.echo(f"warning: {self.model} on a CPU fills tens of gigabytes and takes minutes a token", err=True)
+        if self.processes > 1:
+            return divided_model(self.model, joined(), device=place, dtype=dtype, **options)
         return random_model(self.model, device=place, dtype=dtype, **options)
 
 
@@ -88,6 +91,7 @@ def e2e(
     from sparsemm.bench.efficiency import format_tables, plot_efficiency
     from sparsemm.errors import DataError
     from sparsemm.io import write_bytes_atomic
+    from sparsemm.models.parallel import joined
 
     claim(output / "results.json", output / "table.md", output / "efficiency.png")
     on_gpu = (model.device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cpu"
@@ -100,7 +104,7 @@ def e2e(
         parse_integers(budgets or ("256" if on_gpu else "64"), "--budgets"),
         parse_integers(prompts or (_GPU_PROMPTS if on_gpu else _CPU_PROMPTS), "--prompts"),
         parse_integers(batches, "--batches"),
-        parse_integers(throughput_prompts, "--throughput-prompts"),
+        [] if model.processes > 1 else parse_integers(throughput_prompts, "--throughput-prompts"),
     )
     if scores.head_scores is not None:
         scores.table(model.model)
@@ -121,6 +125,8 @@ def e2e(
         fresh=fresh,
         report=functools.partial(typer.echo, err=True),
     )
+    if not joined().first:
+        return
     table = format_tables(results)
     write_bytes_atomic(output / "table.md", (table + "\n").encode())
     try:

@@ -117,6 +117,11 @@ def tensor_parallel_of(model: nn.Module) -> TensorParallel:
     return TensorParallel(mesh.get_local_rank(), mesh.size(), mesh.get_group())
 
 
+def own(tensor: Tensor) -> Tensor:
+    """The part of a weight that this process has; another tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a weight of which each process has a part; another tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
