@@ -116,12 +116,28 @@ def test_each_process_holds_its_part(two):
                 assert each["rows"] == expected["rows"] / 2
 
 
+def test_bytes_sent_for_a_token(two):
+    """Two all-reduces a layer and one of the embedding, of [2, 64] floats, and half of 128 logits of both rows."""
+    ranks, alone = by_run(two, "sending")
+    for rank in ranks:
+        for name, (formula, seen, weights) in rank.items():
+            assert formula == seen == 4 * 2 * ((2 * 2 + 1) * 64 + 128 // 2), name
+            assert alone[name][1] == 0 and 0.4 < weights / alone[name][2] < 0.8  # the image encoder is whole in each
+
+
 def test_chase_writes_the_same_bytes(two):
     ranks, alone = by_run(two, "reading")
     for rank in ranks:
         assert rank["file"] == alone["file"]
         assert rank["columns"] == alone["columns"]
         assert rank["left"] == []
+
+
+def test_pictures_show_all_heads(two):
+    ranks, alone = by_run(two, "pictures")
+    for rank in ranks:
+        assert rank["kept"] == alone["kept"]
+        assert_close(rank["rows"], alone["rows"])
 
 
 def test_evaluation_gives_the_same_answers(two):

@@ -162,7 +162,7 @@ def run(
         rows = place["batch"] * (kept + warmup + steps // 2) * row_bytes(model)
         read = step_weight_bytes(model) + rows // parallel.size
         if figures["cache_bytes"] is None and not compresses(method):
-            figures["cache_bytes"] = figures["full_cache_bytes"]
+            figures["cache_bytes"] = figures["full_cache_bytes"] // parallel.size
         held = figures["cache_bytes"]
         seconds = statistics.median(times["step"])
         return times, {

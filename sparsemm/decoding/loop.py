@@ -88,6 +88,11 @@ class DecodeLoop:
         position_ids = model_kwargs["position_ids"]
         plan = self.handle.plan.with_reserve(self.reserve or max(1, max_length - self.prompt_columns))
         cache = self.make_cache(model_kwargs.get("past_key_values"), plan)
+        if plan.parallel.size > 1 and generation_config.max_time is not None:
+            raise ConfigError(
+                f"max_time={generation_config.max_time} would end each process of a divided model at a time of its own; "
+                "bound it with max_new_tokens"
+            )
         if generation_config.do_sample:
             plan.parallel.share_generator(input_ids.device)
         with tiled_prompt(self.handle.text_model, self.prompt_tile):

@@ -141,11 +141,11 @@ def attention_scaling(model: PreTrainedModel) -> list[float]:
 
 
 def cached_keys(layer: SparseLayer) -> Tensor:
-    """The keys of a batch of one in a cache that keeps all rows: `[num_kv_heads, length, head_dim]`."""
+    """The keys of a batch of one in a cache that keeps all rows, of all heads: `[num_kv_heads, length, head_dim]`."""
     # Under fullkv every list has the same length, and begins at a multiple of the same capacity.
     capacity = int(layer.offsets[1])
     lists = layer.key_buffer[: capacity * (len(layer.offsets) - 1)].view(-1, capacity, layer.key_buffer.shape[-1])
-    return lists[:, : layer.seen]
+    return layer.plan.parallel.gather(lists[:, : layer.seen], dim=0)
 
 
 def choose_heads(
@@ -194,7 +194,8 @@ def watch_reading(
     observer = watch(layout)
     config = CompressionConfig(method="fullkv", budget=None)
     with sparsemm.patch(model, config, reserve=max_new_tokens) as handle, torch.inference_mode():
-        handle.observer = observer
+        gather = handle.plan.parallel.gather
+        handle.observer = lambda layer_idx, query, layer: observer(layer_idx, gather(query, dim=1), layer)
         generated, _ = generate_greedy(model, inputs, max_new_tokens)
     return picture, layout, observer, inputs["input_ids"][0], generated[0]
 

@@ -25,10 +25,13 @@ from toy_models import TINY_MINIATURE, toy_inputs, toy_model, toy_processor
 from toy_vlms import LANGUAGE_MODELS, TOYS, toy_vlm
 
 import sparsemm
+from sparsemm.bench.memory import weight_bytes
+from sparsemm.bench.sent import sent_bytes, step_bytes
 from sparsemm.cache import layer as cache_layer
 from sparsemm.calibration import calibrate
 from sparsemm.chase import chase
 from sparsemm.chase.page import read_page
+from sparsemm.decoding import DecodeLoop
 from sparsemm.errors import ConfigError, PatchError, SparseMMError, UnsupportedModelError
 from sparsemm.experiments.evaluate import evaluate
 from sparsemm.experiments.session import PageReader, heldout_pages
@@ -36,6 +39,8 @@ from sparsemm.methods import METHODS
 from sparsemm.miniatures.architectures import build_model, build_processor
 from sparsemm.models import family_of
 from sparsemm.models.parallel import check_plan, join, joined, placed_on
+from sparsemm.viz.kept import kept_rows
+from sparsemm.viz.reading import read_with_attention
 
 BUDGET, WINDOW = 16, 8
 FAMILIES = ["llava-vicuna", "llava-mistral", "qwen2-vl", *TOYS, *LANGUAGE_MODELS]
@@ -158,9 +163,26 @@ def sampling(models):
     """Tokens drawn with other seeds in each process."""
     whole = toy_model("llava-mistral")
     model, inputs = models("llava-mistral", whole), toy_inputs(whole)
+    limited = _said(lambda: sparsemm.generate(model, inputs, config(), max_new_tokens=6, max_time=1.0))
+    assert models.divided == (limited is not None and "max_time=1.0 would end each process" in limited)
     torch.manual_seed(5 + joined().rank)
     output = sparsemm.generate(model, inputs, config(), max_new_tokens=6, do_sample=True, temperature=1.5)
     return output.new_tokens.tolist()
+
+
+def sending(models):
+    """Bytes handed to collectives in a decode step of each family, by formula and as seen."""
+    found = {}
+    for name in ("llava-vicuna", "qwen2-vl"):
+        whole = toy_model(name)
+        model, size = models(name, whole), joined().size
+        with sparsemm.patch(model, config()) as handle:
+            loop = DecodeLoop(handle, reserve=8)
+            inputs = toy_inputs(whole, 2, [30, 45])
+            model.generate(**inputs, max_new_tokens=3, do_sample=False, custom_generate=loop)
+            loop.cache.begin_steps()
+            found[name] = [step_bytes(model, 2, size), sent_bytes(loop.step), weight_bytes(model)]
+    return found
 
 
 def reading(models):
@@ -178,6 +200,15 @@ def reading(models):
         "columns": columns.tolist(),
         "left": sorted(map(str, output.parent.glob("*part*"))),
     }
+
+
+def pictures(models):
+    """What is drawn: positions kept of an image, and the attention of heads of both processes."""
+    model, processor = models("qwen2-vl", toy_model("qwen2-vl")), toy_processor("qwen2-vl")
+    image = SlowPage(0, 0.0).image
+    kept = kept_rows(model, processor, image, config("adakv", BUDGET))
+    seen = read_with_attention(model, processor, image, [(0, 0), (1, 1), (1, 3)], max_new_tokens=3)
+    return {"kept": [[head.tolist() for head in layer] for layer in kept.positions], "rows": seen.weights.tolist()}
 
 
 def answers(models):
@@ -253,7 +284,7 @@ def _said(call) -> str | None:
     return None
 
 
-GROUPS = {"two": (families, methods, sampling, reading, answers, refusals), "four": (many,)}
+GROUPS = {"two": (families, methods, sampling, sending, reading, pictures, answers, refusals), "four": (many,)}
 
 
 def in_processes(count: int, folder: Path, group: str) -> list[dict]:
