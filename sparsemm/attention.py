@@ -17,7 +17,8 @@ from sparsemm.models.projections import Projections
 
 Observer = Callable[[int, Tensor, SparseLayer], None]
 """`observer(layer_idx, query, layer)` after every attention forward: the layer's index among those with ragged rows,
-query `[B, Hq, n, D]` after RoPE, rows stored."""
+query `[B, Hq, n, D]` after RoPE, rows stored. Under tensor parallelism of this process's heads: what belongs to all is
+brought together by `layer.plan.parallel.gather`."""
 
 
 def sparse_attention(

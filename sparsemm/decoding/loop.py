@@ -90,7 +90,7 @@ class DecodeLoop:
         cache = self.make_cache(model_kwargs.get("past_key_values"), plan)
         if plan.parallel.size > 1 and generation_config.max_time is not None:
             raise ConfigError(
-                f"max_time={generation_config.max_time} would end each process of a divided model at a time of its own; "
+                f"max_time={generation_config.max_time} would end each process of a divided model at its own time; "
                 "bound it with max_new_tokens"
             )
         if generation_config.do_sample:
