@@ -99,6 +99,8 @@ def _configs(
     """The configuration of every run; impossible ones are errors before anything is read."""
     total = head_scores.values.numel()
     configs: dict[tuple[str, int, int | None], CompressionConfig] = {}
+    if not num_heads:
+        raise ConfigError("num_heads is empty; say how many heads to mask")
     for count in dict.fromkeys(num_heads):
         if not 0 <= count <= total:
             raise ConfigError(f"{count} heads cannot be masked, the model has {total}")

@@ -104,8 +104,13 @@ def build_tables(
         whole: Also the parts of which nothing was measured.
 
     Raises:
-        ConfigError: There is no such table.
+        ConfigError: There is no such table, no cell has the metric, or `ratio` lies outside of 0..1.
     """
+    if not 0 <= ratio <= 1:
+        raise ConfigError(f"ratio={ratio} is out of range; it must lie between 0 and 1")
+    known = {name for m in measurements for name in m.metrics}
+    if metric is not None and known and metric not in known:
+        raise ConfigError(f"metric={metric!r} is in none of the results; they have {', '.join(sorted(known))}")
     numbers = list(numbers)
     if unknown := [number for number in numbers if number not in ALL_TABLES]:
         raise ConfigError(f"table {unknown[0]!r} is unknown; use {', '.join(ALL_TABLES)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     build_processor("qwen2-vl", TINY_MINIATURE).save_pretrained(folder / "toy")
     HeadScores(torch.arange(1.0, 9.0).view(2, 4), model="toy").save(folder / "toy.json")
     heldout_pages(1, tasks=("read",))[0].image.save(folder / "page.png")
-    results = {"format": "sparsemm-evaluation", "version": 1, "settings": {}, "cells": []}
-    (folder / "results.json").write_text(json.dumps(results))
-    return {
-        "model": folder / "toy", "scores": folder / "toy.json", "image": folder / "page.png",
-        "results": folder / "results.json",
-    }  # fmt: skip
+    return {"model": folder / "toy", "scores": folder / "toy.json", "image": folder / "page.png"}
 
 
 @dataclasses.dataclass

@@ -18,7 +18,11 @@ import pytest
 import typer
 
 from sparsemm.cli import app
+from sparsemm.cli.common import checkout
+from sparsemm.experiments.evaluate import evaluate
+from sparsemm.experiments.session import PageReader, heldout_pages
 from sparsemm.head_scores import HeadScores
+from sparsemm.models import load_model
 
 # What a command is given besides the bad value, where it takes it: enough to run, on a toy model.
 GOOD = {
@@ -27,7 +31,9 @@ GOOD = {
     "family": "qwen2-vl", "documents": "1", "max_new_tokens": "1", "num_images": "1", "budget": "40",
     "budgets": "40", "pages": "1", "dataset": "{pages}",
 }  # fmt: skip
+GOOD_IN = {(("tables",), "results"): "{cells}"}
 WRITTEN = {"output", "plot", "collect", "folder"}  # where something is written
+NOTICES = ("head scores: ", "warning: ", "left out for want of ")  # said before whatever else goes wrong
 FREE = {"prompt", "title", "split"}  # any text will do (a split is asked of data sets of the hub only)
 FREE_IN = {(("head-scores", "convert"), "model")}  # a name to note
 
@@ -45,8 +51,8 @@ TEXT = {
     "budget": ["0", "eight"],
     "tasks": ["sums", ","],
     "num_words": ["many", "0", ","],
-    "heads": ["x", "99-0", "0-0-0"],
-    "shares": ["200", "x"],
+    "heads": ["x", "99-0", "0-0-0", ","],
+    "shares": ["200", "x", ","],
     "seeds": ["x"],
     "tokens": ["x", "999", ","],
     "layers": ["x", "999"],
@@ -124,6 +130,12 @@ def bad_values(path: tuple[str, ...], option: Option) -> list[str]:
     return [] if option.name in FREE else ["no such thing"]
 
 
+def good_values(path: tuple[str, ...]) -> dict[str, str]:
+    """What a command is given besides a bad value."""
+    names = [option.name for option in COMMANDS[path]]
+    return {name: GOOD_IN.get((path, name), GOOD[name]) for name in names if name in GOOD}
+
+
 def cases() -> Iterator[Any]:
     for path, options in COMMANDS.items():
         for option in options:
@@ -148,8 +160,14 @@ def places(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     foreign = HeadScores.load(files["scores"])
     foreign.provenance["model"] = "org/another"
     foreign.save(folder / "foreign.json")
+    reader = PageReader(
+        *load_model(files["model"]), heldout_pages(1, tasks=("read",)), output=folder / "results.json",
+        model_name="toy", max_new_tokens=2, progress=False,
+    )  # fmt: skip
+    evaluate(reader, methods=["fullkv", "snapkv"], budgets=[40])
     return {
-        "toy": files["model"], "page": files["image"], "scores": files["scores"], "results": files["results"],
+        "toy": files["model"], "page": files["image"], "scores": files["scores"], "results": folder / "results.json",
+        "cells": checkout() / "assets" / "benchmarks" / "miniatures.json",
         "pages": folder / "pages", "folder": folder / "empty", "binary": binary, "broken": broken,
         "foreign": folder / "foreign.json", "damaged": damaged,
     }  # fmt: skip
@@ -167,7 +185,7 @@ def test_a_bad_value_is_one_message(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     taken = {option.name: option for option in COMMANDS[path]}
-    values = {**{each: GOOD[each] for each in taken if each in GOOD}, name: value}
+    values = {**good_values(path), name: value}
     if path == ("miniatures", "train"):
         values.setdefault("steps", "1")  # a fault that is missed must not train for an hour
     options = [f"{taken[each].flag}={given.format(**places)}" for each, given in values.items() if taken[each].flag]
@@ -178,7 +196,7 @@ def test_a_bad_value_is_one_message(
     shown = f"sparsemm {' '.join(path)} {' '.join([*options, *arguments])}\n{outcome.out}{outcome.err}"
     assert outcome.status == 2, shown
     assert "Traceback" not in outcome.err, shown
-    said = [line for line in outcome.err.splitlines() if not line.startswith(("head scores: ", "warning: "))]
+    said = [line for line in outcome.err.splitlines() if not line.startswith(NOTICES)]
     usage = bool(said) and said[0].startswith("Usage: ")
     assert said and (usage or (len(said) == 1 and said[0].startswith("error: "))), shown
     assert {place: sorted(place.rglob("*")) for place in before} == before, shown
@@ -198,10 +216,18 @@ def test_a_command_that_uses_scores_says_which(
     monkeypatch.setattr("sparsemm.load_model", stop)
     monkeypatch.setattr("sparsemm.bench.kernels.run", stop)
     taken = {option.name: option for option in COMMANDS[path]}
-    given = [f"{taken[each].flag}={GOOD[each].format(**places)}" for each in taken if each in GOOD and taken[each].flag]
-    arguments = [GOOD[each].format(**places) for each in taken if each in GOOD and taken[each].flag is None]
+    values = {name: value.format(**places) for name, value in good_values(path).items()}
+    given = [f"{taken[name].flag}={value}" for name, value in values.items() if taken[name].flag]
+    arguments = [value for name, value in values.items() if taken[name].flag is None]
     given = [each.replace("new/output", "new/output.png") if path[0] == "viz" else each for each in given]
     outcome = run(*path, *given, "--", *arguments)
     lines = [line for line in outcome.err.splitlines() if not line.startswith("left out for want of a calibration")]
     assert lines[0] == f"head scores: {places['scores']} (toy)", outcome.err
     assert len(lines) == 2 and lines[1].startswith("error: FloatingPointError: stop"), outcome.err
+
+
+@pytest.mark.parametrize("path", [("report",), ("tables",), ("head-scores", "show")], ids=str)
+def test_good_values_are_good(path: tuple[str, ...], run: Any, places: dict[str, Path]) -> None:
+    """Else a bad one beside them would be refused for what they are."""
+    outcome = run(*path, *[value.format(**places) for name, value in good_values(path).items() if name != "output"])
+    assert outcome.status == 0 and outcome.err == "", outcome.err
