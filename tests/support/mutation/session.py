@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 import tempfile
 import time
@@ -23,6 +24,9 @@ from mutation.trial import clean_run, copy_tree, open_bench, try_mutant
 
 ELSEWHERE = ("tests/ops/test_kernels_emulated.py", "tests/test_mutants.py")
 """Tests that compile csrc/ for minutes, and those of this package: what is mutated is not what they look at."""
+
+
+_IMPORTED = re.compile(r"^\s*(?:from|import) (\w+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,12 @@ class Room:
 
     @property
     def digest(self) -> str:
-        """Of the files, their tests and what these share: results of the same digest need no second run."""
-        support = sorted(path.relative_to(self.root).as_posix() for path in self.root.glob("tests/support/*.py"))
-        text = b"".join((self.root / name).read_bytes() for name in [*self.files, *self.tests, *support])
-        return hashlib.sha256(text).hexdigest()[:16]
+        """Of the files, their tests and the helpers these import: results of the same digest need no second run."""
+        read = [(self.root / name).read_text() for name in [*self.files, *self.tests]]
+        helpers = {path.stem: path.read_text() for path in self.root.glob("tests/support/*.py")}
+        for text in read:  # grows meanwhile: helpers import helpers
+            read += [helpers.pop(name) for name in _IMPORTED.findall(text) if name in helpers]
+        return hashlib.sha256("".join(read).encode()).hexdigest()[:16]
 
 
 def chosen_tests(mutant: Mutant, source: Source, record: dict[str, Any], caught: Counter[str]) -> list[str]:
