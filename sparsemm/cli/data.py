@@ -28,9 +28,13 @@ class Source:
     split: Annotated[str, typer.Option(help="Split of a Hugging Face data set.")] = "train"
     unit: Annotated[
         Literal["line", "word", "character"] | None,
-        typer.Option(help="Text boxes: line or word (documents), line or character (ctw), any (pdf)."),
+        typer.Option(
+            help="Text boxes: line or word (documents), line or character (ctw), any (pdf) [default: line, pdf word]."
+        ),
     ] = None
-    page_range: Annotated[str | None, typer.Option(help="PDF: pages of each file, such as 1-3,8,20-.")] = None
+    page_range: Annotated[
+        str | None, typer.Option(help="PDF: pages of each file, such as 1-3,8,20- [default: all].")
+    ] = None
     pdf_pixels: Annotated[
         int | None,
         typer.Option(min=1, help="PDF: area of the largest picture [default: what the model takes, else 2000000]."),

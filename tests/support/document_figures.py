@@ -83,6 +83,16 @@ def lines_of(words: Sequence[TextBox]) -> list[list[Piece]]:
     return lines
 
 
+def timed(tokens: Sequence[str], chunks: Sequence[str]) -> tuple[list[int | None], float]:
+    """The matches, and the processor's milliseconds for them, the least of three times."""
+    took = []
+    for _ in range(3):
+        start = time.process_time()
+        found = match_aligned(tokens, chunks)
+        took.append(1000 * (time.process_time() - start))
+    return found, min(took)
+
+
 def reading_table(pages: Sequence[tuple[str, list[TextBox]]]) -> list[list[str]]:
     """Rows of the table of readings: kind, then for each vocabulary matched, wrong, and milliseconds."""
     cells: dict[tuple[str, str], list[tuple[float, float, float]]] = defaultdict(list)
@@ -95,9 +105,7 @@ def reading_table(pages: Sequence[tuple[str, list[TextBox]]]) -> list[list[str]]
                 text, owners = read(lines_of(words), kind, seed=index)
                 tokens = token_texts(tokenizer, tokenizer(text, add_special_tokens=False).input_ids)
                 known = owners_of(tokens, owners)
-                start = time.process_time()
-                found = match_aligned(tokens, chunks)
-                took = 1000 * (time.process_time() - start)
+                found, took = timed(tokens, chunks)
                 cells[kind, name].append((*score(found, known), took))
                 if kind == "true":
                     cells["true, unique", name].append((*score(match_unique(tokens, chunks), known), np.nan))
@@ -118,9 +126,7 @@ def reading_table(pages: Sequence[tuple[str, list[TextBox]]]) -> list[list[str]]
     rows.append(["page of another package"])
     for name in VOCABULARIES:
         rows[-1] += ["", f"{np.mean(others[name]):.4f} ({max(others[name]):.3f})", ""]
-    start = time.process_time()
-    found = match_aligned(["0"] * 1024, [word.text for word in pages[0][1]])
-    took = 1000 * (time.process_time() - start)
+    found, took = timed(["0"] * 1024, [word.text for word in pages[0][1]])
     rows.append(["`0`, 1,024 times", "", str(sum(one is not None for one in found)), f"{took:.0f}", "", "", ""])
     return rows
 

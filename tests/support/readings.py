@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
 
 from sparsemm.chase.matching import can_match, normalise
 from sparsemm.documents.synthdog import make_document
@@ -99,6 +100,24 @@ def cut(text: str, seed: int) -> list[str]:
             tokens.append(start + word[:size])
             start, word = "", word[size:]
     return tokens
+
+
+def match_by_longest_blocks(tokens: Sequence[str], chunks: Sequence[str]) -> list[int | None]:
+    """`match_aligned` by difflib: right for texts in one order, quadratic and worse."""
+    (generated, token_of), (truth, chunk_of) = (
+        ("".join(joined), [index for index, text in enumerate(joined) for _ in text])
+        for joined in (["".join(normalise(text).split()) for text in texts] for texts in (tokens, chunks))
+    )
+    owners: list[list[int]] = [[] for _ in tokens]
+    for block in SequenceMatcher(None, generated, truth, autojunk=False).get_matching_blocks():
+        for step in range(block.size):
+            owners[token_of[block.a + step]].append(chunk_of[block.b + step])
+    return [
+        found[0]
+        if len(set(found)) == 1 and len(found) == token_of.count(index) and can_match(normalise(token))
+        else None
+        for index, (token, found) in enumerate(zip(tokens, owners, strict=True))
+    ]
 
 
 def score(found: Sequence[int | None], owners: Sequence[int | None]) -> tuple[float, float]:
