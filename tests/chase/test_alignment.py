@@ -73,6 +73,14 @@ def test_lines_that_are_alike_find_their_own_row(kind: str) -> None:
     assert matched >= 0.97 and wrong <= 0.01
 
 
+def test_passages_part_where_words_begin() -> None:
+    """The letter that the line left out begins with, as the next one does, belongs to the next one."""
+    truth = "the first line of the page|section two is left out|section three is read".split("|")
+    read, starts = truth[0] + truth[2], {0, len(truth[0]), len(truth[0] + truth[1])}
+    expected = [*range(len(truth[0])), *range(len(truth[0] + truth[1]), sum(map(len, truth)))]
+    assert align(read, "".join(truth), starts) == expected
+
+
 def test_a_page_of_one_word_is_read() -> None:
     """What occurs everywhere is paired in order: a table of zeros is no loop."""
     assert match_aligned(["0"] * 1000, ["0"] * 1000) == [*range(1000)]
@@ -101,9 +109,9 @@ texts = st.text(alphabet="abc", max_size=60)
 
 
 @settings(max_examples=200, deadline=None)
-@given(texts, texts)
-def test_places_hold_the_same_character_and_are_taken_once(generated: str, truth: str) -> None:
-    places = [(index, place) for index, place in enumerate(align(generated, truth)) if place is not None]
+@given(texts, texts, st.sets(st.integers(0, 60)))
+def test_places_hold_the_same_character_and_are_taken_once(generated: str, truth: str, starts: set[int]) -> None:
+    places = [(index, place) for index, place in enumerate(align(generated, truth, starts)) if place is not None]
     assert all(generated[index] == truth[place] for index, place in places)
     assert len({place for _, place in places}) == len(places)
 
