@@ -54,19 +54,30 @@ def sparse_attention(
         query = query * head_mask[:, None, None]
 
     layer = None if past_key_values is None else past_key_values.layers[module.layer_idx]
+    rotation = {} if layer is None else _rotation(projections, query, position_embeddings, past_key_values)
     weights = None
     if layer is None or layer.get_seq_length() == 0:
         out, weights = projections.attend(module, query, key, value, attention_mask, **kwargs)
         if layer is not None:
-            layer.store_prompt(query, key, value, past_key_values.chunk, projections.scaling)
+            layer.store_prompt(query, key, value, past_key_values.chunk, projections.scaling, **rotation)
     else:
-        out = layer.attend(query, key, value, past_key_values.chunk, projections.scaling).transpose(1, 2)
+        out = layer.attend(query, key, value, past_key_values.chunk, projections.scaling, **rotation).transpose(1, 2)
     if observer is not None and layer is not None:
         observer(layer.layer_idx, query, layer)
-    del query, key, value  # a long prompt's are as large as the largest activations that follow
+    del query, key, value, rotation  # a long prompt's are as large as the largest activations that follow
     if head_mask is not None and mask_mode == "zero_output":
         out = out * head_mask[:, None]
     return projections.output(module, out), weights
+
+
+def _rotation(
+    projections: Projections, query: Tensor, position_embeddings: tuple[Tensor, Tensor] | None, cache: SparseCache
+) -> dict[str, Tensor]:
+    """What methods are told that look ahead (`PromptStates`), of a chunk that is chosen among."""
+    if cache.chunk.prompt_lengths is None or "ahead" not in cache.plan.method.sees:
+        return {}
+    unrotated = projections.turned_back(query, position_embeddings)
+    return {"unrotated": unrotated, "ahead": projections.matrix(cache.chunk.ahead, like=query)}
 
 
 def head_mask_for(masked: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor | None:

@@ -20,7 +20,7 @@ from sparsemm.methods import get_method
 from sparsemm.models import family_of
 from sparsemm.models.identity import identity_of
 from sparsemm.models.instances import Replacement, device_of, forward_name, set_on_instance
-from sparsemm.models.layers import sliding_windows
+from sparsemm.models.layers import mean_rotation, sliding_windows
 from sparsemm.models.parallel import TensorParallel, tensor_parallel_of
 from sparsemm.models.projections import Projections
 from sparsemm.models.proof import proved_projections
@@ -82,6 +82,7 @@ class PatchHandle:
         self.observer: Observer | None = None
         self._record: CacheRecord | None = None
         self._columns: Tensor | None = None  # the mask of the forward under way, before the model made others of it
+        self._image: Tensor | None = None  # which columns of the forward under way show an image
         self._undo: list[Callable[[], None]] = []
         try:
             self._install()
@@ -149,6 +150,8 @@ class PatchHandle:
             self._keep_rope_deltas_with_the_cache()
         if self.plan.sliding_windows and inner is not self.text_model:
             self._replace(inner, forward_name(inner), self._inner_forward)
+        if "image" in self.plan.method.sees and inner is not self.text_model:
+            self._replace(inner, forward_name(inner), self._with_image_columns)
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
         self._undo.append(set_on_instance(owner, name, value))
@@ -201,7 +204,8 @@ class PatchHandle:
         tokens = _tokens(args, kwargs)
         first = cache.get_seq_length() == 0
         mask = kwargs.get("attention_mask")
-        cache.begin_chunk(self._columns if isinstance(mask, dict) else mask, *tokens.shape[:2])
+        seen = self._what_the_method_sees(cache, tokens, kwargs.get("position_ids"))
+        cache.begin_chunk(self._columns if isinstance(mask, dict) else mask, *tokens.shape[:2], **seen)
         self._record = cache.record
         # Later chunks read the ragged rows, for which no dense mask exists; building one would cost T per token.
         mask = {} if first or self.plan.sliding_windows else {"attention_mask": None}
@@ -228,6 +232,34 @@ class PatchHandle:
             return original(*args, **kwargs)
         finally:
             self._columns = None
+
+    def _with_image_columns(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The forward that puts image features in the place of image tokens."""
+        tokens = args[0] if args else kwargs.get("input_ids")
+        if tokens is not None:
+            names = ("image_token_id", "video_token_id")
+            kinds = [getattr(self.model.config, name) for name in names if hasattr(self.model.config, name)]
+            self._image = torch.isin(tokens, torch.tensor(kinds, device=tokens.device))
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._image = None
+
+    def _what_the_method_sees(self, cache: SparseCache, tokens: Tensor, position_ids: Tensor | None) -> dict[str, Any]:
+        """Of the columns that `tokens` `[batch, columns, ...]` are, as `Chunk` has it."""
+        batch, columns = tokens.shape[:2]
+        method, seen = cache.plan.method, {}
+        if columns == 1 and cache.get_seq_length():  # a decode step, in which nothing is chosen
+            return seen
+        if "image" in method.sees:
+            text_only = self.model.model is self.text_model
+            none = torch.zeros(batch, columns, dtype=torch.bool, device=tokens.device)
+            seen["image"] = none if text_only else self._image
+        if "ahead" in method.sees:
+            fed = cache.get_seq_length() + columns
+            last = torch.full((1, 1), fed - 1) if position_ids is None else position_ids.amax(-1, keepdim=True)
+            seen["ahead"] = mean_rotation(self.text_model, last.to(tokens.device), method.positions_ahead)
+        return seen
 
     def adopt(self, cache: Any, plan: Plan | None = None) -> SparseCache:
         """Our cache, as it is or made of an empty one of transformers, in place.

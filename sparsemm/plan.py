@@ -7,11 +7,12 @@ the answers.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import BoolTensor, LongTensor
+from torch import BoolTensor, LongTensor, Tensor
 
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError, HeadScoreError
@@ -130,6 +131,20 @@ class Plan:
             "reserve": self.reserve,
             **{name: found[name] for name in ("sparsemm", "torch", "transformers")},
         }
+
+    def decides_last(self, prompt_lengths: Sequence[int | None]) -> bool:
+        """Whether the rows of such prompts are chosen after the last layer has run; None is one that keeps all rows."""
+        if self.method.prompt_budgets is None:
+            return False
+        return any(length is not None and length > self.config.budget for length in prompt_lengths)
+
+    def prompt_budgets(self, prompt_length: int | None, said: Tensor) -> LongTensor | None:
+        """As `budgets`, for methods that decide last: `said` float64 `[num_layers, num_kv_heads]` is what their
+        scorer said of every layer. None for a prompt that keeps all rows."""
+        if not self.decides_last([prompt_length]):
+            return None
+        shape = (self.num_layers, self.num_query_heads, self.num_kv_heads)
+        return self.method.prompt_budgets(BudgetRequest(self.config, *shape, prompt_length, self.head_scores), said)
 
     def with_reserve(self, reserve: int) -> Plan:
         """The same plan with other slack; nothing is resolved again, and the budgets computed so far are shared."""

@@ -86,11 +86,20 @@ class SparseCache(Cache):
 
     # -- whole forwards ---------------------------------------------------------------------------------------------
 
-    def begin_chunk(self, attention_mask: Tensor | None, batch: int, columns: int) -> None:
+    def begin_chunk(
+        self,
+        attention_mask: Tensor | None,
+        batch: int,
+        columns: int,
+        *,
+        image: Tensor | None = None,
+        ahead: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """Announce the columns of the coming forward, which `end_chunk` or `roll_back` must end.
 
         Args:
             attention_mask: `[batch, seen + columns]`, 1 = token, 0 = padding; None when every new column is a token.
+            image, ahead: What the method asks for (`Method.sees`), as `Chunk` has it.
 
         Raises:
             CacheError: The mask has another shape or contradicts the columns cached, the batch size changed, or the
@@ -125,10 +134,11 @@ class SparseCache(Cache):
                 lengths = fed.followed_by(chunk).lengths()
                 lengths = [length if again else None for length, again in zip(lengths, compressed, strict=True)]
                 chunk = dataclasses.replace(chunk, prompt_lengths=lengths)
-        self.chunk = chunk
+        self.chunk = dataclasses.replace(chunk, image=image, ahead=ahead)
 
     def end_chunk(self, mrope_positions: Tensor | None = None) -> None:
-        """Account for the forward that `begin_chunk` announced, which has run through all layers.
+        """Account for the forward that `begin_chunk` announced, which has run through all layers; choose the rows where
+        budgets depend on all of them.
 
         `mrope_positions`: The `position_ids` of its columns, `[batch or 1, columns]` or `[3 or 4, batch, columns]`,
         where the model offsets the positions of later tokens.
@@ -137,6 +147,13 @@ class SparseCache(Cache):
         columns = self.columns.followed_by(chunk)
         if self.columns.count == 0 or chunk.columns > 1:
             record.rope_deltas = None if mrope_positions is None else columns.rope_deltas(mrope_positions)
+        if chunk.prompt_lengths is not None and self.plan.decides_last(chunk.prompt_lengths):
+            said = torch.stack([layer.waiting[1].double().cpu() for layer in self.ragged], dim=1)
+            budgets = [
+                self.plan.prompt_budgets(length, each) for length, each in zip(chunk.prompt_lengths, said, strict=True)
+            ]
+            for layer in self.ragged:
+                layer.settle(chunk, [None if rows is None else rows[layer.layer_idx] for rows in budgets])
         if chunk.prompt_lengths is not None:
             before = record.prompt_tokens if self.columns.count else chunk.lengths
             record.prompt_tokens = [

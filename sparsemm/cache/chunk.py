@@ -25,6 +25,8 @@ class Chunk:
             CUDA graph, where no Python runs: `SparseCache.count_steps` accounts for them afterwards.
         prompt_lengths: Valid tokens seen with this chunk, for each batch row that it compresses; None for a row that
             keeps all it has. None altogether: nothing is compressed.
+        image: bool `[batch, columns]`, which of them show an image, where the method asks.
+        ahead: cos and sin of the positions to come, averaged over them, `[..., batch or 1, 1, size]`, where it asks.
     """
 
     batch: int
@@ -35,6 +37,8 @@ class Chunk:
     num_later: Tensor | None = None
     counted: bool = True
     prompt_lengths: list[int | None] | None = None
+    image: Tensor | None = None
+    ahead: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of_step(cls, batch: int, *, counted: bool = False) -> Chunk:
@@ -56,18 +60,21 @@ class Chunk:
 
     def to(self, device: torch.device) -> Chunk:
         """The same chunk for a layer on `device`."""
-        if self.mask is None or self.mask.device == device:
-            return self
         moved = {
             name: tensor.to(device, non_blocking=True)
-            for name in ("mask", "order", "num_later")
-            if (tensor := getattr(self, name)) is not None
+            for name in ("mask", "order", "num_later", "image")
+            if (tensor := getattr(self, name)) is not None and tensor.device != device
         }
-        return dataclasses.replace(self, **moved)
+        return dataclasses.replace(self, **moved) if moved else self
 
-    def right_aligned(self, states: Tensor) -> Tensor:
+    def right_aligned(self, states: Tensor | None) -> Tensor | None:
         """`states` `[batch, heads, columns, head_dim]` with the valid columns at the right end, in order."""
-        return states if self.order is None else take_columns(states, self.order)
+        return states if self.order is None or states is None else take_columns(states, self.order)
+
+    @property
+    def image_right_aligned(self) -> Tensor | None:
+        """`image` with the valid columns at the right end."""
+        return self.image if self.order is None or self.image is None else self.image.gather(1, self.order)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,11 @@ from torch import LongTensor, Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from sparsemm.cache.chunk import Chunk, Columns
-from sparsemm.cache.selection import KeptRows, choose_rows, is_covered
+from sparsemm.cache.selection import KeptRows, choose_rows, is_covered, keep_best, score_layer
 from sparsemm.cache.stats import CacheRecord
 from sparsemm.errors import CacheError
 from sparsemm.ops.backends import VarlenDecode, operators, resolve_backend
+from sparsemm.methods import PromptStates
 from sparsemm.ops.chunk import MAX_DECODE_QUERIES, causal_attention, merge_attention
 from sparsemm.plan import GROWTH_ROWS, Plan
 
@@ -56,6 +57,7 @@ class SparseLayer(CacheLayerMixin):
         self.frozen = 0  # the columns whose rows were chosen among, which `crop` cannot take back
         self.capacity = 0  # columns for which every list has slots, known without asking the device
         self.torn = False  # rows are being moved; left True by an exception
+        self.waiting: tuple[Tensor, Tensor] | None = None  # what `score_layer` found, until the last layer has run
         self.record.layer_bytes[self.layer_idx] = 0
 
     @property
@@ -90,24 +92,24 @@ class SparseLayer(CacheLayerMixin):
 
     # -- filling and reading --------------------------------------------------------------------------------------
 
-    def store_prompt(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, scale: float) -> None:
-        """Keep the chosen rows of the first chunk. query `[B, Hq, T, D]`, key and value `[B, Hkv, T, D]`, after RoPE;
-        `scale` is the factor of the attention logits."""
+    def store_prompt(
+        self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, scale: float, **rotation: Tensor
+    ) -> None:
+        """Keep the chosen rows of the first chunk; all of them where they are chosen by `settle`.
+
+        query `[B, Hq, T, D]`, key and value `[B, Hkv, T, D]`, after RoPE; `scale` is the factor of the attention
+        logits, `rotation` as `PromptStates` has it.
+        """
         chunk = chunk.to(key.device)
-        query, key, value = (chunk.right_aligned(states.detach()) for states in (query, key, value))
-        lengths = torch.tensor(chunk.lengths, dtype=torch.int32)
-        starts = (chunk.columns - lengths)[:, None].expand(-1, self.plan.own_kv_heads)
-        window = min(self.plan.config.window_size, chunk.columns)
-        rows = choose_rows(
-            self.plan,
-            self.layer_idx,
-            query[:, :, chunk.columns - window :],
-            key,
-            starts=starts,
-            num_queries=lengths.clamp(max=window),
-            prompt_lengths=chunk.prompt_lengths,
-            scaling=scale,
-        )
+        key, value = (chunk.right_aligned(states.detach()) for states in (key, value))
+        starts = (chunk.columns - torch.tensor(chunk.lengths, dtype=torch.int32))[:, None]
+        starts = starts.expand(-1, self.plan.own_kv_heads)
+        states = PromptStates(key=key, value=value, starts=starts, **self._fed(query.detach(), chunk, scale, rotation))
+        if self.plan.decides_last(chunk.prompt_lengths):
+            self.waiting = score_layer(self.plan, states)
+            rows = keep_best(key, starts, self.plan.config.window_size, [None] * chunk.batch)
+        else:
+            rows = choose_rows(self.plan, self.layer_idx, states, chunk.prompt_lengths)
         self._fill(key, value, rows, chunk.columns, frozen=0 if self._keeps_all(rows, chunk) else chunk.columns)
 
     def _keeps_all(self, rows: KeptRows, chunk: Chunk) -> bool:
@@ -116,8 +118,10 @@ class SparseLayer(CacheLayerMixin):
             return all(is_covered(self.plan.config, length) for length in chunk.prompt_lengths)
         return rows.total == sum(chunk.lengths) * self.plan.own_kv_heads
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, scale: float) -> Tensor:
-        """Append the chunk and attend to everything kept: query, key, value as above for n columns; `[B, Hq, n, D]`."""
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, scale: float, **rotation: Tensor
+    ) -> Tensor:
+        """Append the chunk and attend to everything kept: arguments as above for n columns; `[B, Hq, n, D]`."""
         chunk = chunk.to(key.device)
         query, key, value = query.detach(), key.detach(), value.detach()
         if chunk.columns <= MAX_DECODE_QUERIES:
@@ -129,8 +133,20 @@ class SparseLayer(CacheLayerMixin):
             out = merge_attention(kept, causal_attention(query, key, value, scale, chunk.mask))
             self._append(key, value, chunk)
         if chunk.prompt_lengths is not None:
-            self._compress_again(query, chunk, scale)
+            self._compress_again(chunk, self._fed(query, chunk, scale, rotation))
         return out
+
+    def settle(self, chunk: Chunk, budgets: list[LongTensor | None]) -> None:
+        """Drop rows by what the layer's scorer found, now that the last layer has run.
+
+        budgets: int64 `[num_kv_heads]` of each sequence, window included; None for one that keeps all rows.
+        """
+        (scores, _), self.waiting = self.waiting, None
+        key, value, starts = self._held(chunk.batch)
+        window = self.plan.config.window_size
+        # Columns that were padding in every sequence hold no rows.
+        rows = keep_best(key, starts, window, budgets, lambda _: scores[..., -max(1, key.shape[2] - window) :])
+        self._keep(key, value, starts, rows, chunk)
 
     def _decode(self, query: Tensor, scale: float, num_later: Tensor | None) -> tuple[Tensor, Tensor]:
         decode = _varlen_decode(self.plan.decode_backend, query.device, query.dtype, query.shape[-1])
@@ -224,35 +240,48 @@ class SparseLayer(CacheLayerMixin):
         self._note_bytes()
         self.torn = False
 
-    def _compress_again(self, query: Tensor, chunk: Chunk, scale: float) -> None:
+    def _compress_again(self, chunk: Chunk, fed: dict[str, Any]) -> None:
         """Kept rows and the new chunk compete, ranked by the chunk's last queries (`compress_turns="every"`)."""
-        plan, batch, num_kv_heads = self.plan, chunk.batch, self.plan.own_kv_heads
+        key, value, starts = self._held(chunk.batch)
+        states = PromptStates(key=key, value=value, starts=starts, **fed)
+        if self.plan.decides_last(chunk.prompt_lengths):
+            self.waiting = score_layer(self.plan, states)
+        else:
+            rows = choose_rows(self.plan, self.layer_idx, states, chunk.prompt_lengths)
+            self._keep(key, value, starts, rows, chunk)
+
+    def _fed(self, query: Tensor, chunk: Chunk, scale: float, rotation: dict[str, Tensor]) -> dict[str, Any]:
+        """What `PromptStates` says of the columns fed."""
+        return {
+            "query": chunk.right_aligned(query),
+            "num_queries": torch.tensor(chunk.lengths, dtype=torch.int32),
+            "window_size": self.plan.config.window_size,
+            "scaling": scale,
+            "image": chunk.image_right_aligned,
+            "unrotated": chunk.right_aligned(rotation.get("unrotated")),
+            "ahead": rotation.get("ahead"),
+        }
+
+    def _held(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """All rows, right-aligned: key and value `[batch, own kv heads, width, D]`, and where each list starts."""
         lens = self.lens.cpu()
         width = int(lens.max())
-        if plan.parallel.divided and plan.method.layer_budgets is not None:
-            width = max(plan.parallel.collect(width))  # scores of all heads are to lie side by side
+        if self.plan.parallel.divided and self.plan.method.layer_budgets is not None:
+            width = max(self.plan.parallel.collect(width))  # scores of all heads are to lie side by side
         slots = self.offsets[:-1, None] + self.lens[:, None] - width
         slots = (slots + torch.arange(width, device=slots.device)).clamp(min=0)
-        key, value = (
-            buffer[slots].view(batch, num_kv_heads, width, -1) for buffer in (self.key_buffer, self.value_buffer)
-        )
-        window = min(self.plan.config.window_size, chunk.columns, width)
-        rows = choose_rows(
-            self.plan,
-            self.layer_idx,
-            chunk.right_aligned(query)[:, :, chunk.columns - window :],
-            key,
-            starts=(width - lens).view(batch, num_kv_heads),
-            num_queries=torch.tensor(chunk.lengths, dtype=torch.int32).clamp(max=window),
-            prompt_lengths=chunk.prompt_lengths,
-            scaling=scale,
-        )
+        shape = (batch, self.plan.own_kv_heads)
+        key, value = (buffer[slots].view(*shape, width, -1) for buffer in (self.key_buffer, self.value_buffer))
+        return key, value, (width - lens).view(shape)
+
+    def _keep(self, key: Tensor, value: Tensor, starts: Tensor, rows: KeptRows, chunk: Chunk) -> None:
+        """Drop what is not among `rows` of what `_held` gave."""
         # What a batch row gained without being chosen among is no part of its prompt.
         again = torch.tensor([length is not None for length in chunk.prompt_lengths], device=key.device)
         prompt_rows = torch.where(self._per_list(again), rows.kept.reshape(-1), self.prompt_rows)
-        if rows.total < int(lens.sum()):  # else the rows stay where they are
+        if rows.total < starts.numel() * key.shape[2] - int(starts.sum()):  # else the rows stay where they are
             self._fill(key, value, rows, self.seen, frozen=self.seen)
-        elif plan.parallel.divided:  # heads of other processes may have lost rows
+        elif self.plan.parallel.divided:  # heads of other processes may have lost rows
             self.frozen = self.seen
         self.prompt_rows = prompt_rows
 
@@ -282,6 +311,7 @@ class SparseLayer(CacheLayerMixin):
 
         Not behind columns that were chosen among.
         """
+        self.waiting = None
         if columns.count < self.filled:
             self.kept = self.kept - self._per_list(fed.tokens(columns.count, self.filled))
             # The tokens taken back leave slots only in lists that held them: none is counted on.

@@ -8,15 +8,17 @@ under tensor parallelism).
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import LongTensor, Tensor
-from torch.nn.functional import avg_pool1d, pad
+from torch.nn.functional import pad
 
 from sparsemm.config import CompressionConfig
-from sparsemm.methods import Settings
-from sparsemm.ops.backends import operators
+from sparsemm.errors import ConfigError
+from sparsemm.methods import PromptStates, pooled_window_scores
 from sparsemm.plan import Plan
 
 
@@ -37,85 +39,81 @@ class KeptRows:
     total: int
 
 
-def pooled_window_scores(
-    settings: Settings,
-    query: Tensor,
-    key: Tensor,
-    starts: Tensor,
-    num_queries: Tensor,
-    columns: int,
-    scaling: float,
-) -> Tensor:
-    """SnapKV's score of the `columns` before the window: float32 `[batch, num_kv_heads, columns]`.
-
-    Attention of the last queries, averaged over them and over the query heads of each kv head, then average-pooled with
-    zero padding counted in the mean. Arguments as in `sparsemm.methods.method.PositionScorer`.
-    """
-    scores = operators(key.device, key.dtype, key.shape[-1]).window_scores(query, key, starts, num_queries, scaling)
-    if columns == 0:
-        return scores[..., :0]
-    # Window columns are cut off first: pooling must not let them leak into the scores of their neighbours. Padding
-    # columns hold 0, as pooling's own padding does, so a padded prompt scores as it does alone.
-    return avg_pool1d(scores[..., :columns], settings.kernel_size, stride=1, padding=settings.kernel_size // 2)
-
-
-def choose_rows(
-    plan: Plan,
-    layer_idx: int,
-    query: Tensor,
-    key: Tensor,
-    *,
-    starts: Tensor,
-    num_queries: Tensor,
-    prompt_lengths: list[int | None],
-    scaling: float | None = None,
-) -> KeptRows:
-    """Choose the rows that one layer keeps.
+def choose_rows(plan: Plan, layer_idx: int, states: PromptStates, prompt_lengths: list[int | None]) -> KeptRows:
+    """Choose the rows that one layer keeps, for methods that can tell while it runs (`Plan.decides_last`).
 
     Args:
         plan: Method and model shape.
         layer_idx: Which layer.
-        query: `[batch, num_query_heads, n, head_dim]`, the last n <= seq_len queries after RoPE.
-        key: `[batch, num_kv_heads, seq_len, head_dim]` after RoPE, valid rows at the right end of each list.
-        starts: int32 `[batch, num_kv_heads]` on the CPU, the first valid column of each list.
-        num_queries: int32 `[batch]` on the CPU, how many of the n queries are valid (the last ones).
+        states: With `starts` and `num_queries` on the CPU.
         prompt_lengths: Valid tokens seen of each sequence, which the budgets are computed for. More than a list holds
             when earlier turns dropped rows: a head keeps what its budget allows of the rows it has. None for a sequence
             that keeps them all.
-        scaling: Factor of the attention logits, the attention module's own; None is head_dim ** -0.5.
     """
-    config, method = plan.config, plan.method
-    seq_len, device = key.shape[2], key.device
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = min(config.window_size, seq_len)
-    available = seq_len - starts.long()
-    if method.layer_budgets is not None and not all(is_covered(config, length) for length in prompt_lengths):
-        return _choose_by_scores(plan, query, key, starts, num_queries, prompt_lengths, scaling)
+    method = plan.method
+    if method.layer_budgets is not None and not all(is_covered(plan.config, length) for length in prompt_lengths):
+        return _choose_by_scores(plan, states, prompt_lengths)
+    covered = method.layer_budgets is not None or method.prompt_budgets is not None
+    budgets = [None if covered or length is None else plan.own_budgets(length)[layer_idx] for length in prompt_lengths]
+    return keep_best(
+        states.key, states.starts, states.window_size, budgets, lambda starts: _scores(plan, states, starts)
+    )
 
-    if method.layer_budgets is not None:
-        kept = available
-    else:
-        budgets = torch.stack(
-            [
-                rows if length is None else plan.own_budgets(length)[layer_idx]
-                for length, rows in zip(prompt_lengths, available, strict=True)
-            ]
-        )
-        kept = torch.minimum(torch.maximum(budgets, available.clamp(max=window)), available)
+
+def keep_best(
+    key: Tensor,
+    starts: Tensor,
+    window_size: int,
+    budgets: Sequence[LongTensor | None],
+    score: Callable[[Tensor], Tensor] | None = None,
+) -> KeptRows:
+    """The window and the best other rows, as many as each list has or its budget says.
+
+    Args:
+        key, starts, window_size: As in `PromptStates`, the starts on the CPU.
+        budgets: int64 `[num_kv_heads]` of each sequence, window included; None for one that keeps all rows.
+        score: Makes float32 `[batch, num_kv_heads, columns]` from the starts on the device; not needed where every
+            sequence keeps all rows.
+    """
+    seq_len, device = key.shape[2], key.device
+    window = min(window_size, seq_len)
+    available = seq_len - starts.long()
+    wanted = torch.stack([have if rows is None else rows for rows, have in zip(budgets, available, strict=True)])
+    kept = torch.minimum(torch.maximum(wanted, available.clamp(max=window)), available)
     beyond_window = kept - available.clamp(max=window)
     cu_kept = pad(kept.flatten().cumsum(0), (1, 0))
     total = int(cu_kept[-1])
-    on_device = _upload(device, kept, cu_kept, starts, beyond_window, num_queries)
-    kept_device, cu_kept_device, starts_device, counts_device, num_queries_device = on_device
+    kept_device, cu_kept_device, starts, counts = _upload(device, kept, cu_kept, starts, beyond_window)
     if bool(((beyond_window == 0) | (kept == available)).all()):  # every list keeps its last rows: nothing to rank
         first = seq_len - kept_device.flatten() - cu_kept_device[:-1]
         positions = torch.arange(total, dtype=torch.int32, device=device)
         positions += first.repeat_interleave(kept_device.flatten(), output_size=total)
         return KeptRows(positions, kept_device, cu_kept_device, total)
-    scorer = method.score_positions or pooled_window_scores
-    scores = scorer(config, query, key, starts_device, num_queries_device, seq_len - window, scaling)
-    positions = _select(scores, starts_device, counts_device, window, cu_kept_device, total)
+    positions = _select(score(starts), starts, counts, window, cu_kept_device, total)
     return KeptRows(positions, kept_device, cu_kept_device, total)
+
+
+def score_layer(plan: Plan, states: PromptStates) -> tuple[Tensor, Tensor]:
+    """Scores of the columns before the window, and what `Plan.prompt_budgets` wants to know of the layer."""
+    (starts,) = _upload(states.key.device, states.starts)
+    return plan.method.score_layer(plan.config, _on_device(plan, states, starts))
+
+
+def _scores(plan: Plan, states: PromptStates, starts: Tensor) -> Tensor:
+    scorer = plan.method.score_positions or pooled_window_scores
+    return scorer(plan.config, _on_device(plan, states, starts))
+
+
+def _on_device(plan: Plan, states: PromptStates, starts: Tensor) -> PromptStates:
+    """What a scorer is shown. Raises `ConfigError` where something that it reads was not given."""
+    missing = [name for name in plan.method.sees if getattr(states, name) is None]
+    if missing:
+        raise ConfigError(
+            f"method={plan.method.name!r} ranks positions by {' and '.join(missing)}, which only a patched model that is "
+            "given input_ids provides; use it under sparsemm.patch or sparsemm.generate"
+        )
+    (num_queries,) = _upload(starts.device, states.num_queries)
+    return dataclasses.replace(states, starts=starts, num_queries=num_queries)
 
 
 def take_columns(states: Tensor, order: Tensor) -> Tensor:
@@ -132,6 +130,7 @@ def select_positions(
     num_layers: int,
     attention_mask: Tensor | None = None,
     scaling: float | None = None,
+    value: Tensor | None = None,
 ) -> list[list[LongTensor]]:
     """The prompt positions that each kv head of one layer keeps.
 
@@ -143,12 +142,14 @@ def select_positions(
         num_layers: Layers of the language model.
         attention_mask: `[batch, seq_len]`, 1 = valid; padding may lie anywhere. None: every column is valid.
         scaling: Factor of the attention logits, the attention module's own; None is head_dim ** -0.5.
+        value: Like `key`, for methods that rank by values.
 
     Returns:
         Per batch row, per kv head: sorted int64 columns of the given tensors. Padding columns are never among them.
 
     Raises:
         ValueError: The tensors do not belong together.
+        ConfigError: The method looks at more than these tensors.
         HeadScoreError: The head scores do not fit `num_layers` and the query heads.
     """
     _check_states(query, key, layer_idx, num_layers, attention_mask)
@@ -161,48 +162,41 @@ def select_positions(
         lengths = valid.sum(1).cpu()
         order = valid.int().argsort(dim=1, stable=True)  # padding to the left, valid columns in their order
         query, key = (take_columns(states, order) for states in (query, key))
+        value = None if value is None else take_columns(value, order)
     plan = Plan(config, num_layers, num_query_heads, num_kv_heads)
-    window = min(config.window_size, seq_len)
-    rows = choose_rows(
-        plan,
-        layer_idx,
-        query[:, :, seq_len - window :],
+    if plan.decides_last(lengths.tolist()):
+        raise ConfigError(
+            f"the budgets of method={config.method!r} depend on every layer of a prompt; use it under sparsemm.patch, "
+            "and read handle.stats"
+        )
+    states = PromptStates(
+        query,
         key,
         starts=(seq_len - lengths).int()[:, None].expand(-1, num_kv_heads),
-        num_queries=lengths.clamp(max=window).int(),
-        prompt_lengths=lengths.tolist(),
-        scaling=scaling,
+        num_queries=lengths.int(),
+        window_size=config.window_size,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        value=value,
     )
+    rows = choose_rows(plan, layer_idx, states, lengths.tolist())
     lists = list(rows.positions.long().split(rows.kept.flatten().tolist()))
     if order is not None:
         lists = [order[index // num_kv_heads, positions] for index, positions in enumerate(lists)]
     return [lists[row * num_kv_heads : (row + 1) * num_kv_heads] for row in range(batch)]
 
 
-def _choose_by_scores(
-    plan: Plan,
-    query: Tensor,
-    key: Tensor,
-    starts: Tensor,
-    num_queries: Tensor,
-    prompt_lengths: list[int | None],
-    scaling: float,
-) -> KeptRows:
+def _choose_by_scores(plan: Plan, states: PromptStates, prompt_lengths: list[int | None]) -> KeptRows:
     """`choose_rows` for methods whose budgets depend on the scores of the layer (AdaKV)."""
     config, method = plan.config, plan.method
-    num_kv_heads, seq_len, device = key.shape[1], key.shape[2], key.device
+    num_kv_heads, seq_len = states.key.shape[1:3]
     window = min(config.window_size, seq_len)
-    available = seq_len - starts
-    covered = torch.tensor([is_covered(config, length) for length in prompt_lengths])[:, None].expand_as(starts)
-    starts_device, available_device, covered_device, num_queries_device = _upload(
-        device, starts, available, covered, num_queries
-    )
-    scorer = method.score_positions or pooled_window_scores
-    columns = seq_len - window
-    scores = scorer(config, query, key, starts_device, num_queries_device, columns, scaling)
+    available = seq_len - states.starts
+    covered = torch.tensor([is_covered(config, length) for length in prompt_lengths])[:, None].expand_as(states.starts)
+    starts, available_device, covered_device = _upload(states.key.device, states.starts, available, covered)
+    scores = _scores(plan, states, starts)
     # The rule looks at all heads of the layer, whichever process has them.
-    every_score, every_start = (plan.parallel.gather(each, dim=1) for each in (scores, starts_device))
-    valid = torch.arange(columns, device=device) >= every_start[..., None]
+    every_score, every_start = (plan.parallel.gather(each, dim=1) for each in (scores, starts))
+    valid = torch.arange(states.columns, device=starts.device) >= every_start[..., None]
     in_window = available_device.clamp(max=window)
     chosen = method.layer_budgets(config, every_score, valid).int()[:, plan.parallel.own(plan.num_kv_heads)]
     beyond_window = torch.minimum(chosen, available_device - in_window)
@@ -214,7 +208,7 @@ def _choose_by_scores(
         total = num_kv_heads * sum(min(config.budget, length) for length in prompt_lengths)
     else:
         total = int(cu_kept[-1])
-    positions = _select(scores, starts_device, beyond_window, window, cu_kept, total)
+    positions = _select(scores, starts, beyond_window, window, cu_kept, total)
     return KeptRows(positions, kept, cu_kept, total)
 
 

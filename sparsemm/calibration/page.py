@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers.cache_utils import Cache, DynamicCache
 
-from sparsemm.cache.selection import pooled_window_scores
 from sparsemm.calibration.curves import distortions, head_columns, row_grid
 from sparsemm.calibration.taps import Attend, constant_weights, fixed_prompt, recomputed_layers, tapped
 from sparsemm.decoding.generation import stock_greedy
 from sparsemm.errors import DataError, SparseMMError
+from sparsemm.methods import PromptStates, pooled_window_scores
 from sparsemm.models import family_of
 from sparsemm.models.family import open_image
 from sparsemm.models.layers import ragged_layers
@@ -65,13 +65,13 @@ class Prompt:
 def read_prompt(model: PreTrainedModel, inputs: dict[str, Tensor], settings: Settings) -> Prompt:
     """Run one unpadded prompt. `settings` gives window_size and kernel_size."""
     length = inputs["input_ids"].shape[1]
-    columns = length - settings.window_size
     rankings: list[Tensor] = []
 
     def ranked(attend: Attend, module: nn.Module, query: Tensor, key: Tensor, *states: Any, **kwargs: Any) -> Any:
         starts = torch.zeros(key.shape[:2], dtype=torch.int32, device=key.device)
-        counted = torch.full((1,), settings.window_size, dtype=torch.int32, device=key.device)
-        scores = pooled_window_scores(settings, query[:, :, columns:], key, starts, counted, columns, kwargs["scaling"])
+        counted = torch.full((1,), length, dtype=torch.int32, device=key.device)
+        prompt = PromptStates(query, key, starts, counted, settings.window_size, kwargs["scaling"])
+        scores = pooled_window_scores(settings, prompt)
         rankings.append(scores[0].sort(dim=-1, descending=True, stable=True).indices)
         return attend(module, query, key, *states, **kwargs)
 

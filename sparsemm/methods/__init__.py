@@ -8,11 +8,19 @@ from sparsemm.methods.keydiff import KEYDIFF
 from sparsemm.methods.knorm import KNORM
 from sparsemm.methods.mask import MASK
 from sparsemm.methods.mask_random import MASK_RANDOM
-from sparsemm.methods.method import METHODS, BudgetRequest, Method, Settings, get_method, register_method
+from sparsemm.methods.method import (
+    METHODS,
+    BudgetRequest,
+    Method,
+    PromptStates,
+    Settings,
+    get_method,
+    register_method,
+)
 from sparsemm.methods.pyramidkv import PYRAMIDKV
 from sparsemm.methods.random import RANDOM
 from sparsemm.methods.rate_distortion import RATE_DISTORTION
-from sparsemm.methods.snapkv import SNAPKV
+from sparsemm.methods.snapkv import SNAPKV, pooled_window_scores
 from sparsemm.methods.sparsemm import SPARSEMM
 from sparsemm.methods.streaming_llm import STREAMING_LLM
 
@@ -22,4 +30,13 @@ for _method in (
 ):  # fmt: skip
     register_method(_method)
 
-__all__ = ["METHODS", "BudgetRequest", "Method", "Settings", "get_method", "register_method"]
+__all__ = [
+    "METHODS",
+    "BudgetRequest",
+    "Method",
+    "PromptStates",
+    "Settings",
+    "get_method",
+    "pooled_window_scores",
+    "register_method",
+]

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from sparsemm.methods.method import Method, Settings
+from sparsemm.methods.method import Method, PromptStates, Settings
 from sparsemm.methods.snapkv import uniform_budgets
 
 
-def difference_from_mean_key(
-    settings: Settings, query: Tensor, key: Tensor, starts: Tensor, num_queries: Tensor, columns: int, scaling: float
-) -> Tensor:
+def difference_from_mean_key(settings: Settings, states: PromptStates) -> Tensor:
     """s_i = -cos(mu, k_i) in float32, with mu the mean of all keys k_j / ‖k_j‖ of the head, as the cache holds them
     (Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction", arXiv 2504.15364, section 3). As
     `sparsemm.methods.method.PositionScorer` says.
 
     The whole prompt is one block: the paper's block-wise prefill and its sliding window variant are not here.
     """
-    key = key.float()
-    valid = torch.arange(key.shape[2], device=key.device) >= starts[..., None]
+    key = states.key.float()
     # The mean's length does not change a cosine, so the sum will do.
-    anchor = (normalize(key, dim=-1) * valid[..., None]).sum(2, keepdim=True)
-    return -cosine_similarity(key[:, :, :columns], anchor, dim=-1)
+    anchor = (normalize(key, dim=-1) * states.valid[..., None]).sum(2, keepdim=True)
+    return -cosine_similarity(key[:, :, : states.columns], anchor, dim=-1)
 
 
 KEYDIFF = Method(

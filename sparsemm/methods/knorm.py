@@ -5,19 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsemm.methods.method import Method, Settings
+from sparsemm.methods.method import Method, PromptStates, Settings
 from sparsemm.methods.snapkv import uniform_budgets
 
 
-def negative_key_norms(
-    settings: Settings, query: Tensor, key: Tensor, starts: Tensor, num_queries: Tensor, columns: int, scaling: float
-) -> Tensor:
+def negative_key_norms(settings: Settings, states: PromptStates) -> Tensor:
     """-‖k‖₂ in float32: keys of the lowest norm are kept (Devoto et al., "A Simple and Effective L2 Norm-Based Strategy
     for KV Cache Compression", EMNLP 2024, arXiv 2406.11430, section 3). Rotation leaves norms as they are.
 
     Every layer is compressed alike, so that budgets are exact.
     """
-    return -torch.linalg.vector_norm(key[:, :, :columns], dim=-1, dtype=torch.float32)
+    return -torch.linalg.vector_norm(states.key[:, :, : states.columns], dim=-1, dtype=torch.float32)
 
 
 KNORM = Method(name="knorm", model_budgets=uniform_budgets, score_positions=negative_key_norms, paper_rounding=False)

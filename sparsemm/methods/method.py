@@ -42,6 +42,49 @@ class BudgetRequest:
     head_scores: HeadScores | None = None
 
 
+@dataclass(frozen=True)
+class PromptStates:
+    """What one layer holds of the prompts whose rows are chosen among; valid columns lie at the right end.
+
+    Attributes:
+        query: `[batch, num_query_heads, n, head_dim]` after RoPE, of the last n <= seq_len columns: of a whole prompt, or
+            of the new columns of a later turn.
+        key: `[batch, num_kv_heads, seq_len, head_dim]` after RoPE.
+        starts: int32 `[batch, num_kv_heads]`, the first valid column of each list.
+        num_queries: int32 `[batch]`, how many of the n queries are valid (the last ones).
+        window_size: So many last columns are kept whatever their score.
+        scaling: The attention module's factor of the logits.
+        value: `[batch, num_kv_heads, seq_len, head_dim]`.
+        image: bool `[batch, n]`, which of the queries' tokens show an image.
+        unrotated: The queries before RoPE, float32 `[batch, num_query_heads, n, head_dim]`.
+        ahead: Mean rotation of the positions to come, float32 `[batch, head_dim, head_dim]`: the query that a token will
+            have is, in the mean, `ahead @ unrotated`.
+
+    The last four are there for the methods that name them (`Method.sees`), and may be None for others.
+    """
+
+    query: Tensor
+    key: Tensor
+    starts: Tensor
+    num_queries: Tensor
+    window_size: int
+    scaling: float
+    value: Tensor | None = None
+    image: Tensor | None = None
+    unrotated: Tensor | None = None
+    ahead: Tensor | None = None
+
+    @property
+    def columns(self) -> int:
+        """How many columns lie before the window: those to be ranked."""
+        return max(0, self.key.shape[2] - self.window_size)
+
+    @property
+    def valid(self) -> Tensor:
+        """Which columns hold a row: bool `[batch, num_kv_heads, seq_len]`."""
+        return torch.arange(self.key.shape[2], device=self.key.device) >= self.starts[..., None]
+
+
 ModelBudgetRule = Callable[[BudgetRequest], LongTensor]
 """`rule(request) -> LongTensor [num_layers, num_kv_heads]` on the CPU: rows kept, window included."""
 
@@ -54,13 +97,21 @@ rows of a layer have to sum to `num_kv_heads * (budget - window_size)`, which th
 prompts that the budget covers is replaced by "all rows".
 """
 
-PositionScorer = Callable[[Settings, Tensor, Tensor, Tensor, Tensor, int, float], Tensor]
-"""`scorer(settings, query, key, starts, num_queries, columns, scaling) -> float32 [batch, num_kv_heads, columns]`.
+PositionScorer = Callable[[Settings, PromptStates], Tensor]
+"""`scorer(settings, states) -> float32 [batch, num_kv_heads, columns]` of the columns before the window.
 
-`query` `[batch, num_query_heads, n, head_dim]` are the last n queries, `key` `[batch, num_kv_heads, seq_len, head_dim]`
-the keys right-aligned, `starts` int32 `[batch, num_kv_heads]` the first valid column, `num_queries` int32 `[batch]` how
-many of the n queries are valid, `scaling` the attention module's factor of the logits. Higher is kept first; values of
-columns before `starts` are not read.
+Higher is kept first; values of columns before `starts` are not read.
+"""
+
+LayerScorer = Callable[[Settings, PromptStates], tuple[Tensor, Tensor]]
+"""A position scorer that also says of its layer what the budgets depend on: `[batch, num_kv_heads]`."""
+
+PromptBudgetRule = Callable[[BudgetRequest, Tensor], LongTensor]
+"""`rule(request, said) -> LongTensor [num_layers, num_kv_heads]` on the CPU: rows kept, window included, of one prompt.
+
+`said` float64 `[num_layers, num_kv_heads]` is what the layer scorer said of every layer. The rule runs once the last
+layer has run; until then every layer holds the whole prompt, so a prefill needs the memory of a full cache. The rule is
+not asked about prompts that the budget covers.
 """
 
 MaskRule = Callable[[Settings, HeadScores], BoolTensor]
@@ -73,11 +124,15 @@ class Method:
 
     Attributes:
         name: The name users give.
-        model_budgets: Rows per head from the prompt length alone. At most one of this and `layer_budgets`.
+        model_budgets: Rows per head from the prompt length alone. At most one of the three budget rules.
         layer_budgets: Rows per head from the position scores of the layer (AdaKV).
+        prompt_budgets: Rows per head from what `score_layer` said of all layers, after the last one (VL-Cache).
         head_scores: Where head scores come from: `none`, `given` by the configuration, with the curves of a
             calibration (`calibrated`), or drawn at `random`.
         score_positions: Ranks the columns before the window; None is SnapKV's scoring (spec section 2).
+        score_layer: In its place where there is a `prompt_budgets`.
+        sees: What the scorer reads of `PromptStates` beside keys and queries: "value", "image", "unrotated", "ahead".
+        positions_ahead: How many positions `PromptStates.ahead` is the mean rotation of.
         masked_heads: Which query heads are masked; None is no head.
         paper_rounding: Whether there is such a thing as the original release's rounding of this method.
     """
@@ -85,14 +140,23 @@ class Method:
     name: str
     model_budgets: ModelBudgetRule | None = None
     layer_budgets: LayerBudgetRule | None = None
+    prompt_budgets: PromptBudgetRule | None = None
     head_scores: Literal["none", "given", "calibrated", "random"] = "none"
     score_positions: PositionScorer | None = None
+    score_layer: LayerScorer | None = None
+    sees: tuple[str, ...] = ()
+    positions_ahead: int = 0
     masked_heads: MaskRule | None = None
     paper_rounding: bool = True
 
     def __post_init__(self) -> None:
-        if self.model_budgets is not None and self.layer_budgets is not None:
-            raise ValueError(f"method {self.name!r} has two budget rules; give model_budgets or layer_budgets")
+        rules = (self.model_budgets, self.layer_budgets, self.prompt_budgets)
+        if sum(rule is not None for rule in rules) > 1:
+            raise ValueError(
+                f"method {self.name!r} has two budget rules; give model_budgets, layer_budgets or prompt_budgets"
+            )
+        if (self.prompt_budgets is None) != (self.score_layer is None):
+            raise ValueError(f"method {self.name!r} has one of prompt_budgets and score_layer; give both")
 
     @property
     def needs_head_scores(self) -> bool:
@@ -102,14 +166,14 @@ class Method:
     @property
     def compresses(self) -> bool:
         """Whether prompt rows are dropped at all."""
-        return self.model_budgets is not None or self.layer_budgets is not None
+        return any(rule is not None for rule in (self.model_budgets, self.layer_budgets, self.prompt_budgets))
 
     def budgets(self, request: BudgetRequest) -> LongTensor:
         """Rows that each kv head keeps: int64 `[num_layers, num_kv_heads]`; the whole prompt without a rule.
 
         Raises `ConfigError` for methods whose budgets depend on the attention scores of the input.
         """
-        if self.layer_budgets is not None:
+        if self.layer_budgets is not None or self.prompt_budgets is not None:
             raise ConfigError(
                 f"the budgets of method={self.name!r} depend on the attention scores of the input; "
                 "use sparsemm.select_positions, or read them from handle.stats after a prompt"

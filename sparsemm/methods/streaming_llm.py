@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsemm.methods.method import Method, Settings
+from sparsemm.methods.method import Method, PromptStates, Settings
 from sparsemm.methods.snapkv import uniform_budgets
 
 NUM_SINKS = 4
@@ -13,15 +13,13 @@ NUM_SINKS = 4
 arXiv 2309.17453, section 3.2: four are enough)."""
 
 
-def sinks_then_recent(
-    settings: Settings, query: Tensor, key: Tensor, starts: Tensor, num_queries: Tensor, columns: int, scaling: float
-) -> Tensor:
+def sinks_then_recent(settings: Settings, states: PromptStates) -> Tensor:
     """Infinity for the sinks, else the position. As `sparsemm.methods.method.PositionScorer` says.
 
     Keys keep the positions of their RoPE, as in every method here; the paper renumbers positions within the cache,
     which matters for streams longer than the model was trained for.
     """
-    place = torch.arange(columns, device=key.device) - starts[..., None]
+    place = torch.arange(states.columns, device=states.key.device) - states.starts[..., None]
     return torch.where(place < NUM_SINKS, torch.inf, place.float())
 
 

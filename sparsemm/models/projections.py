@@ -7,6 +7,7 @@ the other attention functions stand in the module's own source file.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -110,6 +111,27 @@ class Projections:
         cos, sin = position_embeddings
         return self.rotary(query, key, cos[..., part, :], sin[..., part, :])
 
+    def turned_back(self, query: Tensor, position_embeddings: tuple[Tensor, Tensor] | None) -> Tensor:
+        """The query `[batch, heads, columns, head_dim]` that these cos and sin have rotated, before that: float32."""
+        query = query.float()
+        if self.rotary is None:
+            return query
+        cos, sin = (each.float() for each in position_embeddings)
+        size = cos.square() + sin.square()  # not 1 where the rotation also scales, and where cos and sin are rounded
+        return self.rotary(query, query[:, :1], cos / size, -sin / size)[0]
+
+    def matrix(self, position_embeddings: tuple[Tensor, Tensor] | None, like: Tensor) -> Tensor:
+        """What cos and sin `[..., batch or 1, 1, size]` make of a row: float32 `[batch or 1, head_dim, head_dim]`, on
+        the device of `like`."""
+        unit = torch.eye(self.head_dim, device=like.device)[None, None]
+        if self.rotary is None:
+            return unit[0]
+        cos, sin = (
+            each.to(like.device).float().expand(*each.shape[:-2], self.head_dim, -1) for each in position_embeddings
+        )
+        unit = unit.expand(cos.shape[-3], -1, -1, -1)
+        return self.rotary(unit, unit, cos, sin)[0][:, 0].transpose(1, 2)
+
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
@@ -122,6 +144,23 @@ class Projections:
     def output(self, module: nn.Module, out: Tensor) -> Tensor:
         """`[batch, columns, query heads, head_dim]` to `[batch, columns, hidden_size]`."""
         return module.o_proj(out.reshape(*out.shape[:2], -1).contiguous())
+
+
+def mean_rotation(text_model: nn.Module, last: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """cos and sin of the `count` positions behind a prompt, averaged over them, float32 `[..., batch, 1, size]`.
+
+    `last`: The largest position of each sequence, `[batch, 1]`, or `[3 or 4, batch, 1]` where there are three axes (and
+    one that counts tokens): behind the prompt all of them go on from the largest. None without rotary embedding.
+    """
+    rotary_emb = getattr(text_model, "rotary_emb", None)
+    if rotary_emb is None:
+        return None
+    if last.dim() == 3:
+        last = last[-3:].amax(0, keepdim=True).expand(3, -1, -1)
+    positions = last + 1 + torch.arange(count, device=last.device)
+    # A copy: some embeddings widen their frequencies for the positions they are asked about, and keep them.
+    embeddings = copy.deepcopy(rotary_emb)(torch.zeros(1, device=last.device), positions)
+    return tuple(each.mean(-2, keepdim=True) for each in embeddings)
 
 
 def _source_of(module: nn.Module) -> Mapping[str, Any] | None:

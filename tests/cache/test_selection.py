@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -9,9 +10,10 @@ import reference
 import torch
 from torch import Tensor
 
-from sparsemm.cache.selection import choose_rows, pooled_window_scores, select_positions
+from sparsemm.cache.selection import choose_rows, select_positions
 from sparsemm.config import CompressionConfig
 from sparsemm.head_scores import HeadScores
+from sparsemm.methods import PromptStates, pooled_window_scores
 from sparsemm.plan import Plan
 
 NUM_LAYERS = 3
@@ -224,7 +226,7 @@ def test_pooled_scores(kernel: int, before: int) -> None:
     query, key = states(4, (6, 3), before + 8)
     config = config_of("snapkv", 16, 8, 6, kernel_size=kernel)
     starts, num_queries = torch.zeros(1, 3, dtype=torch.int32), torch.tensor([8], dtype=torch.int32)
-    scores = pooled_window_scores(config, query[:, :, -8:], key, starts, num_queries, before, 0.3)
+    scores = pooled_window_scores(config, PromptStates(query, key, starts, num_queries, 8, 0.3))
     wanted = reference.pooled_scores(query[0].numpy(), key[0].numpy(), 8, kernel, 0.3)
     torch.testing.assert_close(scores[0].double(), torch.from_numpy(wanted), rtol=1e-5, atol=1e-9)
 
@@ -243,15 +245,8 @@ def test_metadata_is_per_kv_head_and_known_to_the_host(method: str) -> None:
     config = config_of(method, 24, 8, 8)
     plan = Plan(config, NUM_LAYERS, 8, 2)
     lengths = torch.tensor([100, 30, 5])
-    rows = choose_rows(
-        plan,
-        0,
-        query[:, :, -8:],
-        key,
-        starts=(100 - lengths).int()[:, None].expand(-1, 2),
-        num_queries=lengths.clamp(max=8).int(),
-        prompt_lengths=lengths.tolist(),
-    )
+    starts = (100 - lengths).int()[:, None].expand(-1, 2)
+    rows = choose_rows(plan, 0, PromptStates(query, key, starts, lengths.int(), 8, 0.3), lengths.tolist())
     assert rows.kept.shape == (3, 2) and rows.cu_kept.shape == (7,) and rows.positions.shape == (rows.total,)
     assert {rows.kept.dtype, rows.cu_kept.dtype, rows.positions.dtype} == {torch.int32}
     assert rows.cu_kept.tolist() == [0, *itertools.accumulate(rows.kept.flatten().tolist())]
@@ -268,15 +263,10 @@ def test_later_turns_let_ragged_rows_compete(method: str, chunk: int) -> None:
     available = torch.tensor([[30, 75], [62, 20]])
     query, key = states(11, (4, 2), 75, batch=2)
     num_queries = min(window, chunk)
-    rows = choose_rows(
-        plan,
-        1,
-        query[:, :, 75 - num_queries :],
-        key,
-        starts=(75 - available).int(),
-        num_queries=torch.tensor([num_queries, min(num_queries, 2)], dtype=torch.int32),
-        prompt_lengths=seen,
-    )
+    counted = torch.tensor([num_queries, min(num_queries, 2)], dtype=torch.int32)
+    scaling = query.shape[-1] ** -0.5
+    held = PromptStates(query[:, :, 75 - chunk :], key, (75 - available).int(), counted, window, scaling)
+    rows = choose_rows(plan, 1, held, seen)
     for index, kept in enumerate(ragged_lists(rows)):
         b, head = divmod(index, 2)
         has = int(available[b, head])
@@ -298,8 +288,8 @@ def test_nothing_is_read_back_from_the_device(method: str) -> None:
     query, key = (tensor.to("meta") for tensor in states(0, (8, 2), 100, batch=2))
     config = config_of(method, 24, 8, 8)
     plan = Plan(config, NUM_LAYERS, 8, 2)
-    starts, num_queries = torch.tensor([[0, 0], [40, 40]], dtype=torch.int32), torch.tensor([8, 8], dtype=torch.int32)
-    rows = choose_rows(plan, 0, query[:, :, -8:], key, starts=starts, num_queries=num_queries, prompt_lengths=[100, 60])
+    starts, lengths = torch.tensor([[0, 0], [40, 40]], dtype=torch.int32), torch.tensor([100, 60], dtype=torch.int32)
+    rows = choose_rows(plan, 0, PromptStates(query, key, starts, lengths, 8, 0.3), [100, 60])
     assert rows.positions.device.type == "meta" and rows.positions.shape == (rows.total,)
     if method in ("snapkv", "adakv"):
         assert rows.total == 2 * 2 * 24
@@ -312,18 +302,16 @@ def test_the_device_is_not_waited_for(method: str) -> None:
     config = config_of(method, 24, 8, 8)
     plan = Plan(config, NUM_LAYERS, 8, 2)
     lengths = torch.tensor([100, 60])
-    arguments = {
-        "starts": (100 - lengths).int()[:, None].expand(-1, 2),
-        "num_queries": lengths.clamp(max=8).int(),
-        "prompt_lengths": lengths.tolist(),
-    }
-    choose_rows(plan, 0, query[:, :, -8:], key, **arguments)  # libraries set themselves up on first use
+    starts = (100 - lengths).int()[:, None].expand(-1, 2)
+    held = PromptStates(query, key, starts, lengths.int(), 8, 0.3)
+    choose_rows(plan, 0, held, lengths.tolist())  # libraries set themselves up on first use
     torch.cuda.set_sync_debug_mode("error")
     try:
-        rows = choose_rows(plan, 0, query[:, :, -8:], key, **arguments)
+        rows = choose_rows(plan, 0, held, lengths.tolist())
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    on_cpu = choose_rows(plan, 0, query[:, :, -8:].cpu(), key.cpu(), **arguments)
+    held = dataclasses.replace(held, query=query.cpu(), key=key.cpu())
+    on_cpu = choose_rows(plan, 0, held, lengths.tolist())
     assert rows.kept.tolist() == on_cpu.kept.tolist() and rows.positions.tolist() == on_cpu.positions.tolist()
 
 

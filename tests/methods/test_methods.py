@@ -12,7 +12,7 @@ from sparsemm.cache.selection import select_positions
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError, HeadScoreError
 from sparsemm.head_scores import HeadScores
-from sparsemm.methods import METHODS, BudgetRequest, Method, get_method, register_method
+from sparsemm.methods import METHODS, BudgetRequest, Method, PromptStates, get_method, register_method
 from sparsemm.plan import Plan, head_budgets
 
 
@@ -48,16 +48,8 @@ def streaming_budgets(request: BudgetRequest) -> Tensor:
     return torch.full((request.num_layers, request.num_kv_heads), rows)
 
 
-def sinks_then_recent(
-    config: CompressionConfig,
-    query: Tensor,
-    key: Tensor,
-    starts: Tensor,
-    num_queries: Tensor,
-    columns: int,
-    scaling: float,
-) -> Tensor:
-    place = (torch.arange(columns, device=key.device) - starts[..., None]).float()
+def sinks_then_recent(config: CompressionConfig, states: PromptStates) -> Tensor:
+    place = (torch.arange(states.columns, device=states.key.device) - states.starts[..., None]).float()
     return torch.where(place < NUM_SINKS, torch.inf, place)
 
 
