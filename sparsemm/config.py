@@ -82,7 +82,7 @@ class CompressionConfig:
                 "table as sparsemm.HeadScores(values)"
             )
         if method.needs_head_scores and self.head_scores is None:
-            maker = "`sparsemm calibrate`" if method.head_scores == "calibrated" else "the visual-head chase"
+            maker = "`sparsemm calibrate`" if method.needs_calibration else "the visual-head chase"
             raise ConfigError(
                 f"method={self.method!r} needs head_scores: give the path of a file made by {maker}, or a HeadScores"
             )

@@ -38,6 +38,8 @@ class Curves:
             window.
         distortions: `[num_layers, num_query_heads, len(rows)]`, what of it is lost with so many rows; 1 with the window
             alone, 0 from the longest prompt on.
+        retrieval: `[num_layers, num_query_heads]`, how much each head looks at the place of the answer that it
+            predicts; None where no page said where that is.
 
     Raises:
         HeadScoreError: The tables do not fit together, or hold values that are not finite or negative.
@@ -46,10 +48,12 @@ class Curves:
     rows: list[int]
     sensitivities: Tensor
     distortions: Tensor
+    retrieval: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("sensitivities", "distortions"):
-            object.__setattr__(self, name, _table(getattr(self, name), name))
+        for name in ("sensitivities", "distortions", "retrieval"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _table(getattr(self, name), name))
         if len(self.rows) < 1 or any(
             isinstance(row, bool) or not isinstance(row, int) or row <= before
             for before, row in zip([0, *self.rows], self.rows, strict=False)
@@ -59,6 +63,11 @@ class Curves:
             raise HeadScoreError(
                 f"distortions {list(self.distortions.shape)} do not fit sensitivities "
                 f"{list(self.sensitivities.shape)} and {len(self.rows)} numbers of rows"
+            )
+        if self.retrieval is not None and self.retrieval.shape != self.sensitivities.shape:
+            raise HeadScoreError(
+                f"retrieval scores {list(self.retrieval.shape)} do not fit sensitivities "
+                f"{list(self.sensitivities.shape)}"
             )
 
 
@@ -110,8 +119,9 @@ class HeadScores:
         digest = hashlib.sha256(self.values.contiguous().numpy().tobytes())
         if self.curves is not None:
             digest.update(repr(self.curves.rows).encode())
-            for table in (self.curves.sensitivities, self.curves.distortions):
-                digest.update(table.contiguous().numpy().tobytes())
+            for table in (self.curves.sensitivities, self.curves.distortions, self.curves.retrieval):
+                if table is not None:
+                    digest.update(table.contiguous().numpy().tobytes())
         return {"shape": list(self.values.shape), "sha256": digest.hexdigest(), "provenance": self.provenance}
 
     def check_shape(self, num_layers: int, num_query_heads: int) -> None:
@@ -204,6 +214,8 @@ class HeadScores:
             document["rows"] = self.curves.rows
             document["sensitivities"] = self.curves.sensitivities.tolist()
             document["distortions"] = self.curves.distortions.tolist()
+            if self.curves.retrieval is not None:
+                document["retrieval"] = self.curves.retrieval.tolist()
         write_json_atomic(path, document, indent=None if self.values.numel() > 4096 or self.curves is not None else 1)
 
     @classmethod
@@ -299,7 +311,7 @@ def _curves(document: dict[str, Any]) -> Curves | None:
     missing = [name for name in ("rows", "sensitivities", "distortions") if not isinstance(document.get(name), list)]
     if missing:
         raise HeadScoreError(f"the calibration has no {' and no '.join(missing)}")
-    return Curves(*(document[name] for name in ("rows", "sensitivities", "distortions")))
+    return Curves(*(document.get(name) for name in ("rows", "sensitivities", "distortions", "retrieval")))
 
 
 def _table(values: Any, what: str) -> Tensor:

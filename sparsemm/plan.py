@@ -182,9 +182,14 @@ def _head_scores(config: CompressionConfig, method: Method, shape: tuple[int, in
         return HeadScores(drawn, source="seeded uniform draw", seed=config.seed)
     scores = config.head_scores if isinstance(config.head_scores, HeadScores) else HeadScores.load(config.head_scores)
     scores.check_shape(*shape)
-    if method.head_scores == "calibrated" and scores.curves is None:
+    if method.needs_calibration and scores.curves is None:
         raise HeadScoreError(
             f"method={method.name!r} needs a calibration, which `sparsemm calibrate` makes; "
             f"{config.head_scores} holds head scores only"
+        )
+    if method.head_scores == "retrieval" and scores.curves.retrieval is None:
+        raise HeadScoreError(
+            f"method={method.name!r} follows retrieval scores, and none of the pages that {config.head_scores} was "
+            "calibrated on said where its answer stands; calibrate again with such pages (those of the miniatures do)"
         )
     return scores

@@ -44,8 +44,8 @@ def test_is_immutable() -> None:
 
 
 ALL_METHODS = (
-    "adakv, fullkv, keydiff, knorm, mask, mask_random, pyramidkv, random, rate_distortion, snapkv, sparsemm, "
-    "streaming_llm"
+    "adakv, expected_attention, fullkv, head_kv, keydiff, knorm, mask, mask_random, mixkv, pyramidkv, random, "
+    "rate_distortion, snapkv, sparsemm, streaming_llm, vl_cache"
 )
 
 

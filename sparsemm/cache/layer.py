@@ -13,8 +13,8 @@ from sparsemm.cache.chunk import Chunk, Columns
 from sparsemm.cache.selection import KeptRows, choose_rows, is_covered, keep_best, score_layer
 from sparsemm.cache.stats import CacheRecord
 from sparsemm.errors import CacheError
-from sparsemm.ops.backends import VarlenDecode, operators, resolve_backend
 from sparsemm.methods import PromptStates
+from sparsemm.ops.backends import VarlenDecode, operators, resolve_backend
 from sparsemm.ops.chunk import MAX_DECODE_QUERIES, causal_attention, merge_attention
 from sparsemm.plan import GROWTH_ROWS, Plan
 

@@ -109,8 +109,8 @@ def _on_device(plan: Plan, states: PromptStates, starts: Tensor) -> PromptStates
     missing = [name for name in plan.method.sees if getattr(states, name) is None]
     if missing:
         raise ConfigError(
-            f"method={plan.method.name!r} ranks positions by {' and '.join(missing)}, which only a patched model that is "
-            "given input_ids provides; use it under sparsemm.patch or sparsemm.generate"
+            f"method={plan.method.name!r} ranks positions by {' and '.join(missing)}, which only a patched model has, "
+            "given input_ids; use it under sparsemm.patch or sparsemm.generate"
         )
     (num_queries,) = _upload(starts.device, states.num_queries)
     return dataclasses.replace(states, starts=starts, num_queries=num_queries)
@@ -153,6 +153,8 @@ def select_positions(
         HeadScoreError: The head scores do not fit `num_layers` and the query heads.
     """
     _check_states(query, key, layer_idx, num_layers, attention_mask)
+    if value is not None and value.shape[:3] != key.shape[:3]:
+        raise ValueError(f"value {list(value.shape)} does not belong to key {list(key.shape)}")
     batch, num_query_heads, seq_len, _ = query.shape
     num_kv_heads = key.shape[1]
     order = None

@@ -52,6 +52,7 @@ class Prompt:
         logits: `[1, vocab_size]` of its last token.
         rope_deltas: Qwen2-VL's M-RoPE offset of the tokens behind the prompt, else None.
         rankings: Per layer int64 `[num_kv_heads, length - window]`, the columns before the window, SnapKV's best first.
+        queries: Per layer `[1, num_query_heads, 1, head_dim]`, of the last token, which predicts the answer's first.
     """
 
     length: int
@@ -59,6 +60,7 @@ class Prompt:
     logits: Tensor
     rope_deltas: Tensor | None
     rankings: list[Tensor] = field(repr=False)
+    queries: list[Tensor] = field(repr=False)
 
 
 @torch.no_grad()
@@ -66,6 +68,7 @@ def read_prompt(model: PreTrainedModel, inputs: dict[str, Tensor], settings: Set
     """Run one unpadded prompt. `settings` gives window_size and kernel_size."""
     length = inputs["input_ids"].shape[1]
     rankings: list[Tensor] = []
+    queries: list[Tensor] = []
 
     def ranked(attend: Attend, module: nn.Module, query: Tensor, key: Tensor, *states: Any, **kwargs: Any) -> Any:
         starts = torch.zeros(key.shape[:2], dtype=torch.int32, device=key.device)
@@ -73,13 +76,14 @@ def read_prompt(model: PreTrainedModel, inputs: dict[str, Tensor], settings: Set
         prompt = PromptStates(query, key, starts, counted, settings.window_size, kwargs["scaling"])
         scores = pooled_window_scores(settings, prompt)
         rankings.append(scores[0].sort(dim=-1, descending=True, stable=True).indices)
+        queries.append(query[:, :, -1:].clone())
         return attend(module, query, key, *states, **kwargs)
 
     cache = DynamicCache()
     with tapped(family_of(model).text_model(model), ranked):
         output = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
     deltas = getattr(model.model, "rope_deltas", None)
-    return Prompt(length, fixed_prompt(cache), output.logits[:, -1], deltas, rankings)
+    return Prompt(length, fixed_prompt(cache), output.logits[:, -1], deltas, rankings, queries)
 
 
 def answer_loss(model: PreTrainedModel, prompt: Prompt, answer: Tensor) -> Tensor:
@@ -180,13 +184,45 @@ def distortion_curves(model: PreTrainedModel, prompt: Prompt, answer: Tensor, wi
     return torch.stack(curves)
 
 
+@torch.no_grad()
+def retrieval_scores(model: PreTrainedModel, prompt: Prompt, answer: Tensor, needle: Tensor) -> Tensor:
+    """How much each head looks at the needle, the columns of the prompt that hold the answer: float64
+    `[num_layers, num_query_heads]`.
+
+    For every token of the answer but the last, which ends it, the attention weights in the row that predicts it: those
+    of the needle that are among the |needle| largest, summed and divided by |needle|. The mean over the tokens (Fu et
+    al., arXiv 2410.19258, section 3.1, as in the authors' code: also where attention is spread over the needle).
+    """
+    scores: list[Tensor] = []
+    tokens = max(1, answer.shape[1] - 1)
+
+    def looked_up(
+        attend: Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kwargs: Any
+    ) -> Any:
+        rows = torch.cat([prompt.queries[module.layer_idx].to(query.device), query], dim=2)[0, :, :tokens]
+        compute = torch.promote_types(query.dtype, torch.float32)
+        rows = rows.to(compute).view(key.shape[1], -1, tokens, query.shape[3])
+        logits = rows @ key[0, :, None].to(compute).transpose(-1, -2) * kwargs["scaling"]
+        seen = prompt.length + torch.arange(tokens, device=key.device)[:, None]
+        weights = logits.masked_fill(torch.arange(key.shape[2], device=key.device) >= seen, float("-inf")).softmax(-1)
+        largest = weights.topk(len(needle), dim=-1)
+        inside = torch.isin(largest.indices, needle.to(key.device))
+        scores.append((largest.values * inside).double().sum(-1).mean(-1).flatten().cpu() / len(needle))
+        return attend(module, query, key, value, *rest, **kwargs)
+
+    with tapped(family_of(model).text_model(model), looked_up):
+        answer_loss(model, prompt, answer)
+    return torch.stack(scores)
+
+
 def calibrate_page(
     model: PreTrainedModel, processor: ProcessorMixin, page: QuestionPage, settings: Settings, *, max_new_tokens: int
 ) -> dict[str, Any]:
     """What one page gives, as JSON values; a page that cannot be used gives its reason as `skipped`.
 
     `task`, numbers of `prompt_tokens` and `answer_tokens`, the `losses` along the gates, `gradients`
-    `[num_layers][num_query_heads]` and `distortions` `[num_layers][num_query_heads][points]`.
+    `[num_layers][num_query_heads]`, `distortions` `[num_layers][num_query_heads][points]`, and `retrieval`
+    `[num_layers][num_query_heads]`, None where the page does not say where its answer stands.
     """
     try:
         image = open_image(page.image)
@@ -197,12 +233,14 @@ def calibrate_page(
             raise DataError(f"a prompt of {length} tokens is no longer than the window of {settings.window_size}")
         if answer.shape[1] < 2:
             raise DataError("an answer of one token does not depend on the rows kept")
+        needle = _needle(model, processor, page, image, inputs)
     except (SparseMMError, OSError, ValueError, SyntaxError) as error:  # what broken images and odd sizes raise
         logger.warning("page skipped: %s", error)
         return {"skipped": str(error)}
     with constant_weights(model):
         prompt = read_prompt(model, inputs, settings)
         curves = distortion_curves(model, prompt, answer, settings.window_size)
+        retrieval = None if needle is None else retrieval_scores(model, prompt, answer, needle)
         gradients, losses = integrated_gradients(model, prompt, answer, settings.window_size)
     return {
         "task": page.task,
@@ -211,7 +249,22 @@ def calibrate_page(
         "losses": losses,
         "gradients": _numbers(gradients),
         "distortions": _numbers(curves),
+        "retrieval": None if retrieval is None else _numbers(retrieval),
     }
+
+
+def _needle(
+    model: PreTrainedModel, processor: ProcessorMixin, page: QuestionPage, image: Any, inputs: dict[str, Tensor]
+) -> Tensor | None:
+    """Columns of the image tokens that show the answer, where it is one word of the page, and no other."""
+    boxes = [word.box for word in getattr(page, "words", ()) if word.text == page.answer]
+    if len(boxes) != 1 or len(page.words) == 1:
+        return None
+    ((layout,),) = family_of(model).image_token_layout(
+        model.config, inputs, processor=processor, image_sizes=[image.size]
+    )
+    columns = layout.tokens_in_box(boxes[0], image.size)
+    return columns if len(columns) else None
 
 
 def _answer_tokens(

@@ -135,6 +135,7 @@ def _collect(records: list[dict[str, Any]], settings: dict[str, Any]) -> HeadSco
     sensitivity, distortion = _mean(sensitivities), _mean(lost)
     least = distortion[..., :1]
     relative = torch.where(least > 0, distortion / least, 0.0)
+    needles = [record for record in used if record["retrieval"] is not None]
     found = environment()
     provenance = {
         **settings,
@@ -142,9 +143,10 @@ def _collect(records: list[dict[str, Any]], settings: dict[str, Any]) -> HeadSco
         "num_skipped": len(records) - len(used),
         "tasks": {task: len(tasks[task]) for task in sorted(tasks)},
         "num_tokens": sum(record["answer_tokens"] for record in used),
+        "num_needles": len(needles),
         "versions": {name: found[name] for name in ("sparsemm", "torch", "transformers", "python")},
     }
-    curves = Curves(rows, sensitivity, relative)
+    curves = Curves(rows, sensitivity, relative, _stack(needles, "retrieval").mean(0) if needles else None)
     return HeadScores((-_mean(gradients)).clamp(min=0), curves=curves, **provenance)
 
 

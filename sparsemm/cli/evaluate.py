@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from sparsemm import HeadScores
 
 ALL_METHODS = (
-    "fullkv,streaming_llm,knorm,keydiff,snapkv,pyramidkv,adakv,sparsemm,rate_distortion,random,mask,mask_random"
+    "fullkv,streaming_llm,knorm,keydiff,snapkv,pyramidkv,adakv,expected_attention,vl_cache,mixkv,head_kv,sparsemm,"
+    "rate_distortion,random,mask,mask_random"
 )
 MINIATURE_BUDGETS = "8,12,16,24,32,64,128"
 BUDGETS = "64,128,256,512,1024,2048"  # Table 3 of the paper
@@ -80,7 +81,7 @@ def _evaluate(
 
     methods = list(dict.fromkeys(parse_list(ALL_METHODS if grid.methods == "all" else grid.methods)))
     calibration = None
-    if any(get_method(name).head_scores == "calibrated" for name in methods):
+    if any(get_method(name).needs_calibration for name in methods):
         calibration = settings.find(model.model, calibrated=True)
     usable = usable_methods(methods, scores, calibration)
     if methods and not usable:

@@ -163,9 +163,15 @@ def usable_methods(
     from sparsemm.methods import get_method
 
     kinds = {name: get_method(name).head_scores for name in methods}
+    needles = None if calibration is None or calibration.curves is None else calibration.curves.retrieval
     for kind, found, what in (
         ("given", scores, "head scores: {}; `sparsemm chase` makes them"),
         ("calibrated", calibration, "a calibration: {}; `sparsemm calibrate` makes one"),
+        (
+            "retrieval",
+            needles,
+            "retrieval scores in the calibration: {}; `sparsemm calibrate --fresh` makes them",
+        ),
     ):
         left_out = [name for name in methods if kinds.get(name) == kind and found is None]
         if left_out:
@@ -224,7 +230,7 @@ class Settings(Scores):
         from sparsemm.methods import get_method
 
         chosen = get_method(method)
-        calibrated = chosen.head_scores == "calibrated"
+        calibrated = chosen.needs_calibration
         if not chosen.needs_head_scores:
             scores = None
         elif scores is None or (calibrated and scores.curves is None):

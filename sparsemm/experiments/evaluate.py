@@ -139,7 +139,7 @@ def evaluate(
         # Every cell repeats its whole configuration; these are the fields that no cell may differ in.
         "options": {name: value for name, value in some.items() if name not in _PER_CELL},
     }
-    if any(get_method(method).head_scores == "calibrated" for method, _ in configs):
+    if any(get_method(method).needs_calibration for method, _ in configs):
         settings["calibration"] = describe_head_scores(calibration)
     results = reader.run(
         Results,
@@ -175,7 +175,7 @@ def make_grid(
         method = get_method(name)
         if method.compresses and not budgets:
             raise ConfigError(f"method {name!r} needs at least one budget")
-        scores = {"given": head_scores, "calibrated": calibration}.get(method.head_scores)
+        scores = (calibration if method.needs_calibration else head_scores) if method.needs_head_scores else None
         for budget in dict.fromkeys(budgets) if method.compresses else (None,):
             try:
                 configs[name, budget] = CompressionConfig(name, budget, scores, **options)

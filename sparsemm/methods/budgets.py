@@ -27,19 +27,25 @@ def score_budgets(request: BudgetRequest) -> LongTensor:
         ConfigError: The request carries no head scores.
         HeadScoreError: They do not fit the model.
     """
-    settings, length = request.settings, request.prompt_length
-    shape = (request.num_layers, request.num_kv_heads)
+    settings = request.settings
     if request.head_scores is None:
         raise ConfigError("a rule that follows head scores was asked for budgets without any")
     request.head_scores.check_shape(request.num_layers, request.num_query_heads)
-    if settings.budget >= length and (settings.rounding == "exact" or settings.budget > length):
-        return torch.full(shape, length, dtype=torch.long)
-    if settings.rounding == "paper":
-        return torch.from_numpy(_paper_rows(request)).view(shape)
+    if settings.rounding == "paper" and settings.budget <= request.prompt_length:
+        return torch.from_numpy(_paper_rows(request)).view(request.num_layers, request.num_kv_heads)
+    return follow_scores(request, request.head_scores.values, decimal_fraction(settings.ratio))
 
-    shares = whole_shares(request.head_scores.values.view(shape[0] * shape[1], -1).tolist())
+
+def follow_scores(request: BudgetRequest, scores: Tensor, ratio: Fraction) -> LongTensor:
+    """Window, a uniform share `ratio` of the rest, and the others by `scores` `[num_layers, num_query_heads]`: int64
+    `[num_layers, num_kv_heads]`, rounded as `exact` says."""
+    settings, length = request.settings, request.prompt_length
+    shape = (request.num_layers, request.num_kv_heads)
+    if settings.budget >= length:
+        return torch.full(shape, length, dtype=torch.long)
+    shares = whole_shares(scores.view(shape[0] * shape[1], -1).tolist())
     base = settings.budget - settings.window_size
-    uniform = decimal_fraction(settings.ratio) * base
+    uniform = ratio * base
     extra, unit = fill_in_proportion(
         shares, total=len(shares) * (base - uniform), limit=length - settings.window_size - uniform
     )

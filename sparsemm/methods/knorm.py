@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sparsemm.methods.method import Method, PromptStates, Settings
@@ -15,7 +14,7 @@ def negative_key_norms(settings: Settings, states: PromptStates) -> Tensor:
 
     Every layer is compressed alike, so that budgets are exact.
     """
-    return -torch.linalg.vector_norm(states.key[:, :, : states.columns], dim=-1, dtype=torch.float32)
+    return -states.key[:, :, : states.columns].float().norm(dim=-1)
 
 
 KNORM = Method(name="knorm", model_budgets=uniform_budgets, score_positions=negative_key_norms, paper_rounding=False)

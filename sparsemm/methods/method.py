@@ -47,8 +47,8 @@ class PromptStates:
     """What one layer holds of the prompts whose rows are chosen among; valid columns lie at the right end.
 
     Attributes:
-        query: `[batch, num_query_heads, n, head_dim]` after RoPE, of the last n <= seq_len columns: of a whole prompt, or
-            of the new columns of a later turn.
+        query: `[batch, num_query_heads, n, head_dim]` after RoPE, of the last n <= seq_len columns: of a whole
+            prompt, or of the new columns of a later turn.
         key: `[batch, num_kv_heads, seq_len, head_dim]` after RoPE.
         starts: int32 `[batch, num_kv_heads]`, the first valid column of each list.
         num_queries: int32 `[batch]`, how many of the n queries are valid (the last ones).
@@ -57,8 +57,8 @@ class PromptStates:
         value: `[batch, num_kv_heads, seq_len, head_dim]`.
         image: bool `[batch, n]`, which of the queries' tokens show an image.
         unrotated: The queries before RoPE, float32 `[batch, num_query_heads, n, head_dim]`.
-        ahead: Mean rotation of the positions to come, float32 `[batch, head_dim, head_dim]`: the query that a token will
-            have is, in the mean, `ahead @ unrotated`.
+        ahead: Mean rotation of the positions to come, float32 `[batch, head_dim, head_dim]`: the query that a
+            token will have is, in the mean, `ahead @ unrotated`.
 
     The last four are there for the methods that name them (`Method.sees`), and may be None for others.
     """
@@ -128,7 +128,7 @@ class Method:
         layer_budgets: Rows per head from the position scores of the layer (AdaKV).
         prompt_budgets: Rows per head from what `score_layer` said of all layers, after the last one (VL-Cache).
         head_scores: Where head scores come from: `none`, `given` by the configuration, with the curves of a
-            calibration (`calibrated`), or drawn at `random`.
+            calibration (`calibrated`) or its retrieval scores (`retrieval`), or drawn at `random`.
         score_positions: Ranks the columns before the window; None is SnapKV's scoring (spec section 2).
         score_layer: In its place where there is a `prompt_budgets`.
         sees: What the scorer reads of `PromptStates` beside keys and queries: "value", "image", "unrotated", "ahead".
@@ -141,7 +141,7 @@ class Method:
     model_budgets: ModelBudgetRule | None = None
     layer_budgets: LayerBudgetRule | None = None
     prompt_budgets: PromptBudgetRule | None = None
-    head_scores: Literal["none", "given", "calibrated", "random"] = "none"
+    head_scores: Literal["none", "given", "calibrated", "retrieval", "random"] = "none"
     score_positions: PositionScorer | None = None
     score_layer: LayerScorer | None = None
     sees: tuple[str, ...] = ()
@@ -161,7 +161,12 @@ class Method:
     @property
     def needs_head_scores(self) -> bool:
         """Whether the configuration has to give head scores."""
-        return self.head_scores in ("given", "calibrated")
+        return self.head_scores == "given" or self.needs_calibration
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether those have to be a calibration."""
+        return self.head_scores in ("calibrated", "retrieval")
 
     @property
     def compresses(self) -> bool:

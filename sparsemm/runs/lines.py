@@ -17,8 +17,16 @@ _STYLES = {
     "pyramidkv": ("#009E73", "^"),
     "adakv": ("#CC79A7", "D"),
     "random": ("#7A7A7A", "v"),
+    "rate_distortion": ("#000000", "*"),
+    "head_kv": ("#E69F00", "P"),
+    "vl_cache": ("#56B4E9", "X"),
+    "mixkv": ("#F0A58A", "p"),
+    "expected_attention": ("#8C6BB1", "h"),
+    "keydiff": ("#B8860B", "<"),
+    "knorm": ("#7FBF7B", ">"),
+    "streaming_llm": ("#BDBDBD", "d"),
 }
-_OTHER_STYLES = (("#E69F00", "P"), ("#56B4E9", "X"), ("#000000", "*"), ("#F0A58A", "p"))
+_OTHER_STYLES = (("#1B4F72", "1"), ("#7B241C", "2"), ("#145A32", "3"), ("#4A235A", "4"))
 _LEVELS = {"fullkv": ("black", "--"), "mask": ("#56B4E9", "-."), "mask_random": ("#B8860B", ":")}
 
 

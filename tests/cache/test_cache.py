@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 
 import pytest
 import torch
@@ -55,8 +56,13 @@ def test_removing_the_patch_restores_the_model_bit_for_bit(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["snapkv", "pyramidkv", "adakv", "sparsemm", "random"])
-@pytest.mark.parametrize("rounding", ["exact", "paper"])
+@pytest.mark.parametrize(
+    ("method", "rounding"),
+    [
+        *itertools.product(["snapkv", "pyramidkv", "adakv", "sparsemm", "random"], ["exact", "paper"]),
+        *((method, "exact") for method in ("expected_attention", "mixkv", "vl_cache")),
+    ],
+)
 def test_each_row_of_a_padded_batch_reads_as_if_alone(family, method, rounding):
     model = toy_model(family)
     inputs = toy_inputs(model, 3)
@@ -72,8 +78,10 @@ def test_each_row_of_a_padded_batch_reads_as_if_alone(family, method, rounding):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["snapkv", "adakv", "random"])
-@pytest.mark.parametrize("rounding", ["exact", "paper"])
+@pytest.mark.parametrize(
+    ("method", "rounding"),
+    [*itertools.product(["snapkv", "adakv", "random"], ["exact", "paper"]), ("vl_cache", "exact")],
+)
 def test_kept_rows_and_bytes(family, method, rounding):
     model = toy_model(family)
     inputs = toy_inputs(model, 2)

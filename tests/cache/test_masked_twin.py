@@ -10,9 +10,10 @@ import itertools
 
 import pytest
 import torch
+from baselines import BaselineTwin
 from greedy_runs import assert_close, calibration, config, greedy, scores, text_inputs
-from masked_twin import MARGIN, MaskedTwin
-from toy_models import FAMILIES, toy_inputs, toy_model
+from masked_twin import MARGIN, MaskedTwin, attend_by
+from toy_models import FAMILIES, IMAGE_ID, toy_inputs, toy_model
 
 import sparsemm
 
@@ -35,10 +36,32 @@ def test_same_logits_as_the_masked_full_cache(family, method, rounding):
         kept = handle.stats.kept_rows[0]
         used = handle.plan.head_scores
     twin = MaskedTwin(settings, used, 3)
-    twin.take_the_place_of_attention(model)
+    attend_by(twin, model)
     expected_ids, expected, _ = greedy(model, inputs, tokens=8)
     assert twin.margin >= MARGIN, "choose another seed: the reference cannot tell which rows to keep"
     assert kept.tolist() == [twin.kept[layer] for layer in range(3)]
     assert any(dropped.any() for dropped in twin.dropped.values())
+    assert torch.equal(ids, expected_ids)
+    assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["expected_attention", "vl_cache", "mixkv", "head_kv"])
+def test_methods_that_see_more_than_keys_equal_it_too(family, method):
+    """Image and text: values, queries before their rotation, tokens behind the image, what other layers say."""
+    model = toy_model(family, num_layers=3)
+    inputs = toy_inputs(model, 1, [12], seed=1)
+    table = calibration(model) if method == "head_kv" else None
+    settings = config(method, 14, head_scores=table)
+    with sparsemm.patch(model, settings) as handle:
+        ids, logits, _ = greedy(model, inputs, tokens=8)
+        kept = handle.stats.kept_rows[0]
+    retrieval = None if table is None else table.curves.retrieval.numpy()
+    twin = BaselineTwin(model, settings, (inputs["input_ids"][0] == IMAGE_ID).numpy(), retrieval)
+    attend_by(twin, model)
+    expected_ids, expected, _ = greedy(model, inputs, tokens=8)
+    assert twin.margin >= MARGIN, "choose another seed: the reference cannot tell which rows to keep"
+    assert kept.tolist() == [[len(positions) for positions in each.positions] for each in twin.kept]
+    assert int(kept.sum()) == 14 * kept.numel()
     assert torch.equal(ids, expected_ids)
     assert_close(logits, expected)

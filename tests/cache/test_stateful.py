@@ -20,7 +20,7 @@ from sparsemm.errors import CacheError
 
 EXAMPLES, STEPS = 16, 10
 TOLERANCE = 1e-5
-METHODS = ("fullkv", "snapkv", "pyramidkv", "adakv", "sparsemm")
+METHODS = ("fullkv", "snapkv", "pyramidkv", "adakv", "sparsemm", "expected_attention", "vl_cache")
 tokens_of = st.integers(10, 60)
 
 

@@ -18,8 +18,8 @@ from sparsemm.plan import Plan, head_budgets
 
 def test_the_table() -> None:
     assert list(METHODS) == [
-        "fullkv", "streaming_llm", "knorm", "keydiff", "snapkv", "pyramidkv", "adakv", "sparsemm", "random",
-        "rate_distortion", "mask", "mask_random",
+        "fullkv", "streaming_llm", "knorm", "keydiff", "snapkv", "pyramidkv", "adakv", "expected_attention", "vl_cache",
+        "mixkv", "head_kv", "sparsemm", "random", "rate_distortion", "mask", "mask_random",
     ]  # fmt: skip
     assert all(METHODS[name].name == name for name in METHODS)
     assert {name for name in METHODS if not METHODS[name].compresses} == {"fullkv", "mask", "mask_random"}
@@ -27,7 +27,7 @@ def test_the_table() -> None:
 
 def test_unknown_names_are_errors_not_the_full_cache() -> None:
     for name in ("streaming", "FULLKV", "", None, 3):
-        with pytest.raises(ConfigError, match="is unknown; use one of adakv, fullkv"):
+        with pytest.raises(ConfigError, match="is unknown; use one of adakv, expected_attention, fullkv"):
             get_method(name)
 
 

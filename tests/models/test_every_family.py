@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from greedy_runs import assert_close, config, greedy, scores, without_heads
-from masked_twin import MARGIN, MaskedTwin
+from masked_twin import MARGIN, MaskedTwin, attend_by
 from PIL import Image
 from toy_vlms import LANGUAGE_MODELS, TOYS, mistral3_inputs, toy_vlm
 
@@ -97,7 +97,7 @@ def test_eviction_is_a_masked_full_cache(name):
             assert torch.equal(sparsemm.generate(model, single, max_new_tokens=6).new_tokens, runs[-1][1])
     for settings, ids, logits, kept, used in runs:
         twin = MaskedTwin(settings, used, 2)
-        twin.take_the_place_of_attention(model)
+        attend_by(twin, model)
         expected_ids, expected, _ = greedy(model, single)
         assert twin.margin >= MARGIN, "choose another seed: the reference cannot tell which rows to keep"
         assert kept.tolist() == [twin.kept[layer] for layer in range(2)]

@@ -70,9 +70,10 @@ class MaskedTwin:
             dropped[head, positions] = False
         self.dropped[layer_idx] = dropped
 
-    def take_the_place_of_attention(self, model):
-        """From now on the text part of `model` (unpatched) attends by this twin."""
-        AttentionInterface.register("masked_twin", self)
-        AttentionMaskInterface.register("masked_twin", sdpa_mask)
-        one_config = model.config.get_text_config() is model.config
-        model.set_attn_implementation("masked_twin" if one_config else {"text_config": "masked_twin"})
+
+def attend_by(twin, model):
+    """From now on the text part of `model` (unpatched) attends by `twin`."""
+    AttentionInterface.register("masked_twin", twin)
+    AttentionMaskInterface.register("masked_twin", sdpa_mask)
+    one_config = model.config.get_text_config() is model.config
+    model.set_attn_implementation("masked_twin" if one_config else {"text_config": "masked_twin"})
