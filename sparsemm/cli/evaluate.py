@@ -114,15 +114,22 @@ def report(
     task: Annotated[
         str | None, typer.Option(help="One task only: read, field, or a part such as 'read/3 words'.")
     ] = None,
+    pair: Annotated[
+        str | None,
+        typer.Option(help="A method that is also compared, page by page, with the best other one in every cell."),
+    ] = None,
 ) -> None:
     """Print the table of an evaluation and draw its plot."""
     from sparsemm.experiments.evaluate import Results
+    from sparsemm.experiments.paired import format_pairs, pair_with_best
     from sparsemm.experiments.report import describe, format_table, plot_accuracy
 
     found = Results.load(results)
     picture = plot or results.with_name(f"{file_name(metric, task)}.png")
     claim_picture(picture)
     typer.echo(format_table(found.cells, metric=metric, task=task))
+    if pair is not None:
+        typer.echo(f"\n{format_pairs(pair_with_best(found.cells, pair, metric=metric), pair)}")
     typer.echo(f"\n{describe(found)}")
     typer.echo(f"results: {results}")
     if any(cell.nominal_budget is not None for cell in found.cells):

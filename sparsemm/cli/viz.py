@@ -154,6 +154,41 @@ def budgets(
 
 
 @app.command()
+def calibration(
+    *,
+    model: Model,
+    settings: Settings,
+    budget: BudgetOption = 32,
+    prompt_length: Annotated[int, typer.Option(min=1, help="Tokens of the prompt whose budgets are drawn.")] = 256,
+    heads: Annotated[str, typer.Option(help="Heads whose curves are drawn, 2-5 is head 5 of layer 2.")] = "",
+    output: OutputOption = None,
+    picture: Picture,
+) -> None:
+    """Sensitivities as a map, distortion curves [default: the 8 most sensitive heads], budgets beside SparseMM's."""
+    from sparsemm import head_budgets
+    from sparsemm.runs.plots import LABELS
+    from sparsemm.viz.calibration import draw_calibration
+    from sparsemm.viz.heads import kv_heads_of
+    from sparsemm.viz.reading import choose_heads
+
+    path = picture.place(output, "calibration", model.name, budget)
+    table, visual = settings.table(model.model, calibrated=True), settings.find(model.model)
+    shape = tuple(table.values.shape)
+    chosen = choose_heads(table, shape, names=parse_list(heads), top=0, bottom=0) if heads else ()
+    num_kv_heads = kv_heads_of(table, None) or shape[1]
+    rows = {}
+    for method, scores in (("rate_distortion", table), ("sparsemm", visual)):
+        if scores is not None:
+            config = settings.config(model.model, method, budget, scores)
+            rows[f"{LABELS[method]}, budget {budget} of {prompt_length}"] = head_budgets(
+                config, num_layers=shape[0], num_query_heads=shape[1], num_kv_heads=num_kv_heads,
+                prompt_length=prompt_length,
+            )  # fmt: skip
+    title = picture.title or f"Calibration of {model.name}"
+    picture.save(draw_calibration(table, rows, heads=chosen, title=title), path)
+
+
+@app.command()
 def kept(
     *,
     model: Model,

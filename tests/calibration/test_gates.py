@@ -21,6 +21,7 @@ from sparsemm.calibration.page import (
     gated,
     integrated_gradients,
     read_prompt,
+    retrieval_scores,
 )
 from sparsemm.calibration.taps import constant_weights, tapped
 
@@ -160,6 +161,34 @@ def by_masks(query, key, value, ranking, rows, scaling, weight):
                 kept = output([*ranked, *range(prompt - WINDOW, prompt)])
                 result[head, place, token] = (part @ (kept - full)).norm()
     return result
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_retrieval_scores_equal_those_read_off_whole_attention_matrices(family):
+    """Prompt and answer as one text through the eager model; the largest weights, one row and head after the other."""
+    model, prompt, answer = setting(family, torch.float64)
+    needle = torch.tensor([4, 5, 9, 12])
+    with constant_weights(model):
+        found = retrieval_scores(model, prompt, answer, needle)
+    inputs = toy_inputs(model, 1, seed=1)
+    together = {**inputs, "input_ids": torch.cat([inputs["input_ids"], answer[:, :-1]], dim=1)}
+    for name in ("attention_mask", "mm_token_type_ids"):
+        if name in inputs:
+            more = torch.full_like(answer[:, :-1], 1 if name == "attention_mask" else 0)
+            together[name] = torch.cat([inputs[name], more], dim=1)
+    eager = toy_model(family, dtype=torch.float64, attn_implementation="eager")
+    widen_norms(eager)
+    with torch.no_grad():
+        matrices = eager(**together, output_attentions=True).attentions
+    assert found.shape == (2, model.config.text_config.num_attention_heads)
+    for layer, head in itertools.product(range(2), range(found.shape[1])):
+        expected = 0.0
+        for token in range(4):  # the fifth ends the answer
+            row = matrices[layer][0, head, prompt.length - 1 + token].tolist()
+            largest = sorted(range(len(row)), key=lambda column: -row[column])[: len(needle)]
+            expected += sum(row[column] for column in largest if column in needle.tolist()) / len(needle) / 4
+        assert float(found[layer, head]) == pytest.approx(expected, rel=1e-5, abs=1e-12)
+    assert (found > 0).any()
 
 
 def test_rankings_are_those_of_the_selection():

@@ -56,6 +56,10 @@ def test_the_file_is_the_mean_over_pages_and_tasks(undisturbed: Path) -> None:
     assert scores.curves.rows == rows and (scores.curves.distortions[..., -1] == 0).all()
     figures = scores.provenance
     assert (figures["model"], figures["num_pages"], figures["num_skipped"], figures["window_size"]) == ("toy", 5, 1, 4)
+    needles = [np.array(each["retrieval"]) for each in used if each["retrieval"] is not None]
+    assert [each["task"] for each in used if each["retrieval"] is not None] == ["field"] * figures["num_needles"]
+    assert figures["num_needles"] == 2 and sum(needles).min() > 0
+    np.testing.assert_allclose(scores.curves.retrieval, sum(needles) / 2, rtol=1e-12)
     assert records[1]["answer_tokens"] == 6  # no answer given: the model's own, as long as it may be
 
 
@@ -63,6 +67,11 @@ def test_it_is_a_calibration_of_this_model(undisturbed: Path) -> None:
     config = CompressionConfig("rate_distortion", 9, undisturbed, window_size=4)
     rows = head_budgets(config, num_layers=2, num_query_heads=4, num_kv_heads=2, prompt_length=30)
     assert rows.sum() == 9 * 4 and rows.unique().numel() > 1
+    needles = CompressionConfig("head_kv", 9, undisturbed, window_size=4)
+    by_needles = head_budgets(needles, num_layers=2, num_query_heads=4, num_kv_heads=2, prompt_length=30)
+    plain = CompressionConfig("sparsemm", 9, undisturbed, window_size=4)
+    by_scores = head_budgets(plain, num_layers=2, num_query_heads=4, num_kv_heads=2, prompt_length=30)
+    assert by_needles.sum() == by_scores.sum() == 9 * 4 and by_scores.unique().numel() > 1
     again = HeadScores.load(undisturbed)
     assert again.describe() == HeadScores.load(undisturbed).describe()
     assert again.describe()["sha256"] != HeadScores(again.values).describe()["sha256"]
@@ -123,6 +132,8 @@ def test_bad_settings_and_pages() -> None:
         ({"distortions": [[[1.0, float("inf"), 0.0]] * 2]}, "distortions hold NaN or infinity at layer 0, head 0"),
         ({"distortions": "x"}, "no distortions"),
         ({"values": [[1.0, 2.0, 3.0]]}, "curves are of"),
+        ({"retrieval": [[1.0]]}, "retrieval scores .* do not fit"),
+        ({"retrieval": [[1.0, -2.0]]}, "retrieval are negative"),
     ],
 )  # fmt: skip
 def test_broken_calibrations_are_refused(change: dict, message: str, tmp_path: Path) -> None:

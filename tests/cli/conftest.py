@@ -13,7 +13,7 @@ from toy_models import TINY_MINIATURE
 
 from sparsemm.cli import main
 from sparsemm.experiments.session import heldout_pages
-from sparsemm.head_scores import HeadScores
+from sparsemm.head_scores import Curves, HeadScores
 from sparsemm.miniatures.architectures import build_model, build_processor
 
 
@@ -23,8 +23,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     build_model("qwen2-vl", dims=TINY_MINIATURE).save_pretrained(folder / "toy")
     build_processor("qwen2-vl", TINY_MINIATURE).save_pretrained(folder / "toy")
     HeadScores(torch.arange(1.0, 9.0).view(2, 4), model="toy").save(folder / "toy.json")
+    curves = Curves([4, 8, 300], torch.ones(2, 4), torch.tensor([1.0, 0.3, 0.0]).expand(2, 4, 3).clone())
+    HeadScores(torch.arange(1.0, 9.0).view(2, 4), curves=curves, model="toy").save(folder / "calibration.json")
     heldout_pages(1, tasks=("read",))[0].image.save(folder / "page.png")
-    return {"model": folder / "toy", "scores": folder / "toy.json", "image": folder / "page.png"}
+    return {
+        "model": folder / "toy", "scores": folder / "toy.json", "image": folder / "page.png",
+        "calibration": folder / "calibration.json",
+    }  # fmt: skip
 
 
 @dataclasses.dataclass

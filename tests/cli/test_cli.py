@@ -109,7 +109,7 @@ def test_errors_are_one_line_and_status_two(
 def test_evaluate_writes_table_results_and_plot(run: Any, files: dict[str, Path], tmp_path: Path) -> None:
     arguments = [
         *("evaluate", "--model", files["model"], "--head-scores", files["scores"], "--no-progress"),
-        *("--methods", "fullkv sparsemm", "--budgets", "16, 24", "--window-size", 4),
+        *("--methods", "fullkv sparsemm vl_cache", "--budgets", "16, 24", "--window-size", 4),
         *("--documents", 2, "--tasks", "read", "--num-words", "1", "--max-new-tokens", 3, "--output", "measured"),
     ]
     outcome = run(*arguments)
@@ -119,10 +119,12 @@ def test_evaluate_writes_table_results_and_plot(run: Any, files: dict[str, Path]
         ("fullkv", None),
         ("sparsemm", 16),
         ("sparsemm", 24),
+        ("vl_cache", 16),
+        ("vl_cache", 24),
     ]
     assert (tmp_path / "measured" / "accuracy.png").stat().st_size > 1000
     table = [line for line in outcome.out.splitlines() if line.startswith("|")]
-    assert len(table) == 2 + 3
+    assert len(table) == 2 + 5
     again = run("report", "measured/results.json", "--plot", "measured/anls.svg", "--metric", "anls")
     assert [line for line in again.out.splitlines() if line.startswith("|")] == table
     assert (tmp_path / "measured" / "anls.svg").read_text().lstrip().startswith("<?xml")
@@ -131,6 +133,9 @@ def test_evaluate_writes_table_results_and_plot(run: Any, files: dict[str, Path]
     assert "plot:    measured/anls-read_1_words.png\n" in part.out
     assert (tmp_path / "measured" / "anls-read_1_words.png").exists() and "ANLS: read/1 words" in part.out
     assert (tmp_path / "measured" / "accuracy.png").read_bytes() == accuracy
+    paired = run("report", "measured/results.json", "--pair", "sparsemm")
+    assert "paired difference" in paired.out and "sparsemm: best in " in paired.out and " of 2 cells" in paired.out
+    assert run("report", "measured/results.json", "--pair", "adakv").status == 2
     assert run("report", "measured/results.json", "--task", "sums").status == 2
     refused = run(*arguments, "--ratio", 0.7)
     assert refused.status == 2 and "--fresh" in refused.err

@@ -122,6 +122,7 @@ def test_single_pictures(run: Any, files: dict[str, Path], tmp_path: Path) -> No
         ],
         ["summary", *model, *scores, "--budget", 12, "--window-size", 4, "--max-new-tokens", 2, "--output", "g.png"],
         ["page", *model, "--heads", "0-0 1-1", "--max-new-tokens", 2, "--output", "d.html"],
+        ["calibration", *model[:2], "--head-scores", files["calibration"], "--heads", "1-3", "--output", "h.png"],
         ["budgets", *model, "--method", "adakv", "--budget", 12, "--window-size", 4, "--output", "e.png"],
         ["kept", *model, "--method", "snapkv", "--budget", 12, "--window-size", 4, "--output", "f.png"],
     ):

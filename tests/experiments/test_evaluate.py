@@ -16,6 +16,7 @@ import sparsemm.experiments.evaluate as engine
 from sparsemm.decoding.generation import generate_greedy, remember_image_features
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.experiments.evaluate import Cell, Results
+from sparsemm.experiments.paired import format_pairs, pair_with_best
 from sparsemm.experiments.report import describe, format_table, plot_accuracy
 from sparsemm.experiments.session import PageReader, heldout_pages
 from sparsemm.head_scores import HeadScores
@@ -327,6 +328,37 @@ def test_table_of_a_metric_or_of_a_task() -> None:
     assert "0.700" in lines[3] and "0.200" not in lines[3]
     with pytest.raises(DataError, match="sums"):
         format_table(mixed, task="sums")
+
+
+def test_the_best_other_method_is_compared_page_by_page() -> None:
+    def scored(method: str, budget: int | None, read: list[float], field: list[float]) -> Cell:
+        made = cell(method, budget, 0.5)
+        for name, values in (("read/1 words", read), ("field/2 lines", field)):
+            made.scores[name] = {metric: values for metric in ("accuracy", "exact_match", "anls")}
+        return made
+
+    cells = [
+        scored("fullkv", None, [1.0] * 4, [1.0] * 4),
+        scored("ours", 8, [0.5, 0.6, 0.7, 0.8], [0.2, 0.1, 0.2, 0.1]),
+        scored("a", 8, [0.4, 0.5, 0.5, 0.6], [0.5, 0.4, 0.6, 0.5]),
+        scored("b", 8, [0.9, 0.1, 0.1, 0.1], [0.1, 0.1, 0.1, 0.1]),
+        scored("ours", 64, [0.9] * 4, [0.5, 0.6, 0.5, 0.6]),
+        scored("b", 64, [0.9] * 4, [0.4, 0.7, 0.5, 0.6]),
+    ]
+    pairs = pair_with_best(cells, "ours")
+    assert [(pair.task, pair.budget, pair.rival, pair.verdict) for pair in pairs] == [
+        ("read", 8, "a", 1), ("read", 64, "b", 0), ("field", 8, "a", -1), ("field", 64, "b", 0),
+    ]  # fmt: skip
+    first = pairs[0]
+    assert (first.mean, first.rival_mean, first.difference) == pytest.approx((0.65, 0.5, 0.15))
+    assert first.difference_error == pytest.approx((0.01 / 3) ** 0.5 / 2)  # of .1 .1 .2 .2, by hand
+    lines = format_pairs(pairs, "ours").splitlines()
+    assert "+0.150 ± 0.029" in lines[2] and lines[2].rstrip(" |").endswith("ahead") and "behind" in lines[4]
+    assert lines[-1].startswith("ours: best in 3 of 4 cells; 1 ahead and 1 behind by more than 2 standard errors")
+    with pytest.raises(DataError, match="'fullkv' has no cell with a budget; the results have a, b, ours"):
+        pair_with_best(cells, "fullkv")
+    with pytest.raises(DataError, match="no other method"):
+        pair_with_best(cells[:2], "ours")
 
 
 def test_description_names_the_settings() -> None:

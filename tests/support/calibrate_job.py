@@ -12,6 +12,7 @@ from PIL import Image
 from toy_models import toy_model, toy_processor
 
 from sparsemm.calibration import calibrate
+from sparsemm.documents import TextBox
 
 PAGES = 6
 
@@ -31,6 +32,11 @@ class SlowQuestion:
     @property
     def answer(self) -> str | None:
         return None if self.index == 1 else "abcdef"[: 2 + self.index % 4]
+
+    @property
+    def words(self) -> list[TextBox]:
+        """Where the answer of a field stands, and another word."""
+        return [TextBox("else", (0, 0, 9, 9)), TextBox(self.answer, (12, 4, 36, 20))] if self.task == "field" else []
 
     @property
     def image(self) -> Image.Image:

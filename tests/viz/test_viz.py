@@ -16,9 +16,11 @@ from sparsemm import CompressionConfig, HeadScores
 from sparsemm.chase import READ_PROMPT
 from sparsemm.documents import TextBox
 from sparsemm.errors import ConfigError, DataError, HeadScoreError
+from sparsemm.head_scores import Curves
 from sparsemm.models import family_of
 from sparsemm.models.geometry import ImageLayout
 from sparsemm.runs.plots import new_figure, save_figure
+from sparsemm.viz.calibration import draw_calibration
 from sparsemm.viz.heads import draw_budgets, draw_head_rows, draw_score_map, draw_sparsity, kv_heads_of
 from sparsemm.viz.kept import KeptRows, kept_rows
 from sparsemm.viz.page import page_data
@@ -268,6 +270,30 @@ def test_maps_of_changes_have_words_no_minus_zero_and_layer_0_above() -> None:
     assert scales == {(-20.0, 20.0)}, "one scale for all tasks"
     for drawn in (figure, draw_score_map(table()), draw_budgets(torch.ones(3, 2))):
         assert all(axes.yaxis_inverted() for axes in drawn.axes if axes.images)
+
+
+def test_calibrations_are_drawn_with_the_budgets_that_follow(tmp_path: Path) -> None:
+    sensitivities = torch.tensor([[1.0, 5.0, 0.5, 0.0], [2.0, 0.1, 0.2, 0.3]])
+    curves = Curves([4, 5, 8, 16], sensitivities, torch.linspace(1, 0, 4).expand(2, 4, 4).clone())
+    scores = HeadScores(torch.ones(2, 4), curves=curves)
+    rows = {"ours": torch.tensor([[4, 30], [5, 6]]), "theirs": torch.full((2, 2), 11)}
+    figure = draw_calibration(scores, rows, heads=[(1, 0), (0, 3)], title="toy")
+    pixels = saved(figure, tmp_path / "a.png")
+    assert min(pixels.shape[:2]) > 400
+    panels = [axes for part in figure.subfigs for axes in part.axes]
+    curve_axes = next(axes for axes in panels if axes.get_xlabel() == "Rows")
+    assert [line.get_label() for line in curve_axes.get_lines()] == ["1-0", "0-3"]
+    numbers = [[text.get_text() for text in axes.texts] for axes in panels if axes.get_xlabel() == "kv head"]
+    assert numbers == [["4", "30", "5", "6"], ["11"] * 4]
+    shares = next([text.get_text() for text in axes.texts] for axes in panels if axes.get_xlabel() == "Query head")
+    assert shares[1] == "55.0" and shares[3] == "0.0"
+    figure = draw_calibration(scores, rows)
+    curve_axes = next(axes for part in figure.subfigs for axes in part.axes if axes.get_xlabel() == "Rows")
+    assert [line.get_label() for line in curve_axes.get_lines()][:2] == ["0-1", "1-0"]
+    with pytest.raises(DataError, match="head scores only"):
+        draw_calibration(table(), rows)
+    with pytest.raises(DataError, match="head 2-0 is not one of 2 layers"):
+        draw_calibration(scores, rows, heads=[(2, 0)])
 
 
 def test_summary_shows_the_longest_word_where_the_head_looks_hardest() -> None:
