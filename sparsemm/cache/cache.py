@@ -153,7 +153,7 @@ class SparseCache(Cache):
                 self.plan.prompt_budgets(length, each) for length, each in zip(chunk.prompt_lengths, said, strict=True)
             ]
             for layer in self.ragged:
-                layer.settle(chunk, [None if rows is None else rows[layer.layer_idx] for rows in budgets])
+                layer.choose_waiting(chunk, [None if rows is None else rows[layer.layer_idx] for rows in budgets])
         if chunk.prompt_lengths is not None:
             before = record.prompt_tokens if self.columns.count else chunk.lengths
             record.prompt_tokens = [

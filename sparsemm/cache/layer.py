@@ -95,7 +95,7 @@ class SparseLayer(CacheLayerMixin):
     def store_prompt(
         self, query: Tensor, key: Tensor, value: Tensor, chunk: Chunk, scale: float, **rotation: Tensor
     ) -> None:
-        """Keep the chosen rows of the first chunk; all of them where they are chosen by `settle`.
+        """Keep the chosen rows of the first chunk; all of them where they are chosen by `choose_waiting`.
 
         query `[B, Hq, T, D]`, key and value `[B, Hkv, T, D]`, after RoPE; `scale` is the factor of the attention
         logits, `rotation` as `PromptStates` has it.
@@ -136,7 +136,7 @@ class SparseLayer(CacheLayerMixin):
             self._compress_again(chunk, self._fed(query, chunk, scale, rotation))
         return out
 
-    def settle(self, chunk: Chunk, budgets: list[LongTensor | None]) -> None:
+    def choose_waiting(self, chunk: Chunk, budgets: list[LongTensor | None]) -> None:
         """Drop rows by what the layer's scorer found, now that the last layer has run.
 
         budgets: int64 `[num_kv_heads]` of each sequence, window included; None for one that keeps all rows.

@@ -167,11 +167,7 @@ def usable_methods(
     for kind, found, what in (
         ("given", scores, "head scores: {}; `sparsemm chase` makes them"),
         ("calibrated", calibration, "a calibration: {}; `sparsemm calibrate` makes one"),
-        (
-            "retrieval",
-            needles,
-            "retrieval scores in the calibration: {}; `sparsemm calibrate --fresh` makes them",
-        ),
+        ("retrieval", needles, "retrieval scores: {}; `sparsemm calibrate --fresh` makes them"),
     ):
         left_out = [name for name in methods if kinds.get(name) == kind and found is None]
         if left_out:

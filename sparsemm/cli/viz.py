@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sparsemm.cli.common import file_name, parse_integers, parse_list
-from sparsemm.cli.options import FormatOption, Model, NewTokensOption, Scores, load_scores
+from sparsemm.cli.options import BudgetOption, FormatOption, Model, NewTokensOption, Scores, Settings, load_scores
 from sparsemm.cli.outputs import claim, claim_folder
 from sparsemm.cli.program import Program
 from sparsemm.cli.viz_options import (

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -37,3 +39,22 @@ def rotary_embeddings(text_model: nn.Module, hidden_states: Tensor, position_ids
     kinds = text_model.config.layer_types
     made = {kind: rotary_emb(hidden_states, position_ids, kind) for kind in set(kinds)}
     return [made[kind] for kind in kinds]
+
+
+def mean_rotation(text_model: nn.Module, last: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
+    """cos and sin of the `count` positions behind a prompt in the layers that keep ragged rows, averaged over them:
+    float32 `[..., batch, 1, size]`. None without rotary embedding.
+
+    `last`: The largest position of each sequence, `[batch, 1]`, or `[3 or 4, batch, 1]` where there are three axes (and
+    one that counts tokens): behind the prompt all of them go on from the largest.
+    """
+    rotary_emb = getattr(text_model, "rotary_emb", None)
+    if rotary_emb is None:
+        return None
+    if last.dim() == 3:
+        last = last[-3:].amax(0, keepdim=True).expand(3, -1, -1)
+    positions = last + 1 + torch.arange(count, device=last.device)
+    kind = ("full_attention",) if "layer_type" in inspect.signature(rotary_emb.forward).parameters else ()
+    # A copy: some embeddings widen their frequencies for the positions they are asked about, and keep them.
+    cos, sin = copy.deepcopy(rotary_emb)(torch.zeros(1, device=last.device), positions, *kind)
+    return cos.mean(-2, keepdim=True), sin.mean(-2, keepdim=True)

@@ -7,7 +7,6 @@ the other attention functions stand in the module's own source file.
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -144,23 +143,6 @@ class Projections:
     def output(self, module: nn.Module, out: Tensor) -> Tensor:
         """`[batch, columns, query heads, head_dim]` to `[batch, columns, hidden_size]`."""
         return module.o_proj(out.reshape(*out.shape[:2], -1).contiguous())
-
-
-def mean_rotation(text_model: nn.Module, last: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
-    """cos and sin of the `count` positions behind a prompt, averaged over them, float32 `[..., batch, 1, size]`.
-
-    `last`: The largest position of each sequence, `[batch, 1]`, or `[3 or 4, batch, 1]` where there are three axes (and
-    one that counts tokens): behind the prompt all of them go on from the largest. None without rotary embedding.
-    """
-    rotary_emb = getattr(text_model, "rotary_emb", None)
-    if rotary_emb is None:
-        return None
-    if last.dim() == 3:
-        last = last[-3:].amax(0, keepdim=True).expand(3, -1, -1)
-    positions = last + 1 + torch.arange(count, device=last.device)
-    # A copy: some embeddings widen their frequencies for the positions they are asked about, and keep them.
-    embeddings = copy.deepcopy(rotary_emb)(torch.zeros(1, device=last.device), positions)
-    return tuple(each.mean(-2, keepdim=True) for each in embeddings)
 
 
 def _source_of(module: nn.Module) -> Mapping[str, Any] | None:
