@@ -95,7 +95,9 @@ class Cell:
 class TableSettings(Settings):
     """Settings of a compression, with the rounding that suits the model."""
 
-    rounding: Annotated[Rounding | None, typer.Option(help="[default: paper, miniatures exact].")] = None
+    rounding: Annotated[
+        Rounding | None, typer.Option(help="[default: paper, for miniatures and methods without a release exact].")
+    ] = None
 
     def fields(self, model: str) -> dict[str, Any]:
         # Cells of the paper's tables stand beside its own numbers; those of miniatures have none to match.
@@ -119,10 +121,13 @@ class Shared:
 
     def cell(self, task: str, method: str, budget: int | None, **changes: Any) -> Cell:
         """A checked cell, `changes` among its settings. Raises `ConfigError` when a setting does not hold."""
+        chosen = get_method(method)
+        if self.settings.rounding is None and not chosen.paper_rounding:
+            changes["rounding"] = "exact"
         config = dataclasses.replace(self.settings, **changes).config(self.model, method, budget, self.head_scores)
         settings = config.to_dict()
         if config.head_scores is not None:
-            settings["head_scores"] = str(self.settings.file(self.model))
+            settings["head_scores"] = str(self.settings.file(self.model, calibrated=chosen.needs_calibration))
         limit = self.limit
         if limit is None and is_miniature(self.model):
             limit = MINIATURE_DOCUMENTS

@@ -8,13 +8,14 @@
 #
 # Variables:
 #   MODEL          miniature, checkpoint folder or hub id            (llava-mistral)
-#   METHODS        methods, or METHOD for a single one               (all eight)
+#   METHODS        methods, or METHOD for a single one               (the paper's eight; rate_distortion, ... by name)
 #   BUDGETS        rows per kv head, or BUDGET for one value         (64 ... 2048, miniatures: 8 ... 128)
 #   TASKS          tasks of lmms-eval                                (the five of Table 3)
 #   RATIO          share of the budget all heads get alike           (0.1)
 #   ROUNDING       paper or exact                                    (paper, miniatures: exact)
 #   MASK_RATIO     share of heads masked by mask, mask_random        (0.1)
 #   HEAD_SCORES    score file                                        (head_scores/<name of the model>.json)
+#                  for rate_distortion and head_kv a calibration     (head_scores/calibrations/<name of the model>.json)
 #   LIMIT          documents a cell                                  (all, miniatures: 200)
 #   NUM_PROCESSES  data-parallel processes, one a GPU                (1)
 #   TENSOR_PARALLEL processes (GPUs) that divide every layer     (none: each has a whole model)

@@ -27,6 +27,7 @@ from sparsemm_lmms_eval.__main__ import app  # noqa: E402
 from sparsemm import HeadScores  # noqa: E402
 from sparsemm.cli.program import run_program as run_program_of  # noqa: E402
 from sparsemm.errors import ConfigError, UnsupportedModelError  # noqa: E402
+from sparsemm.head_scores import Curves  # noqa: E402
 from sparsemm.tables import read_measurements  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,6 +136,19 @@ def test_rounding_is_the_papers_unless_the_model_is_a_miniature(checkpoints: Pat
     monkeypatch.setattr(grid, "is_miniature", lambda model: True)
     cell = shared(checkpoints, rounding=None, limit=None).cell("gqa", "snapkv", 64)
     assert (cell.settings["rounding"], cell.limit) == ("exact", 200)
+
+
+def test_methods_without_a_release_take_exact_rounding_and_a_calibration(checkpoints: Path, tmp_path: Path) -> None:
+    assert shared(checkpoints, rounding=None).cell("gqa", "vl_cache", 64).settings["rounding"] == "exact"
+    with pytest.raises(ConfigError, match="'vl_cache' is none of them"):
+        shared(checkpoints, rounding="paper").cell("gqa", "vl_cache", 64)
+    plain = HeadScores.load(checkpoints / "scores.json")
+    shape = tuple(plain.values.shape)
+    curves = Curves([4], torch.ones(shape), torch.ones(*shape, 1), retrieval=torch.ones(shape))
+    HeadScores(plain.values, curves=curves, **plain.provenance).save(tmp_path / "calibration.json")
+    given = shared(checkpoints, rounding=None, head_scores=tmp_path / "calibration.json")
+    for method in ("rate_distortion", "head_kv", "sparsemm"):
+        assert given.cell("gqa", method, 64).settings["head_scores"] == str(tmp_path / "calibration.json")
 
 
 def test_a_folder_is_one_cells(checkpoints: Path, tmp_path: Path) -> None:
