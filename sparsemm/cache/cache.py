@@ -148,12 +148,15 @@ class SparseCache(Cache):
         if self.columns.count == 0 or chunk.columns > 1:
             record.rope_deltas = None if mrope_positions is None else columns.rope_deltas(mrope_positions)
         if chunk.prompt_lengths is not None and self.plan.decides_last(chunk.prompt_lengths):
-            said = torch.stack([layer.waiting[1].double().cpu() for layer in self.ragged], dim=1)
+            # The rule looks at all heads of all layers, whichever process has them.
+            heads = [self.plan.parallel.gather(layer.waiting[1], dim=1).double().cpu() for layer in self.ragged]
             budgets = [
-                self.plan.prompt_budgets(length, each) for length, each in zip(chunk.prompt_lengths, said, strict=True)
+                self.plan.prompt_budgets(length, said)
+                for length, said in zip(chunk.prompt_lengths, torch.stack(heads, dim=1), strict=True)
             ]
+            own = self.plan.parallel.own(self.plan.num_kv_heads)
             for layer in self.ragged:
-                layer.choose_waiting(chunk, [None if rows is None else rows[layer.layer_idx] for rows in budgets])
+                layer.choose_waiting(chunk, [None if rows is None else rows[layer.layer_idx, own] for rows in budgets])
         if chunk.prompt_lengths is not None:
             before = record.prompt_tokens if self.columns.count else chunk.lengths
             record.prompt_tokens = [
