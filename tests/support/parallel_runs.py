@@ -103,21 +103,27 @@ def families(models):
 @contextlib.contextmanager
 def noting_rows(noted):
     """Note the positions that each of this process's heads keeps, of every prompt and layer."""
-    choose = cache_layer.choose_rows
+    choose, choose_late = cache_layer.choose_rows, cache_layer.keep_best
 
-    def choose_rows(plan, layer_idx, query, key, **kwargs):
-        rows = choose(plan, layer_idx, query, key, **kwargs)
+    def choose_rows(plan, layer_idx, states, *rest):
+        return note(states.key, choose(plan, layer_idx, states, *rest))
+
+    def keep_best(key, starts, window_size, budgets, *rest):
+        rows = choose_late(key, starts, window_size, budgets, *rest)
+        return rows if all(each is None for each in budgets) else note(key, rows)
+
+    def note(key, rows):
         from_the_end = rows.positions - key.shape[2]  # kept rows lie right-aligned in as many columns as are needed
         lists = [each.tolist() for each in from_the_end.split(rows.kept.flatten().tolist())]
         heads = rows.kept.shape[1]
         noted.append([lists[begin : begin + heads] for begin in range(0, len(lists), heads)])
         return rows
 
-    cache_layer.choose_rows = choose_rows
+    cache_layer.choose_rows, cache_layer.keep_best = choose_rows, keep_best
     try:
         yield
     finally:
-        cache_layer.choose_rows = choose
+        cache_layer.choose_rows, cache_layer.keep_best = choose, choose_late
 
 
 def methods(models):
@@ -126,7 +132,7 @@ def methods(models):
     for name, heads in (("llava-vicuna", None), ("qwen2-vl", None)):
         whole = toy_model(name, num_kv_heads=heads)
         model, inputs = models(name, whole), toy_inputs(whole, 2, [30, 45])
-        tables = {"given": scores(whole), "calibrated": calibration(whole)}
+        tables = {"given": scores(whole), "calibrated": calibration(whole), "retrieval": calibration(whole)}
         for (method, row), turns in itertools.product(METHODS.items(), ("first", "every")):
             if turns == "every" and method not in ("adakv", "sparsemm"):
                 continue
