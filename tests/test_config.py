@@ -72,6 +72,7 @@ ALL_METHODS = (
         ({"ratio": 1.01}, "ratio=1.01 is out of range"),
         ({"ratio": float("nan")}, "ratio=nan is out of range"),
         ({"ratio": "0.1"}, "ratio='0.1' is not a number"),
+        ({"ratio": True}, "ratio=True is not a number"),
         ({"adakv_floor": 2}, "adakv_floor=2 is out of range"),
         ({"pyramid_beta": 0}, "pyramid_beta=0 is too small"),
         ({"mask_ratio": 1.5}, "mask_ratio=1.5 is out of range"),

@@ -253,6 +253,22 @@ def test_unsupported_models_are_refused(tmp_path: Path) -> None:
         load_model(tmp_path / "odd")
 
 
+def test_code_that_lies_in_a_checkpoint_is_never_run(tmp_path: Path) -> None:
+    named = {"AutoConfig": "code.OddConfig", "AutoModelForImageTextToText": "code.Odd", "AutoProcessor": "code.Odd"}
+    config = {"model_type": "odd", "auto_map": named}
+    for name in ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text(json.dumps(config))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass OddConfig: pass\nclass Odd: pass\n")
+    with pytest.raises(UnsupportedModelError, match="no known model type"):
+        load_model(tmp_path)
+    save("qwen2-vl", tmp_path / "model")
+    stored = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**stored, "auto_map": named}))
+    (tmp_path / "model" / "code.py").write_bytes((tmp_path / "code.py").read_bytes())
+    load_model(tmp_path / "model")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_missing_files_are_clear_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no folder"):
         load_model(tmp_path / "nowhere")
