@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from sparsemm.cache.selection import KeptRows, choose_rows, is_covered, keep_bes
 from sparsemm.cache.stats import CacheRecord
 from sparsemm.errors import CacheError
 from sparsemm.methods import PromptStates
-from sparsemm.ops.backends import VarlenDecode, operators, resolve_backend
+from sparsemm.ops.backends import DecodeBackend, VarlenDecode, operators, overload, resolve_backend
 from sparsemm.ops.chunk import MAX_DECODE_QUERIES, causal_attention, merge_attention
 from sparsemm.plan import GROWTH_ROWS, Plan
 
@@ -22,11 +23,22 @@ GROWTH_SHARE = 8  # a full cache grows by at least 1/8, so that growing costs a 
 
 
 @functools.cache  # resolved, and said in the log, once
+def _backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> DecodeBackend:
+    return resolve_backend(name, device, dtype, head_dim)
+
+
+@functools.cache
 def _varlen_decode(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> VarlenDecode:
-    backend = resolve_backend(name, device, dtype, head_dim)
-    # The twins serve the operator too, which traces and exports know by name.
-    twins = (name, backend.name) == ("auto", "reference")
-    return operators(device, dtype, head_dim).varlen_decode if twins else backend.varlen_decode
+    backend = _backend(name, device, dtype, head_dim)
+    # The operator itself, where it is what the backend calls; and where twins serve it, which traces and exports know
+    # by name.
+    own = backend.name in ("cuda", "cpu") or (name, backend.name) == ("auto", "reference")
+    return overload(operators(device, dtype, head_dim).varlen_decode) if own else backend.varlen_decode
+
+
+@functools.cache
+def _rope_append(device: torch.device, dtype: torch.dtype, head_dim: int) -> Callable[..., Tensor]:
+    return overload(operators(device, dtype, head_dim).rope_append)
 
 
 class SparseLayer(CacheLayerMixin):
@@ -147,6 +159,30 @@ class SparseLayer(CacheLayerMixin):
         # Columns that were padding in every sequence hold no rows.
         rows = keep_best(key, starts, window, budgets, lambda _: scores[..., -max(1, key.shape[2] - window) :])
         self._keep(key, value, starts, rows, chunk)
+
+    def rotate_and_attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        scale: float,
+        num_later: Tensor | None,
+        rotation: tuple[Any, ...],
+    ) -> Tensor:
+        """`attend` for one token of every sequence before its rotation, in steps that are counted afterwards.
+
+        `rotation`: The last arguments of `rope_append`, from the weights of its norms on.
+        """
+        place = (query.device, query.dtype, query.shape[-1])
+        rope_append, decode = _rope_append(*place), _varlen_decode(self.plan.decode_backend, *place)
+        key_buffer, value_buffer, offsets, lens = self.key_buffer, self.value_buffer, self.offsets, self.lens
+        query = rope_append(
+            query, key, value, cos, sin, offsets, lens, key_buffer, value_buffer, self.overflow, None, *rotation
+        )
+        out, _ = decode(query, key_buffer, value_buffer, offsets, lens, scale, num_later)
+        return out
 
     def _decode(self, query: Tensor, scale: float, num_later: Tensor | None) -> tuple[Tensor, Tensor]:
         decode = _varlen_decode(self.plan.decode_backend, query.device, query.dtype, query.shape[-1])

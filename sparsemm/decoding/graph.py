@@ -9,14 +9,12 @@ import torch
 from torch import nn
 
 from sparsemm.cache import SparseCache
+from sparsemm.decoding.step import rotation_that_reads_positions
 from sparsemm.models.layers import sliding_windows
 from sparsemm.ops.backends import missing_reason
 from sparsemm.plan import GROWTH_ROWS
 
 logger = logging.getLogger(__name__)
-
-# Rotary embeddings that look at the largest position, on the host, before every forward.
-_ROPE_THAT_READS_POSITIONS = ("dynamic", "longrope")
 
 
 def why_no_graph(text_model: nn.Module, decode_backend: str = "auto") -> str | None:
@@ -33,9 +31,7 @@ def why_no_graph(text_model: nn.Module, decode_backend: str = "auto") -> str | N
     head_dim = text_model.layers[0].self_attn.head_dim
     if reason := missing_reason("cuda", devices.pop(), text_model.dtype, head_dim):
         return f"the kernels cannot serve ({reason}), and their PyTorch twins read lengths on the host"
-    rope_type = getattr(text_model.rotary_emb, "rope_type", "default")
-    rope_types = rope_type.values() if isinstance(rope_type, dict) else [rope_type]
-    if any(kind in each for kind in _ROPE_THAT_READS_POSITIONS for each in rope_types):
+    if rope_type := rotation_that_reads_positions(text_model.rotary_emb):
         return f"rotary embedding of type {rope_type!r} reads positions on the host"
     return None
 
@@ -88,6 +84,7 @@ class StepRunner:
         *,
         growth: int = GROWTH_ROWS,
         watched: bool = False,
+        prepare: Callable[[int], None] | None = None,
     ) -> None:
         """
         Args:
@@ -95,8 +92,9 @@ class StepRunner:
             graphs: Captures the step; None runs it as it is. Only where `why_no_graph` says None.
             growth: Tokens to make room for when the buffers are full.
             watched: Something looks into the cache while a step runs; not with `graphs`.
+            prepare: Told how many steps may follow before it is asked again.
         """
-        self.watched = watched
+        self.watched, self._prepare = watched, prepare
         self.body, self.cache, self.growth = body, cache, growth
         self.captures = 0
         self._graphs = graphs
@@ -107,6 +105,8 @@ class StepRunner:
     def _begin(self) -> None:
         self._room, self._steps = self.cache.room, 0  # steps until the buffers are full, and those run
         self.cache.begin_steps(watched=self.watched)
+        if self._prepare is not None:
+            self._prepare(self._room)
 
     def __call__(self) -> None:
         if self._steps == self._room:

@@ -19,7 +19,7 @@ from sparsemm.decoding.clock import Clock
 from sparsemm.decoding.graph import CudaGraphs, StepRunner, why_no_graph
 from sparsemm.decoding.step import DecodeStep
 from sparsemm.decoding.tiling import PROMPT_TILE, tiled_prompt
-from sparsemm.decoding.verdict import layers_serve
+from sparsemm.decoding.verdict import verdict_on
 from sparsemm.errors import ConfigError
 from sparsemm.plan import Plan
 
@@ -105,7 +105,7 @@ class DecodeLoop:
         self.cache, self.step, self.runner = cache, step, None
         remaining = max_length - self.prompt_columns - 1
         if remaining > 0:
-            step.by_model = bool(cache.plan.sliding_windows) or not self._layers_serve(step)
+            self._judge(step)
         clock.mark()
         monitor.note()
         if remaining > 0 and not monitor.finished():
@@ -113,7 +113,8 @@ class DecodeLoop:
                 cache.grow(min(remaining, cache.plan.reserve))
             body = _one_after_the_other(step, choose) if choose.on_device else step
             graphs = CudaGraphs(input_ids.device) if self.graph and not step.by_model else None
-            self.runner = StepRunner(body, cache, graphs, watched=self.handle.observer is not None)
+            watched = self.handle.observer is not None
+            self.runner = StepRunner(body, cache, graphs, watched=watched, prepare=step.prepare)
             try:
                 for _ in range(remaining):
                     self.runner()
@@ -125,6 +126,7 @@ class DecodeLoop:
                         break
             finally:  # an interrupted generation leaves a cache that can be continued
                 self.runner.finish()
+                step.prepare(0)
         clock.mark()
         surplus = monitor.drain()
         if surplus:
@@ -137,12 +139,21 @@ class DecodeLoop:
         """The cache of an earlier turn, or the empty one given with room for the whole answer."""
         return self.handle.adopt(given, plan)
 
-    def _layers_serve(self, step: DecodeStep) -> bool:
-        observer, self.handle.observer = self.handle.observer, None  # is to see every token once
+    def _judge(self, step: DecodeStep) -> None:
+        """Let the step go through the model where its layers do not serve, and through fused layers where they do."""
+        handle = self.handle
+        if handle.plan.sliding_windows:  # layers with a cache of transformers' own, which moves at every token
+            step.by_model = True
+            return
+        observer, handle.observer = handle.observer, None  # is to see every token once
         try:
-            return layers_serve(step)
+            verdict = verdict_on(step)
+            step.by_model = not verdict.layers_serve
+            own_attention = observer is not None or bool(handle.plan.masked_heads.any())
+            if verdict.layers_serve and not own_attention:
+                step.fuse(verdict.rules_of(step, handle.projections), handle.projections)
         finally:
-            self.handle.observer = observer
+            handle.observer = observer
 
 
 class _Choice:

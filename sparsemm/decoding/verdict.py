@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -17,22 +18,47 @@ import torch
 from torch import Tensor, nn
 
 from sparsemm.cache import SparseCache
+from sparsemm.decoding.fused_layer import StepRules
+from sparsemm.decoding.fused_proof import prove_rules
 from sparsemm.decoding.step import DecodeStep
 from sparsemm.models.instances import Findings
+from sparsemm.models.projections import Projections
 
 logger = logging.getLogger(__name__)
 
-_serving: Findings[bool] = Findings()
+
+@dataclasses.dataclass
+class Verdict:
+    """What is known of a model's decode steps.
+
+    Attributes:
+        layers_serve: Whether the layers alone give the logits of the model.
+        rules: Of the layers that may be fused, once asked for.
+    """
+
+    layers_serve: bool
+    rules: StepRules | None = None
+
+    def rules_of(self, step: DecodeStep, projections: tuple[Projections | None, ...]) -> StepRules:
+        """The rules, proved on the step's own cache, which is left as it was. No head may be masked meanwhile."""
+        if self.rules is None:
+            with _taken_back(step.cache):
+                step.cache.begin_steps()
+                self.rules = prove_rules(step, projections)
+        return self.rules
+
+
+_verdicts: Findings[Verdict] = Findings()
 
 
 @torch.no_grad()
-def layers_serve(step: DecodeStep) -> bool:
+def verdict_on(step: DecodeStep) -> Verdict:
     """Whether the layers alone give the logits of the model for `step.token`; the cache is left as it was.
 
     They may differ by twice the error that the model's forward itself has in its dtype, against one of higher
     precision. The verdict is remembered until a forward, a weight or a setting of a module changes.
     """
-    return _serving.about(step.model, [step.model], lambda: _compare(step))
+    return _verdicts.about(step.model, [step.model], lambda: Verdict(_compare(step)))
 
 
 def _compare(step: DecodeStep) -> bool:

@@ -189,6 +189,11 @@ def operators(device: torch.device, dtype: torch.dtype, head_dim: int) -> Any:
     return reference if device.type == "cuda" and kernels_fail else torch.ops.sparsemm
 
 
+def overload(operator: Any) -> Callable[..., Any]:
+    """An operator's only overload, which is called with less ado than the operator; a twin is what it is."""
+    return getattr(operator, "default", operator)
+
+
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype, head_dim: int) -> DecodeBackend:
     """The decode backend called `name` (see `BACKENDS`) for caches on `device` with rows of `dtype` and `head_dim`.
 
