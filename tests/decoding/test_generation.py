@@ -369,7 +369,7 @@ def test_the_step_asks_the_same_of_the_device_at_every_length(family, method):
         assert count.trace == every[0].trace
         assert count.allocated_bytes == every[0].allocated_bytes
         assert count.launches == every[0].launches > 0
-        assert count.names["sparsemm.append.default"] == count.names["sparsemm.varlen_decode.default"] == 3
+        assert count.names["sparsemm.rope_append.default"] == count.names["sparsemm.varlen_decode.default"] == 3
         largest = max(torch.Size(shape).numel() for _, shapes in count.trace for shape in shapes)
         assert largest < 20 * 64  # nothing of the size of the cached rows: vocabulary 128, MLP 96
 
