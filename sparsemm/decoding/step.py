@@ -30,8 +30,8 @@ class DecodeStep:
     Calling it runs only device work on tensors that stay where they are: every shape is the same at each step, nothing
     is read back, no allocation depends on a length. So one call can be captured in a CUDA graph and replayed. The
     decoder layers are called directly: the model around them prepares masks and checks arguments on the host. Where it
-    does more than that (`verdict.Verdict`, sliding windows), `by_model` makes every step a forward of the model. `fuse` lets the layers
-    that are recognised run in fewer kernels.
+    does more than that (`verdict.Verdict`, sliding windows), `by_model` makes every step a forward of the model. `fuse`
+    lets the layers that are recognised run in fewer kernels.
 
     Attributes:
         token: int64 `[batch, 1]`, the token to feed; set before each step.
