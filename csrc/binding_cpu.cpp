@@ -1,4 +1,5 @@
 // torch.ops.sparsemm.* on the CPU: checks, work split over torch's threads, kernels of cpu/kernels.cpp.
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <tuple>
@@ -145,12 +146,18 @@ struct DecodePlan {
   std::vector<int64_t> block_begin;   // pieces of query block i: block_begin[i] .. block_begin[i + 1]
 };
 
+// Rows of list r that any query sees: none of a sequence that has ended.
+int64_t rows_of(const cpu::DecodeArgs& a, int64_t r) {
+  if (a.num_queries != 1 || a.num_later == nullptr) return a.lens[r];
+  return std::clamp<int64_t>(int64_t{a.lens[r]} - a.num_later[r / a.num_kv_heads], 0, a.lens[r]);
+}
+
 DecodePlan plan_decode(const cpu::DecodeArgs& a, int64_t lists, int64_t threads) {
   constexpr int64_t kOverhead = 16;  // cost of starting and merging a piece, in rows
   const int64_t queries = a.num_query_heads / a.num_kv_heads * a.num_queries;
   const int64_t blocks = (queries + cpu::kMaxQueryBlock - 1) / cpu::kMaxQueryBlock;
   int64_t cost = 0;
-  for (int64_t r = 0; r < lists; ++r) cost += blocks * (a.lens[r] + kOverhead);
+  for (int64_t r = 0; r < lists; ++r) cost += blocks * (rows_of(a, r) + kOverhead);
   const int64_t row_products = std::max<int64_t>(1, std::min(queries, cpu::kMaxQueryBlock) * a.head_dim);
   const int64_t share = std::max((cost + threads - 1) / threads, std::max(kOverhead, kGrainProducts / row_products));
   DecodePlan plan;
@@ -158,11 +165,12 @@ DecodePlan plan_decode(const cpu::DecodeArgs& a, int64_t lists, int64_t threads)
   plan.block_begin.push_back(0);
   int64_t left = share;
   for (int64_t r = 0; r < lists; ++r) {
+    const int64_t total = rows_of(a, r);
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t first = block * cpu::kMaxQueryBlock, last = std::min(queries, first + cpu::kMaxQueryBlock);
       int64_t row = 0;
       do {
-        const int64_t rest = a.lens[r] - row;
+        const int64_t rest = total - row;
         // A remainder too short to be worth merging stays in one piece.
         const int64_t rows = rest <= left + 2 * kOverhead ? rest : std::max<int64_t>(left, kOverhead);
         plan.pieces.push_back({r, first, last, row, row + rows});
@@ -172,7 +180,7 @@ DecodePlan plan_decode(const cpu::DecodeArgs& a, int64_t lists, int64_t threads)
           plan.thread_begin.push_back(static_cast<int64_t>(plan.pieces.size()));
           left = share;
         }
-      } while (row < a.lens[r]);
+      } while (row < total);
       plan.block_begin.push_back(static_cast<int64_t>(plan.pieces.size()));
     }
   }

@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor> varlen_decode(Tensor query, Tensor key_buffer, Tensor
   const DeviceScope scope(query);
   int resident = 0;
   check_launch("varlen_decode", cuda::decode_resident_ctas(a.dtype, a.head_dim, &resident));
-  a.num_ctas = cuda::decode_ctas(a, key_buffer.size(0), resident);
+  cuda::set_decode_grid(a, key_buffer.size(0), resident);
   Tensor tile_begin = empty_like_device(query, {a.lists + int64_t{1}}, ScalarType::Int);
   Tensor stats = empty_like_device(query, {cuda::partial_stats_size(a)}, ScalarType::Float);
   Tensor partial = empty_like_device(query, {cuda::partial_out_size(a)}, ScalarType::Float);

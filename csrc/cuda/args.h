@@ -48,22 +48,27 @@ struct DecodeArgs {
   int64_t query_stride_b, query_stride_h, query_stride_n;
   float scale;
   int lists, num_kv_heads, group, num_queries, head_dim, num_ctas;
+  bool whole;                  // one block takes all rows of a list
 };
 
 constexpr int kDecodeQueries = 8;   // queries of one kv head handled in one pass over its rows
 constexpr int kDecodeTileRows = 64;  // rows of one unit of decode work
 constexpr int kMaxHeadDim = 256;
 
-// The fixed grid of one decode call: as many blocks as the device runs at once, but no more than there can be tiles.
-inline int decode_ctas(const DecodeArgs& a, int64_t slots, int resident) {
+// Sets the fixed grid of one decode call: as many blocks as the device runs at once, but no more than there can be
+// tiles; or one a list and query block (`whole`), where those keep the device busy or are small.
+inline void set_decode_grid(DecodeArgs& a, int64_t slots, int resident) {
   const int64_t blocks = (int64_t{a.group} * a.num_queries + kDecodeQueries - 1) / kDecodeQueries;
   const int64_t tiles = (slots / kDecodeTileRows + a.lists) * blocks;
-  return static_cast<int>(tiles < resident ? tiles : resident);
+  a.whole = a.lists * blocks >= 2 * int64_t{resident} || slots <= int64_t{a.lists} * kDecodeTileRows;
+  a.num_ctas = static_cast<int>(a.whole ? a.lists * blocks : tiles < resident ? tiles : resident);
 }
 // Elements of its workspaces.
-inline int64_t partial_stats_size(const DecodeArgs& a) { return int64_t{a.num_ctas} * 2 * kDecodeQueries * 2; }
+inline int64_t partial_stats_size(const DecodeArgs& a) {
+  return a.whole ? 0 : int64_t{a.num_ctas} * 2 * kDecodeQueries * 2;
+}
 inline int64_t partial_out_size(const DecodeArgs& a) {
-  return int64_t{a.num_ctas} * 2 * kDecodeQueries * a.head_dim;
+  return a.whole ? 0 : int64_t{a.num_ctas} * 2 * kDecodeQueries * a.head_dim;
 }
 
 struct WindowArgs {

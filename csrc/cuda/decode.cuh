@@ -5,6 +5,8 @@
 // work, and skewed lengths cost what uniform ones do. What a block computes for a list that it does not hold entirely
 // goes to the workspace, and combine_kernel merges it. Lengths are read on the device and the grid depends on shapes
 // only, so that both launches can be captured in a CUDA graph.
+//
+// Where the lists alone fill the device, or hold few rows, each is one block's (`whole`), and one launch is all.
 #pragma once
 
 #include <cmath>
@@ -39,6 +41,11 @@ __device__ __forceinline__ int rows_seen(const DecodeArgs& a, int r, int i, int 
   return seen < 0 ? 0 : (seen > length ? length : seen);
 }
 
+// Rows of list r that any query sees: none of a sequence that has ended.
+__device__ __forceinline__ int rows_of(const DecodeArgs& a, int r) {
+  return a.num_queries == 1 ? rows_seen(a, r, 0, a.lens[r]) : a.lens[r];
+}
+
 // Place of query `index` of list r in out and lse: (b * Hq + head) * n + i.
 __device__ __forceinline__ int64_t output_row(const DecodeArgs& a, int r, int index) {
   const int64_t b = r / a.num_kv_heads, head = r % a.num_kv_heads * a.group + index / a.num_queries;
@@ -59,7 +66,7 @@ __device__ __forceinline__ int find_tile(const DecodeArgs& a, int* warp_sums, in
   const int chunk = (a.lists + kDecodeThreads - 1) / kDecodeThreads, blocks = query_blocks(a);
   const int first = thread * chunk, last = first + chunk < a.lists ? first + chunk : a.lists;
   int sum = 0;
-  for (int r = first; r < last; ++r) sum += tiles_of(a.lens[r]) * blocks;
+  for (int r = first; r < last; ++r) sum += tiles_of(rows_of(a, r)) * blocks;
   int inclusive = sum;
   for (int step = 1; step < 32; step *= 2) {
     const int other = shuffle_up(inclusive, step);
@@ -75,7 +82,7 @@ __device__ __forceinline__ int find_tile(const DecodeArgs& a, int* warp_sums, in
   *per = (total + a.num_ctas - 1) / a.num_ctas;
   const int wanted = static_cast<int>(blockIdx.x) * *per;
   for (int r = first, begin = before; r < last; ++r) {
-    const int tiles = tiles_of(a.lens[r]) * blocks;
+    const int tiles = tiles_of(rows_of(a, r)) * blocks;
     if (begin <= wanted && wanted < begin + tiles) {
       start[0] = r;
       start[1] = begin;
@@ -229,21 +236,31 @@ __device__ __forceinline__ void finish(const DecodeArgs& a, const DecodeShared<T
 template <class T, int kDim>
 __global__ void __launch_bounds__(kDecodeThreads, 2) decode_kernel(DecodeArgs a) {
   auto& shared = *reinterpret_cast<DecodeShared<T, kDim>*>(shared_memory());
-  int per;
-  const int total = find_tile(a, shared.warp_sums, shared.start, blockIdx.x == 0, &per);
-  int tile = static_cast<int>(blockIdx.x) * per;
-  const int end = tile + per < total ? tile + per : total, blocks = query_blocks(a);
-  if (tile >= end) return;
-  int r = shared.start[0], list_begin = shared.start[1];
+  int per, tile = 0, end = 1, r = static_cast<int>(blockIdx.x) % a.lists, list_begin = 0;
+  const int blocks = query_blocks(a);
+  if (!a.whole) {
+    const int total = find_tile(a, shared.warp_sums, shared.start, blockIdx.x == 0, &per);
+    tile = static_cast<int>(blockIdx.x) * per;
+    end = tile + per < total ? tile + per : total;
+    if (tile >= end) return;
+    r = shared.start[0];
+    list_begin = shared.start[1];
+  }
   while (tile < end) {
-    const int length = a.lens[r], tiles = tiles_of(length);
-    const int block = (tile - list_begin) / tiles, first = (tile - list_begin) % tiles;
-    const int count = tiles - first < end - tile ? tiles - first : end - tile;
-    const int row_end = (first + count) * kDecodeTileRows < length ? (first + count) * kDecodeTileRows : length;
-    attend<T, kDim>(a, shared, r, block, first * kDecodeTileRows, row_end);
+    const int length = rows_of(a, r), tiles = tiles_of(length);
+    int block = static_cast<int>(blockIdx.x) / a.lists, count = 1, row_begin = 0, row_end = length;
+    int64_t partial = -1;
+    if (!a.whole) {
+      block = (tile - list_begin) / tiles;
+      const int first = (tile - list_begin) % tiles;
+      count = tiles - first < end - tile ? tiles - first : end - tile;
+      row_begin = first * kDecodeTileRows;
+      if ((first + count) * kDecodeTileRows < length) row_end = (first + count) * kDecodeTileRows;
+      // A block leaves at most two unfinished results: of the list it begins in the middle of, and of its last list.
+      if (count != tiles) partial = static_cast<int64_t>(blockIdx.x) * 2 + (first == 0 ? 1 : 0);
+    }
+    attend<T, kDim>(a, shared, r, block, row_begin, row_end);
     sync_block();
-    // A block leaves at most two unfinished results: of the list it begins in the middle of, and of its last list.
-    const int64_t partial = count == tiles ? -1 : static_cast<int64_t>(blockIdx.x) * 2 + (first == 0 ? 1 : 0);
     finish<T, kDim>(a, shared, r, block, partial);
     sync_block();  // the results are read before the next list overwrites them
     tile += count;
@@ -251,7 +268,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 2) decode_kernel(DecodeArgs a)
       list_begin = tile;
       do {
         ++r;
-      } while (tiles_of(a.lens[r]) == 0);
+      } while (tiles_of(rows_of(a, r)) == 0);
     }
   }
 }
@@ -267,7 +284,7 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(DecodeArgs a) 
   const int q = blockIdx.y, index = block * kDecodeQueries + q;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   if (index >= a.group * a.num_queries) return;
-  const int tiles = tiles_of(a.lens[r]);
+  const int tiles = tiles_of(rows_of(a, r));
   if (tiles == 0) {
     const float zeros[4] = {0, 0, 0, 0};
     for (int dim = thread * 4; dim < a.head_dim; dim += kCombineThreads * 4) store_output<T>(a, r, index, dim, zeros);
@@ -322,12 +339,13 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(DecodeArgs a) 
 
 constexpr int kCombineShared = (kCombineThreads / 32) * (kMaxHeadDim + 2) * static_cast<int>(sizeof(float));
 
-// Enqueues decode_kernel on args.num_ctas blocks, and combine_kernel behind it.
+// Enqueues decode_kernel on args.num_ctas blocks, and combine_kernel behind it where lists are shared.
 template <class T, int kDim>
 void enqueue_decode(const DecodeArgs& a, void* stream) {
   const int queries = a.group * a.num_queries, blocks = (queries + kDecodeQueries - 1) / kDecodeQueries;
   SPARSEMM_LAUNCH((decode_kernel<T, kDim>), static_cast<unsigned>(a.num_ctas), kDecodeThreads,
                   sizeof(DecodeShared<T, kDim>), stream, a);
+  if (a.whole) return;
   // A long chunk has more query blocks than grid.y may count (65,535); grid.x counts to 2^31 - 1.
   const dim3 grid(static_cast<unsigned>(a.lists) * static_cast<unsigned>(blocks),
                   static_cast<unsigned>(queries < kDecodeQueries ? queries : kDecodeQueries));

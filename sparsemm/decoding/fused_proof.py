@@ -56,8 +56,6 @@ def _prove(
     step: DecodeStep, layer_idx: int, projections: Projections | None, factors: tuple[Tensor, Tensor]
 ) -> LayerRule:
     layer, rows = step.text_model.layers[layer_idx], step.cache.layers[layer_idx]
-    if type(rows) is not SparseLayer:
-        raise NotRecognisedError(f"its rows are in a {type(rows).__name__}")
     read = read_layer(layer, projections)
     weight = layer.self_attn.o_proj.weight
     states = torch.randn(

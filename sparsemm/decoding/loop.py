@@ -6,15 +6,22 @@ so that sampling follows the very distribution, and stopping the very rules, of 
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import LongTensor, Tensor, nn
+from transformers.generation.logits_process import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
-from sparsemm.cache import SparseCache
+from sparsemm.cache import SparseCache, SparseLayer
 from sparsemm.decoding.clock import Clock
 from sparsemm.decoding.graph import CudaGraphs, StepRunner, why_no_graph
 from sparsemm.decoding.step import DecodeStep
@@ -149,18 +156,27 @@ class DecodeLoop:
         try:
             verdict = verdict_on(step)
             step.by_model = not verdict.layers_serve
-            own_attention = observer is not None or bool(handle.plan.masked_heads.any())
+            own_attention = (
+                observer is not None
+                or bool(handle.plan.masked_heads.any())
+                or any(type(layer) is not SparseLayer for layer in step.cache.layers)
+            )
             if verdict.layers_serve and not own_attention:
                 step.fuse(verdict.rules_of(step, handle.projections), handle.projections)
         finally:
             handle.observer = observer
 
 
+_OF_SCORES_ALONE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+_NO_ROW = torch.iinfo(torch.int32).max  # as `num_later`: a query that sees nothing
+
+
 class _Choice:
     """Picks the next token of every sequence from the step's logits and hands it to the step.
 
-    Plain greedy search that stops at a length or an end token touches the device only, so it is part of the captured
-    step (`on_device`). Logits processors, sampling and other stopping criteria run after it.
+    Greedy search and sampling with temperature, top-k, top-p and repetition penalty that stop at a length or an end
+    token touch the device only, so they are part of the captured step (`on_device`). Other logits processors and
+    stopping criteria run after it. Sequences that have ended attend to nothing from then on.
     """
 
     def __init__(
@@ -183,8 +199,36 @@ class _Choice:
         ends = [each.eos_token_id for each in criteria if hasattr(each, "eos_token_id")]
         self.ends = torch.cat([each.view(-1).to(device) for each in ends]) if ends else None
         self.pad = config._pad_token_tensor.to(device) if ends else None
+        self._penalised: Tensor | None = None  # bool [batch, vocabulary + 1]: tokens that a penalty holds against
+        processing = [self._on_device(each) for each in processors]
         known = all(type(each) in (EosTokenCriteria, MaxLengthCriteria) for each in criteria)
-        self.on_device = not processors and not self.sample and known
+        self.on_device = known and None not in processing
+        self.processing = processing if self.on_device else []
+        if self.on_device and self.ends is not None and batch > 1:
+            step.num_later = torch.zeros(batch, 1, dtype=torch.int32, device=device)
+
+    def _on_device(self, processor: Any) -> Callable[[Tensor], Tensor] | None:
+        """The processor as a function of the scores, where it is one that asks nothing of the host; else None."""
+        if type(processor) in _OF_SCORES_ALONE:
+            return functools.partial(processor, None)
+        if type(processor) is not RepetitionPenaltyLogitsProcessor:
+            return None
+        vocab_size, tokens = self.step.logits.shape[-1], self.sequences[:, : self.length]
+        ignored = getattr(processor, "prompt_ignore_length", None)  # first columns, of each sequence or of all
+        if ignored is not None:
+            if int(torch.as_tensor(ignored).max()) > self.length:
+                return None
+            ignored = torch.as_tensor(ignored, device=tokens.device).view(-1, 1)
+            columns = torch.arange(self.length, device=tokens.device)
+            tokens = tokens.masked_fill(columns < ignored, vocab_size)
+        seen = torch.zeros(len(tokens), vocab_size + 1, dtype=torch.bool, device=tokens.device)
+        self._penalised = seen.scatter_(1, tokens.clamp(max=vocab_size), True)
+
+        def penalise(scores: Tensor) -> Tensor:
+            lowered = torch.where(scores < 0, scores * processor.penalty, scores / processor.penalty)
+            return torch.where(seen[:, :-1], lowered, scores)
+
+        return penalise
 
     @torch.no_grad()
     def __call__(self) -> None:
@@ -196,29 +240,38 @@ class _Choice:
         self.length += 1
 
     def choose_on_device(self) -> None:
-        token = self.step.logits.argmax(-1)
+        scores = self.step.logits
+        for process in self.processing:
+            scores = process(scores)
+        token = self._draw(scores)
         if self.ends is not None:
             token = torch.where(self.unfinished, token, self.pad)
             self.unfinished.logical_and_((token[:, None] != self.ends).all(-1))
+            if self.step.num_later is not None:
+                self.step.num_later.copy_(torch.where(self.unfinished, 0, _NO_ROW)[:, None])
+        if self._penalised is not None:
+            self._penalised.scatter_(1, token[:, None].clamp(max=self._penalised.shape[1] - 1), True)
         self._hand_over(token)
         self.outcome[-1] = self.unfinished.any()
 
     def _choose(self) -> None:
-        scores = self.processors(self.sequences[:, : self.length], self.step.logits.clone())
-        if not self.sample:
-            token = scores.argmax(-1)
-        else:
-            probabilities = scores.softmax(-1)
-            if probabilities.device.type == "cpu":
-                token = torch.multinomial(probabilities, num_samples=1).squeeze(1)  # as transformers draws
-            else:  # the same distribution; multinomial would wait for the device to check its input
-                token = (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
+        token = self._draw(self.processors(self.sequences[:, : self.length], self.step.logits.clone()))
         if self.ends is not None:
             token = torch.where(self.unfinished, token, self.pad)
         self._hand_over(token)
         stopped = self.criteria(self.sequences[:, : self.length + 1], None)
         self.unfinished.logical_and_(~stopped)
         self.outcome[-1] = self.unfinished.any()
+
+    def _draw(self, scores: Tensor) -> Tensor:
+        """int64 `[batch]`. On a GPU from its default generator, whose state a captured graph moves on."""
+        if not self.sample:
+            return scores.argmax(-1)
+        probabilities = scores.softmax(-1)
+        if probabilities.device.type == "cpu":
+            return torch.multinomial(probabilities, num_samples=1).squeeze(1)  # as transformers draws
+        # The same distribution; multinomial would wait for the device to check its input.
+        return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
 
     def _hand_over(self, token: Tensor) -> None:
         self.step.token.copy_(token[:, None])

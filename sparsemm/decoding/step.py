@@ -37,6 +37,7 @@ class DecodeStep:
         token: int64 `[batch, 1]`, the token to feed; set before each step.
         positions: int64 `[batch, 1]` or, for M-RoPE, `[3, batch, 1]`.
         logits: float32 `[batch, vocab_size]`, written by each step.
+        num_later: None, or int32 `[batch, 1]` as for `varlen_decode`: rows that fused layers do not let a token see.
         by_model: Whether steps go through the model's own forward, which is no device work alone.
     """
 
@@ -71,6 +72,7 @@ class DecodeStep:
         self.logits = logits.to(torch.float32, copy=True)
         self.layers: list[tuple[nn.Module, FusedLayer | None]] = [(each, None) for each in self.text_model.layers]
         self.norm: Norm | None = None
+        self.num_later: Tensor | None = None
         self._factors: Tensor | None = None  # [steps, 2, batch or 1, dimensions]: cos and sin of the steps to come
         self._turn: Tensor | None = None  # int64 [1], which of them is the next
 
@@ -133,7 +135,7 @@ class DecodeStep:
             if fused is None:
                 states, residual = self.own_layer(layer, _sum(states, residual), turned), None
             else:
-                states, residual = fused(states, residual, turned)
+                states, residual = fused(states, residual, turned, self.num_later)
         if self.norm is None:
             states = self.text_model.norm(_sum(states, residual))
         else:

@@ -117,6 +117,60 @@ def test_sampling_draws_the_tokens_of_transformers(family):
         assert_close(logits_b, logits_a)
 
 
+STANDARD = [
+    SAMPLING,
+    dict(do_sample=True, temperature=0.7),
+    dict(do_sample=True, top_k=5, top_p=0.8),
+    dict(do_sample=False, repetition_penalty=1.8),
+]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("options", STANDARD)
+def test_standard_sampling_is_part_of_the_step(options, captured, request):
+    """The tokens of transformers for a seed, end tokens included; replayed as well."""
+    made = request.getfixturevalue("emulated_graphs") if captured else None
+    model = toy_model("llava-mistral")
+    model.generation_config.eos_token_id = ENDS
+    inputs = toy_inputs(model, 3)
+    with sparsemm.patch(model, config("snapkv", 12)) as handle:
+        torch.manual_seed(5)
+        expected = model.generate(**inputs, max_new_tokens=40, **options)
+        run = DecodeLoop(handle)
+        torch.manual_seed(5)
+        found = model.generate(**inputs, max_new_tokens=40, **options, custom_generate=run)
+        assert torch.equal(found, expected)
+    assert run.runner.body is not run.step, "the choice is part of what is captured"
+    assert not captured or made[0].replays > 0
+
+
+def test_other_processors_run_behind_the_step():
+    model = toy_model("llava-mistral")
+    with sparsemm.patch(model, config("snapkv", 12)) as handle:
+        for options in (dict(do_sample=True, min_p=0.1), dict(bad_words_ids=[[5]])):
+            run = DecodeLoop(handle)
+            model.generate(**toy_inputs(model, 1), max_new_tokens=4, **options, custom_generate=run)
+            assert run.runner.body is run.step
+
+
+def test_sequences_that_have_ended_cost_no_attention(monkeypatch):
+    model = toy_model("llava-mistral")
+    model.generation_config.eos_token_id = ENDS
+    seen, original = [], sparsemm.cache.SparseLayer.rotate_and_attend
+
+    def note(self, *args):
+        if self.layer_idx == 0:
+            seen.append([] if args[-2] is None else args[-2].flatten().bool().tolist())
+        return original(self, *args)
+
+    monkeypatch.setattr(sparsemm.cache.SparseLayer, "rotate_and_attend", note)
+    inputs = toy_inputs(model, 3)
+    output = sparsemm.generate(model, inputs, config("snapkv", 12), max_new_tokens=60)
+    ended = torch.isin(output.new_tokens, torch.tensor(ENDS)).int().cummax(1).values.bool()
+    assert ended.any() and not ended.all()
+    assert seen[-(ended.shape[1] - 1) :] == ended.T[:-1].tolist()
+
+
 def test_several_samples_of_a_prompt_and_stopping_criteria():
     model = toy_model("qwen2-vl")
     inputs = toy_inputs(model, 2)

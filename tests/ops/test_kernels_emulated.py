@@ -115,6 +115,27 @@ def test_decode_of_skewed_lengths_on_any_grid(library, lens, resident):
         cases.check_decode(case, *Emulated(library, 5, resident).varlen_decode(*case.arguments()))
 
 
+def test_sequences_that_have_ended_see_nothing(emulated):
+    check_ended(emulated)
+
+
+def check_ended(emulated):
+    """With lists shared by blocks, and with a block for each."""
+    later = torch.tensor([[0], [torch.iinfo(torch.int32).max]], dtype=torch.int32)
+    for lens in ([300, 0, 290, 5], [20, 3, 0, 30]):
+        case = cases.decode_case(lens, batch=2, group=2, head_dim=32, dtype=torch.bfloat16, num_later=later)
+        cases.check_decode(case, *emulated.varlen_decode(*case.arguments()))
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_decode_with_a_block_for_every_list(library, n):
+    """Few rows, or more lists than run at once; some lists empty."""
+    for lens, resident in (([30, 0, 60, 1], 50), ([900, 0, 3, 70], 2)):
+        for dtype in (torch.float32, torch.bfloat16):
+            case = cases.decode_case(lens, group=3, n=n, head_dim=40, dtype=dtype, seed=resident)
+            cases.check_decode(case, *Emulated(library, 3, resident).varlen_decode(*case.arguments()))
+
+
 def test_decode_of_more_lists_than_threads(library):
     lens = cases.skewed_lens(300, 40, seed=1)
     assert max(lens) > 6 * sorted(lens)[150]
@@ -225,6 +246,7 @@ def exercise(emulated: Emulated) -> None:
         case = cases.decode_case([0, 1, 330, 65], batch=2, group=3, n=2, head_dim=head_dim, dtype=dtype)
         cases.check_decode(case, *emulated.varlen_decode(*case.arguments()))
     case = cases.decode_case([20, 1400], head_dim=64, dtype=torch.float32, spread=4.0)
+    check_ended(emulated)
     wide = copy.copy(emulated)
     wide.resident = 24  # more blocks on one list than warps that merge them
     cases.check_decode(case, *wide.varlen_decode(*case.arguments()))
@@ -258,6 +280,12 @@ FAULTS = {
         "copy.cuh", "count_bits(votes);\n    sync_block();", "count_bits(votes);"),
     "partial results of the wrong half are merged": (
         "decode.cuh", "(cta == first ? 1 : 0)", "(cta == first ? 0 : 1)"),
+    "a list of its own block ends early": (
+        "decode.cuh", "row_end = length;\n    int64_t", "row_end = length - 1;\n    int64_t"),
+    "a list of its own block is merged like a shared one": (
+        "decode.cuh", "int64_t partial = -1;", "int64_t partial = 0;"),
+    "sequences that have ended are read": (
+        "decode.cuh", "  const int seen = length - later;", "  const int seen = length - (later > 9999 ? 0 : later);"),
     "one partial result is left out of the merge": ("decode.cuh", "cta <= last; cta", "cta < last; cta"),
     "partial results are added without rescaling": (
         "decode.cuh", "value[v][j] * keep + source[j] * add", "value[v][j] + source[j]"),

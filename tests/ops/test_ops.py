@@ -94,6 +94,14 @@ def test_decode_counts_later_rows_as_told(ops):
     cases.check_decode(case, *ops.varlen_decode(*case.arguments()))
 
 
+def test_sequences_that_have_ended_see_nothing(ops):
+    later = torch.tensor([[0], [torch.iinfo(torch.int32).max]], dtype=torch.int32)
+    case = cases.decode_case([6, 140, 500, 9], batch=2, group=2, head_dim=48, num_later=later)
+    out, lse = ops.varlen_decode(*case.arguments())
+    cases.check_decode(case, out, lse)
+    assert not out[1].any() and torch.all(lse[1] == -math.inf) and out[0].all()
+
+
 @pytest.mark.parametrize("spread", [1.0, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decode_of_skewed_lengths(ops, dtype, spread):

@@ -54,7 +54,7 @@ class EmulatedGraphs:
         body()
 
     def capture(self, body):
-        recorder = _Recorder()
+        recorder, drawn = _Recorder(), torch.get_rng_state()
         with recorder:
             body()
         recorder.undo()  # a capture changes nothing
@@ -69,6 +69,7 @@ class EmulatedGraphs:
 
         found = count_operators(replay).offending()
         recorder.undo()
+        torch.set_rng_state(drawn)  # as a generator that is captured: only replays draw
         self.replays -= 1
         assert not found, f"a captured step may not use {found}"
         return replay

@@ -126,7 +126,7 @@ extern "C" const char* emulated_decode(int dtype, const void* query, const void*
     a.group = static_cast<int>(group);
     a.num_queries = static_cast<int>(num_queries);
     a.head_dim = static_cast<int>(head_dim);
-    a.num_ctas = decode_ctas(a, slots, static_cast<int>(resident));
+    set_decode_grid(a, slots, static_cast<int>(resident));
     const auto tile_begin = workspace<int32_t>(lists + 1);
     const auto stats = workspace<float>(partial_stats_size(a)), partial = workspace<float>(partial_out_size(a));
     a.tile_begin = tile_begin.get();
@@ -146,7 +146,7 @@ extern "C" const char* emulated_decode_launches(int64_t lists, int64_t group, in
     a.group = static_cast<int>(group);
     a.num_queries = static_cast<int>(num_queries);
     a.head_dim = 64;
-    a.num_ctas = decode_ctas(a, lists, 100);
+    set_decode_grid(a, 100 * lists, 100);
     emulation::machine.runs = false;
     enqueue_decode<float, 64>(a, nullptr);
   });
