@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -185,6 +186,11 @@ def take_turns(ways: Mapping[str, Callable[[], Any]], rounds: int, device: torch
             clock.mark()
             seconds[name] += clock.seconds()
     return {name: values[warmup:] for name, values in seconds.items()}
+
+
+def ratio_of(times: Times, name: str, other: str) -> float:
+    """Median of the ratios within a round: what slows one slows its neighbours."""
+    return statistics.median(own / beside for own, beside in zip(times[name], times[other], strict=True))
 
 
 def release_memory(device: torch.device) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool1d
 
 import sparsemm
-from sparsemm.bench.cells import BenchResults, Times, run_benchmark, take_turns
+from sparsemm.bench.cells import BenchResults, Times, ratio_of, run_benchmark, take_turns
 from sparsemm.bench.measure import NEVER_ENDS
 from sparsemm.bench.shapes import prompt_inputs, skewed_head_scores
+from sparsemm.bench.steps import kernel_counts, middle_size
 from sparsemm.cache import CacheRecord, SparseLayer
 from sparsemm.cache.chunk import Chunk
 from sparsemm.decoding.generation import stock_greedy
@@ -86,19 +87,14 @@ def layer_costs(
     row = 2 * head_dim * key.element_size()
     slack = plan.reserve * num_kv_heads
     return times, {
-        "compress_ratio": _ratio(times, "compress_per_head", "compress"),
-        "append_ratio": _ratio(times, "append_per_head_copy", "append"),
-        "append_flat_ratio": _ratio(times, "append_flat_copy", "append"),
+        "compress_ratio": ratio_of(times, "compress_per_head", "compress"),
+        "append_ratio": ratio_of(times, "append_per_head_copy", "append"),
+        "append_flat_ratio": ratio_of(times, "append_flat_copy", "append"),
         "rows_kept": kept,
         "rows_by_formula": budget * num_kv_heads,
         "bytes_held": held,
         "bytes_by_formula": (budget * num_kv_heads + slack) * row + 4 * (4 * num_kv_heads + 2),
     }
-
-
-def _ratio(times: Times, name: str, other: str) -> float:
-    """Median of the ratios within a round: what slows one slows its neighbours."""
-    return statistics.median(own / beside for own, beside in zip(times[name], times[other], strict=True))
 
 
 def _per_head(
@@ -153,7 +149,7 @@ def token_overhead(
     }
     turns = [{name: run() for name, run in ways.items()} for _ in range(rounds + 1)][1:]  # the first warms up
     times = {name: [turn[name] for turn in turns] for name in ways}
-    return times, {f"{name}_ratio": _ratio(times, name, "unpatched") for name in ways if name != "unpatched"}
+    return times, {f"{name}_ratio": ratio_of(times, name, "unpatched") for name in ways if name != "unpatched"}
 
 
 def run(
@@ -165,16 +161,25 @@ def run(
     rounds: int = 7,
     output: Path | None = None,
 ) -> BenchResults:
-    """Both parts, measured anew: `layer` at Vicuna's shape with the prompt and budget given, `token` of `model`."""
+    """All parts, measured anew: `layer` at Vicuna's shape with the prompt and budget given, `token` of `model`,
+    `kernels` of steps by family, and a `step` of a middle size with that prompt and budget, by dtype."""
     shape = {**VICUNA, "prompt_tokens": prompt_tokens, "budget": budget}
+    sizes = {"prompt_tokens": prompt_tokens, "budget": budget}
+    parts = {
+        "layer": lambda: layer_costs(**shape),
+        "token": lambda: token_overhead(model, rounds=rounds),
+        "kernels": lambda: ({}, kernel_counts()),
+        "step, float32": lambda: middle_size(torch.float32, **sizes),
+        "step, bfloat16": lambda: middle_size(torch.bfloat16, **sizes),
+    }
 
     def measure(place: dict[str, Any], _: Any) -> tuple[Times, dict[str, Any]]:
-        return layer_costs(**shape) if place["part"] == "layer" else token_overhead(model, rounds=rounds)
+        return parts[place["part"]]()
 
     with torch.no_grad():
         return run_benchmark(
             "host",
-            [{"part": "layer", **shape}, {"part": "token"}],
+            [{"part": name, **(shape if name == "layer" else {})} for name in parts],
             measure,
             device=torch.device("cpu"),
             settings={"model": model_name, "rounds": rounds},

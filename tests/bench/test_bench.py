@@ -13,7 +13,7 @@ from toy_models import toy_model
 from typer.testing import CliRunner
 
 import sparsemm
-from sparsemm.bench import e2e
+from sparsemm.bench import e2e, steps
 from sparsemm.bench.baselines import CopyingLoop, kvpress_snapkv
 from sparsemm.bench.cells import BenchCell, BenchResults, duration
 from sparsemm.bench.efficiency import PAPER_SPEEDUP, format_tables, plot_efficiency
@@ -401,10 +401,15 @@ def test_the_command_writes_tables_and_figure(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "table.md", "efficiency.png"}
 
 
-def test_the_host_command(tmp_path):
+def test_the_host_command(tmp_path, monkeypatch):
+    small = {**steps.SMALL, "num_hidden_layers": 2}
+    monkeypatch.setattr(steps, "MIDDLE", small)
     arguments = ["bench", "host", "--model", "tiny", "--rounds", "1", "--prompt-tokens", "128", "--budget", "48"]
     result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "host.json")], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    layer, token = BenchResults.load(tmp_path / "host.json").runs
+    layer, token, kernels, *steps_of = BenchResults.load(tmp_path / "host.json").runs
     assert layer.figures["rows_kept"] == 48 * 32 and layer.times["compress"]["count"] == 9
     assert json.loads(result.stdout)["token"]["own_loop_ratio"] == token.figures["own_loop_ratio"]
+    assert kernels.figures["llama, float32"] == {"inside": 12, "outside": 7}
+    for cell in steps_of:
+        assert set(cell.times) == {"step", "matrices", "stock"} and cell.figures["over_matrices"] > 0
