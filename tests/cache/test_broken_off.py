@@ -218,3 +218,34 @@ def test_generation_interrupted_inside_a_step_goes_on_as_if_it_had_not_been(fami
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 4, dtype=torch.long)], dim=1)
         rest = model.generate(input_ids=ids, attention_mask=mask, past_key_values=run.cache, max_new_tokens=8)
     assert torch.equal(rest, whole.sequences)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_budgets_from_all_layers_stay_until_the_last_has_run(family):
+    """Every layer holds the whole prompt until then; a forward that breaks off behind it leaves nothing, waits for
+    nothing, and a later turn of `every` chooses again."""
+    model = toy_model(family, num_layers=3)
+    inputs, held = toy_inputs(model, 2), []
+    text = model.config.text_config
+    whole = int(inputs["attention_mask"].sum()) * text.num_key_value_heads
+    with sparsemm.patch(model, config("vl_cache", 12, compress_turns="every")) as handle, torch.no_grad():
+        handle.observer = lambda index, query, layer: held.append(int(layer.lens.sum()))
+        cache = handle.new_cache()
+        with broken_off(model.model.language_model.norm):
+            model(**inputs, past_key_values=cache)
+        assert held == [whole] * 3 and cache.get_seq_length() == 0
+        assert all(layer.waiting is None for layer in cache.layers)
+        model(**inputs, past_key_values=cache)
+        assert held[3:] == [whole] * 3 and [int(layer.lens.sum()) for layer in cache.layers] != [whole] * 3
+        kept = handle.stats.kept_rows
+        assert (kept.sum((1, 2)) == 12 * 3 * text.num_key_value_heads).all()
+        before = state(cache)
+        columns = inputs["input_ids"].shape[1]
+        mask = torch.cat([inputs["attention_mask"], torch.ones(2, 20, dtype=torch.long)], dim=1)
+        turn = [[20 + index for index in range(20)]] * 2
+        with broken_off(model.model.language_model.norm):
+            feed(model, cache, turn, mask)
+        assert state(cache)[0] == before[0] and all(layer.waiting is None for layer in cache.layers)
+        feed(model, cache, turn, mask)
+        assert cache.get_seq_length() == columns + 20
+        assert (handle.stats.kept_rows.sum((1, 2)) <= 12 * 3 * text.num_key_value_heads).all()

@@ -56,6 +56,8 @@ def test_methods_that_see_more_than_keys_equal_it_too(family, method):
     with sparsemm.patch(model, settings) as handle:
         ids, logits, _ = greedy(model, inputs, tokens=8)
         kept = handle.stats.kept_rows[0]
+        tiled = sparsemm.generate(model, inputs, max_new_tokens=8, do_sample=False, prompt_tile=7)
+        assert torch.equal(tiled.new_tokens, ids) and torch.equal(tiled.stats.kept_rows[0], kept)
     retrieval = None if table is None else table.curves.retrieval.numpy()
     twin = BaselineTwin(model, settings, (inputs["input_ids"][0] == IMAGE_ID).numpy(), retrieval)
     attend_by(twin, model)
