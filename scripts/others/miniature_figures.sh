@@ -48,6 +48,7 @@ for model in ${MODELS:-llava-vicuna llava-mistral qwen2-vl}; do
         run_sparsemm bench chase --model "$model" --output "$folder/chase_cost.json"
     } | tee "$folder/figures.txt"
     run_sparsemm viz all --model "$model" --head-scores "$scores" --budget "${BUDGET:-24}" --output "$folder/pictures"
+    run_sparsemm viz calibration --model "$model" --budget "${BUDGET:-24}" --output "$folder/pictures/calibration.png"
 done
 
 if [[ -n "$first" ]]; then
