@@ -13,7 +13,7 @@ import torch
 
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError, HeadScoreError
-from sparsemm.head_scores import HeadScores, heads_of_share
+from sparsemm.head_scores import Curves, HeadScores, heads_of_share
 from sparsemm.plan import Plan, head_budgets
 
 
@@ -135,6 +135,24 @@ def test_files_that_are_no_score_files(tmp_path: Path) -> None:
 def test_bad_tables_are_refused(values: Any, message: str) -> None:
     with pytest.raises(HeadScoreError, match=message):
         HeadScores(values)
+
+
+@pytest.mark.parametrize("rows", [[], [0, 4], [4, 4], [5, 4], [True, 4], [4.0, 5]])
+def test_curves_are_over_ascending_numbers_of_rows(rows: list) -> None:
+    table = torch.ones(2, 4)
+    assert Curves([1, 4], table, torch.ones(2, 4, 2)).rows == [1, 4]
+    with pytest.raises(HeadScoreError, match="not ascending whole numbers"):
+        Curves(rows, table, torch.ones(2, 4, len(rows)))
+
+
+def test_curves_are_of_the_heads_of_their_scores() -> None:
+    curves = Curves([1, 4], torch.ones(2, 4), torch.ones(2, 4, 2))
+    assert HeadScores(torch.ones(2, 4), curves=curves).curves is curves
+    with pytest.raises(HeadScoreError, match="curves are of"):
+        HeadScores(torch.ones(2, 8), curves=curves)
+    for sensitivities, distortions in ((torch.ones(2, 4), torch.ones(2, 4, 3)), (torch.ones(8), torch.ones(8, 2))):
+        with pytest.raises(HeadScoreError, match="do not fit|must be"):
+            Curves([1, 4], sensitivities, distortions)
 
 
 def test_values_are_a_copy() -> None:

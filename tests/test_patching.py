@@ -132,13 +132,15 @@ def test_other_caches_are_refused():
     inputs = text_inputs(20)
     with torch.no_grad():
         filled = model(**inputs, use_cache=True).past_key_values
+        barely = model(input_ids=torch.tensor([[5]]), use_cache=True).past_key_values
     with sparsemm.patch(model, config(budget=10)) as handle:
         with pytest.raises(CacheError, match="StaticCache"):
             model.generate(**inputs, cache_implementation="static", max_new_tokens=2)
         with pytest.raises(CacheError, match="StaticCache"):
             model(**inputs, past_key_values=StaticCache(config=model.config.text_config, max_cache_len=30))
-        with pytest.raises(CacheError, match="before the model was patched"):
-            model(input_ids=torch.tensor([[5]]), past_key_values=filled)
+        for cache in (filled, barely):
+            with pytest.raises(CacheError, match="before the model was patched"):
+                model(input_ids=torch.tensor([[5]]), past_key_values=cache)
         with pytest.raises(ConfigError, match="assisted decoding"):
             model.generate(**inputs, prompt_lookup_num_tokens=3, max_new_tokens=4)
         with pytest.raises(CacheError, match="2-D"):

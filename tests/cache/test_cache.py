@@ -272,7 +272,7 @@ def test_columns_masked_in_a_later_turn_are_never_stored(family):
             more = model(
                 input_ids=torch.tensor([[12]]),
                 attention_mask=mask,
-                position_ids=torch.tensor([[36]]),
+                position_ids=torch.tensor([[30 + sum(token is not None for token in columns)]]),
                 past_key_values=cache,
             ).logits
             assert cache.get_seq_length() == 31 + len(columns)
@@ -285,6 +285,9 @@ def test_columns_masked_in_a_later_turn_are_never_stored(family):
         assert_close(continue_with([*tokens, None]), expected)
         assert_close(continue_with([*tokens[:2], None, None, *tokens[2:]]), expected)
         assert_close(continue_with([None] * 20 + tokens), expected)  # the chunk path
+        single = continue_with(tokens[:1])
+        assert_close(continue_with([None, tokens[0]]), single)
+        assert_close(continue_with([tokens[0], None]), single)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

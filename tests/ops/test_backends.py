@@ -15,8 +15,9 @@ from sparsemm.errors import ConfigError
 from sparsemm.ops import backends, library, reference
 
 
-def plain_varlen(q, k, v, cu_q, cu_k, used_k, scale, empty_lse):
+def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, used_k, scale, empty_lse):
     """Causal (aligned to the end) attention per sequence; out `[total, group, D]`, lse `[group, total]`."""
+    assert max_q >= int(cu_q.diff().max()) and max_k >= int(used_k.max())  # kernels leave out what lies beyond
     out = torch.full_like(q, float("nan"))
     lse = torch.full((q.shape[1], q.shape[0]), empty_lse)
     for r in range(len(cu_q) - 1):
@@ -40,12 +41,14 @@ def stand_ins(monkeypatch):
     def fa3(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
             softmax_scale=None, causal=False, num_splits=1, return_attn_probs=False):  # fmt: skip
         assert causal and return_attn_probs and seqused_q is None
-        return plain_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, softmax_scale, float("-inf"))
+        return plain_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                            seqused_k, softmax_scale, float("-inf"))  # fmt: skip
 
     def fa2(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
             window_size_left=-1, window_size_right=-1, seqused_k=None):  # fmt: skip
         assert causal and dropout_p == 0
-        out, lse = plain_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, softmax_scale, float("inf"))
+        out, lse = plain_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+                                seqused_k, softmax_scale, float("inf"))  # fmt: skip
         return out, lse, None, None
 
     interface = types.ModuleType("flash_attn.flash_attn_interface")
@@ -62,7 +65,7 @@ def stand_ins(monkeypatch):
     def aten(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, return_aux=None, scale=None, window_size=(-1, -1),
              enable_gqa=False, seqused_k=None):  # fmt: skip
         assert window_size == (-1, 0) and return_aux.lse
-        return plain_varlen(q, k, v, cu_seq_q, cu_seq_k, seqused_k, scale, float("-inf"))
+        return plain_varlen(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, scale, float("-inf"))
 
     from torch.nn.attention import varlen
 

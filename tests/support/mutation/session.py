@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import sys
@@ -58,10 +59,15 @@ class Room:
         return hashlib.sha256("".join(read).encode()).hexdigest()[:16]
 
 
-def chosen_tests(mutant: Mutant, source: Source, record: dict[str, Any], caught: Counter[str]) -> list[str]:
-    """The tests that execute the changed statement: those that caught others in the same file first, then fast files.
+PATIENCE = 60.0
+"""Seconds of tests, by the clean run, that are tried against a mutant."""
 
-    What runs at import is seen by every test that executes anything in the file.
+
+def chosen_tests(mutant: Mutant, source: Source, record: dict[str, Any], caught: Counter[str]) -> list[str]:
+    """The tests that execute the changed statement, as many as `PATIENCE` allows.
+
+    Those that caught others in the same file come first, then fast files. What runs at import is seen by every test
+    that executes anything in the file.
     """
     lines, seconds = record["lines"].get(mutant.path, {}), record["seconds"]
     statement = source.statement_at(mutant.spec.start_pos)
@@ -72,7 +78,9 @@ def chosen_tests(mutant: Mutant, source: Source, record: dict[str, Any], caught:
     for test in seconds:
         of_file[test.split("::")[0]] += seconds[test]
     tests = [test for test in seconds if test in found or test.split("::")[0] in found]
-    return sorted(tests, key=lambda test: (-caught[test], of_file[test.split("::")[0]], seconds[test]))
+    tests.sort(key=lambda test: (-caught[test], of_file[test.split("::")[0]], seconds[test]))
+    spent = itertools.accumulate(seconds[test] for test in tests)
+    return [test for test, until in zip(tests, spent, strict=True) if until <= PATIENCE] or tests[:1]
 
 
 class Session:
