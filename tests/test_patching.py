@@ -11,11 +11,14 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from greedy_runs import assert_close, config, greedy, scores, text_inputs, without_heads
+from PIL import Image
 from toy_models import FAMILIES, toy_inputs, toy_model
+from toy_vlms import toy_vlm
 from transformers import QuantizedCache, StaticCache
 
 import sparsemm
 from sparsemm.errors import CacheError, ConfigError, HeadScoreError, PatchError, UnsupportedModelError
+from sparsemm.models import family_of
 
 
 def test_use_cache_false_is_the_unpatched_model():
@@ -283,3 +286,37 @@ def test_attention_weights_are_refused_not_left_out(implementation):
             weights = model(**inputs, output_attentions=True, use_cache=False).attentions
         assert len(weights) == (2 if implementation == "eager" else 0)
         del handle
+
+
+def test_sliding_layers_keep_their_own_forward_and_the_plan_knows_them():
+    model = toy_vlm("gemma3")[0]
+    layers = family_of(model).text_model(model).layers
+    before = [layer.self_attn.forward for layer in layers]
+    with sparsemm.patch(model, config("snapkv", 12)) as handle:
+        now = [layer.self_attn.forward for layer in layers]
+        assert [one == other for one, other in zip(before, now, strict=True)] == [True, False, True, False]
+        assert [each is None for each in handle.projections] == [True, False, True, False]
+        assert handle.plan.sliding_windows == (12, None, 12, None)
+    assert [layer.self_attn.forward for layer in layers] == before
+    with sparsemm.patch(toy_model("llava-vicuna"), config("snapkv", 12)) as handle:
+        assert handle.plan.sliding_windows == ()
+
+
+def test_images_behind_a_filled_cache_are_refused():
+    """Where they attend to each other in both directions."""
+    model, processor = toy_vlm("gemma3")
+    image = Image.new("RGB", (40, 30), (10, 200, 30))
+    inputs = dict(family_of(model).build_inputs(processor, [image], ["Read."]))
+    with sparsemm.patch(model, config("snapkv", 12)), torch.no_grad():
+        first = model(**inputs, use_cache=True).past_key_values
+        seen = first.get_seq_length()
+        twice = torch.cat([torch.ones(1, seen, dtype=torch.long), inputs["attention_mask"]], dim=1)
+        with pytest.raises(CacheError, match="give all images with the first prompt"):
+            model(**inputs | {"attention_mask": twice}, past_key_values=first)
+        assert first.get_seq_length() == seen
+        with pytest.raises(CacheError, match="in one forward"):
+            model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=12)
+        text = torch.tensor([[20, 21]])  # text may follow
+        kinds = {"token_type_ids": torch.zeros_like(text), "attention_mask": twice[:, : seen + 2]}
+        model(input_ids=text, **kinds, past_key_values=first)
+        assert first.get_seq_length() == seen + 2

@@ -10,7 +10,6 @@ import torch
 from greedy_runs import assert_close, config, greedy, reachable_bytes, scores, text_inputs
 from interruptions import broken_off, feed, places
 from PIL import Image
-from torch import nn
 from toy_vlms import toy_vlm
 from transformers import DynamicCache
 
@@ -209,20 +208,6 @@ def page_inputs(model, processor):
     return dict(family_of(model).build_inputs(processor, [image], ["Read."]))
 
 
-def test_images_behind_a_filled_cache_are_refused():
-    model, processor = toy_vlm("gemma3")
-    inputs = page_inputs(model, processor)
-    with sparsemm.patch(model, config("snapkv", 12)):
-        first = greedy(model, text_inputs(20))[2]
-        seen = first.get_seq_length()
-        twice = torch.cat([torch.ones(1, seen, dtype=torch.long), inputs["attention_mask"]], dim=1)
-        with pytest.raises(CacheError, match="give all images with the first prompt"), torch.no_grad():
-            model(**inputs | {"attention_mask": twice}, past_key_values=first)
-        assert first.get_seq_length() == seen
-        with pytest.raises(CacheError, match="in one forward"):
-            greedy(model, inputs, prefill_chunk_size=12)
-
-
 def test_an_image_is_seen_in_both_directions():
     """The first token of an image depends on its last one, in full layers too: a causal mask would be noticed."""
     model, processor = toy_vlm("gemma3")
@@ -241,14 +226,3 @@ def test_caches_of_models_with_other_windows_are_refused():
         cache = handle.new_cache()
     with sparsemm.patch(model, config("fullkv", None)), pytest.raises(CacheError, match="another shape"):
         feed(model, cache, [[20, 21]])
-
-
-def test_sliding_layers_keep_their_own_forward():
-    model = toy()
-    before = [layer.self_attn.forward for layer in layers_of(model)]
-    with sparsemm.patch(model, config("snapkv", 12)) as handle:
-        now = [layer.self_attn.forward for layer in layers_of(model)]
-        assert [one == other for one, other in zip(before, now, strict=True)] == [True, False, True, False]
-        assert [each is None for each in handle.projections] == [True, False, True, False]
-    assert isinstance(layers_of(model)[1].self_attn, nn.Module)
-    assert [layer.self_attn.forward for layer in layers_of(model)] == before
