@@ -129,6 +129,18 @@ def test_nothing_of_the_full_length_keys_survives_prefill(family):
         assert cache.memory_bytes() < full * 2 * model.config.text_config.num_hidden_layers / 2
 
 
+@pytest.mark.parametrize(("tokens", "rows", "more"), [(40, 1, 64), (40, 100, 100), (899, 1, 900 // 8)])
+def test_buffers_grow_by_an_eighth_and_no_more(tokens, rows, more):
+    """So that appending costs the same however long the cache is, and its slack stays a small share of it."""
+    model = toy_model("llava-vicuna")
+    with sparsemm.patch(model, config("fullkv", None), reserve=1), torch.no_grad():
+        layer = model(**text_inputs(tokens, batch=1), use_cache=True).past_key_values.layers[0]
+        lists, before = layer.lens.shape[0], layer.key_buffer.shape[0]
+        assert before == lists * (tokens + 1)
+        layer.grow(rows)
+        assert layer.key_buffer.shape[0] - before == layer.value_buffer.shape[0] - before == lists * more
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["fullkv", "snapkv", "adakv"])
 def test_growing_buffers_give_the_text_of_large_ones(family, method):
