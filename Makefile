@@ -63,13 +63,16 @@ $(VENV):
 
 # The same pins but for transformers, at the oldest release that is supported.
 OLDEST := .venv-oldest
-test-oldest:  ## The tests of models, cache and decoding with the oldest transformers
+$(OLDEST)/.installed: $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -m venv $(OLDEST)
-	sed -E '/^(transformers|tokenizers|huggingface_hub)==/d' $(CONSTRAINTS) > $(OLDEST)/constraints.txt
+	sed -E '/^(transformers|tokenizers|huggingface[-_]hub)==/d' $(CONSTRAINTS) > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --constraint $(OLDEST)/constraints.txt "$(TORCH)" setuptools "transformers==5.17.*"
 	$(OLDEST)/bin/python -m pip install --constraint $(OLDEST)/constraints.txt --no-build-isolation --editable ".[dev]"
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(TEST_WORKERS) tests/models tests/cache \
-		tests/decoding tests/test_patching.py
+	touch $@
+
+test-oldest: $(OLDEST)/.installed  ## The tests of models, cache and decoding with the oldest transformers
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS) tests/models \
+		tests/cache tests/decoding tests/test_patching.py
 
 # Faults planted in a copy of the tree, drawn by seed; results/mutants is taken up again. Not part of `make test`.
 MUTANTS ?= 200

@@ -32,7 +32,7 @@ class Loading:
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 1
     device: DeviceOption = None
     dtype: DtypeOption = None
-    min_pixels: Annotated[int | None, typer.Option(min=1, help="Smallest image area (Qwen2-VL).")] = None
+    min_pixels: Annotated[int | None, typer.Option(min=1, help="Smallest image area, where sizes are free.")] = None
     max_pixels: PixelsOption = None
     attn_implementation: Annotated[str, typer.Option(help="transformers' attention for the prompt.")] = "sdpa"
     decode_backend: BackendOption = "auto"

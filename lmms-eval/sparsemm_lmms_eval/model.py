@@ -73,7 +73,7 @@ class SparseMMModel(lmms):
             `sparsemm.CompressionConfig`, with its defaults.
         decode_backend: Who attends to the cached rows, a name of `sparsemm.ops.backends.BACKENDS`.
         attn_implementation: transformers' attention for the prompt.
-        min_pixels, max_pixels: Bounds of the area images are resized to (Qwen2-VL).
+        min_pixels, max_pixels: Bounds of the area images are resized to, where a family resizes to any size.
         batch_size: Prompts generated together, left padded.
         device: `cpu`, `cuda`, ...; `auto` (or `device_map=auto`) spreads a large model over the GPUs.
         dtype: As for `sparsemm.load_model`.

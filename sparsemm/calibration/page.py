@@ -50,7 +50,7 @@ class Prompt:
         length: Tokens.
         memory: Its keys and values.
         logits: `[1, vocab_size]` of its last token.
-        rope_deltas: Qwen2-VL's M-RoPE offset of the tokens behind the prompt, else None.
+        rope_deltas: The M-RoPE offset of the tokens behind the prompt, else None.
         rankings: Per layer int64 `[num_kv_heads, length - window]`, the columns before the window, SnapKV's best first.
         queries: Per layer `[1, num_query_heads, 1, head_dim]`, of the last token, which predicts the answer's first.
     """

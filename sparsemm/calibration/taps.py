@@ -53,7 +53,7 @@ def tapped(text_model: nn.Module, tap: Tap) -> Iterator[None]:
 
 @contextmanager
 def constant_weights(model: nn.Module) -> Iterator[None]:
-    """No gradient with respect to any weight, evaluation mode; at the end Qwen2-VL's `rope_deltas` are put back."""
+    """No gradient with respect to any weight, evaluation mode; at the end M-RoPE's `rope_deltas` are put back."""
     trained, training = [each for each in model.parameters() if each.requires_grad], model.training
     before = getattr(model.model, "rope_deltas", None)
     for parameter in trained:

@@ -65,8 +65,8 @@ def chase(
         least_read: Share of the tokens with a letter or digit that must be found on the pages by the aligned rule, on
             the first pages and on all: a model that cannot read shows no visual heads.
         prompt: What the model is asked.
-        part: Part of the image's tokens that counts; "high_res" (LLaVA-NeXT) and "grid" (Qwen2-VL) by default.
-        exact_grid: Whether a padded grid (LLaVA-NeXT) covers just what it shows instead of the whole image; see
+        part: Part of the image's tokens that counts; the main one of a family's layouts by default.
+        exact_grid: Whether a padded grid covers just what it shows instead of the whole image; see
             `ModelFamily.image_token_layout`.
         output: File of the result. Beside it, `<name>.images.jsonl` holds what each image gave, as soon as it is known.
         resume: Continue from that file where there is one; an `output` made from as many images or more, with the same

@@ -25,9 +25,7 @@ class Shape(DividedModel):
 
     model: Annotated[
         str | None,
-        typer.Option(
-            help="vicuna-7b, mistral-7b, qwen2-vl-7b, tiny; a folder or hub id [default: vicuna-7b, CPU: tiny]."
-        ),
+        typer.Option(help="A shape with random weights, a folder or hub id [default: vicuna-7b, CPU: tiny]."),
     ] = None
 
     def build(self, **options: Any) -> Any:

@@ -46,7 +46,7 @@ def chase(
     ] = 0.1,
     prompt: Annotated[str | None, typer.Option(help="What the model is asked [default: the paper's].")] = None,
     exact_grid: Annotated[
-        bool, typer.Option("--exact-grid", help="LLaVA-NeXT: leave padding out of the grid [default: as the paper].")
+        bool, typer.Option("--exact-grid", help="Leave the padding out of a padded grid [default: as the paper].")
     ] = False,
     max_pixels: PixelsOption = None,
     output: Annotated[

@@ -7,13 +7,14 @@ from pathlib import Path
 import typer
 
 _TESTED = """\
-Also every language model without images whose attention layers can be proved when it is patched: Llama, Mistral,
-Qwen2, Qwen3, SmolLM3, Phi-3 and Granite are tested.
+Also every language model without images whose attention layers can be proved when it is patched. Layers with a sliding
+window beside others keep transformers' own attention and cache; where all slide, or heads are capped, the model is
+refused by a sentence.
 
 Tested of every family, on small random models with its real processor: the patched model at full budget gives the
 stock model's logits; eviction equals a masked full cache; a painted box changes the image tokens that the layout
-names; the chase counts as a brute force over attention matrices does. Mistral3 is tested on tensors: its processor
-needs torchvision. SmolVLM's needs num2words."""
+names; the chase counts, and pictures show, what whole attention matrices hold. Families that need torchvision are
+tested on tensors."""
 
 
 def models() -> None:
@@ -27,8 +28,8 @@ def models() -> None:
     for name in MINIATURES:
         trained.setdefault(read_json(Path(resolve_model(name)) / "config.json")["model_type"], []).append(name)
     rows = [
-        [name, family.model_class, family.image_tokens, ", ".join(trained.get(name, []))]
+        [name, family.model_class, family.image_tokens, family.needs, ", ".join(trained.get(name, []))]
         for name, family in FAMILIES.items()
     ]
-    typer.echo(markdown_table(["model_type", "class", "image tokens", "miniatures"], rows, left=4))
+    typer.echo(markdown_table(["model_type", "class", "image tokens", "needs", "miniatures"], rows, left=5))
     typer.echo(f"\n{_TESTED}")

@@ -48,7 +48,7 @@ MaskModeOption = Annotated[
     Literal["zero_query", "zero_output"], typer.Option(help="Masked heads average all values, or contribute nothing.")
 ]
 NewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer.")]
-PixelsOption = Annotated[int | None, typer.Option(min=1, help="Largest image area (Qwen2-VL).")]
+PixelsOption = Annotated[int | None, typer.Option(min=1, help="Largest image area, where sizes are free.")]
 BackendOption = Annotated[
     str, typer.Option(help="Who attends to cached rows: auto, cuda, fa3, flash_attn, torch_varlen, cpu, reference.")
 ]

@@ -98,7 +98,7 @@ def attention(
     question: Question,
     heads: Heads,
     tokens: Annotated[str, typer.Option(help="Numbers of generated tokens, mean (of all), or each.")] = "mean",
-    parts: Annotated[str, typer.Option(help="Parts of the image, such as LLaVA-NeXT's high_res and base.")] = "",
+    parts: Annotated[str, typer.Option(help="Parts of the image, such as high_res and base.")] = "",
     scores: Scores,
     output: OutputOption = None,
     picture: Picture,
@@ -197,7 +197,7 @@ def kept(
     layers: Annotated[
         str | None, typer.Option(help=f"Layers drawn, numbers [default: all, of deep models {_MOST_LAYERS}].")
     ] = None,
-    part: Annotated[str | None, typer.Option(help="Part of the image, such as LLaVA-NeXT's high_res or base.")] = None,
+    part: Annotated[str | None, typer.Option(help="Part of the image, such as high_res or base.")] = None,
     output: OutputOption = None,
     picture: Picture,
 ) -> None:

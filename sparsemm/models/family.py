@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +22,21 @@ Messages = list[dict[str, Any]]
 """A conversation in the chat-template form: `[{"role": "user", "content": [{"type": "image", "image": …}, …]}]`."""
 
 
-class ModelFamily(ABC):
+class ModelFamily:
     """Loading, prompts and image-token geometry of one model class. Stateless: one instance serves every model."""
 
     name: str
-    """As in result files: "llava_next", "qwen2_vl" (the `model_type` of the configuration)."""
+    """As in result files: the `model_type` of the configuration."""
     model_class: str
     """Name of the one transformers class that is supported."""
     processor_class: str
     """Name of its processor class in transformers."""
     image_tokens: str
     """How an image becomes tokens, in words."""
+    video_processor_class: str | None = None
+    """Name of the class beside it for videos, where that is not told by its own."""
+    needs: str = ""
+    """The package that its processor needs beside this one's own."""
     nested_images: bool = False
     """Whether the processor wants a list of images for each prompt, instead of all in one."""
     pads_grid: bool = False
@@ -86,8 +89,8 @@ class ModelFamily(ABC):
         from sparsemm.models.processing import still_images
 
         refuse_pixel_limits(self.name, min_pixels, max_pixels)
-        processor = still_images(self.processor_class).from_pretrained(path, trust_remote_code=False)
-        return pad_left(use_pillow(processor, path))
+        stills = still_images(self.processor_class, self.video_processor_class)
+        return pad_left(use_pillow(stills.from_pretrained(path, trust_remote_code=False), path))
 
     def largest_picture(self, config: PretrainedConfig, processor: ProcessorMixin) -> int | None:
         """Pixels of the largest picture that the model sees undiminished; None where the family does not say."""
@@ -185,7 +188,6 @@ class ModelFamily(ABC):
 
     # -- geometry -----------------------------------------------------------------------------------------------------
 
-    @abstractmethod
     def image_layouts(
         self,
         config: PretrainedConfig,
@@ -194,7 +196,29 @@ class ModelFamily(ABC):
         processor: ProcessorMixin | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
     ) -> list[ImageLayout]:
-        """The layout of every image of a batch, in order, `columns` still counted from each image's first token."""
+        """The layout of every image of a batch, in order, `columns` still counted from each image's first token.
+
+        Raises `DataError` where it depends on how the processor cut the images, and `processor` or `image_sizes` are
+        not given.
+        """
+        if "pixel_values" not in inputs:
+            return []
+        if processor is None or image_sizes is None:
+            raise DataError(
+                f"where the image tokens of {self.name} lie depends on how its processor cut the images: give "
+                "processor and image_sizes (original width and height of every image)"
+            )
+        return [self.image_layout(config, inputs, processor, size) for size in image_sizes]
+
+    def image_layout(
+        self,
+        config: PretrainedConfig,
+        inputs: Mapping[str, Tensor],
+        processor: ProcessorMixin,
+        image_size: tuple[int, int],
+    ) -> ImageLayout:
+        """The layout of one image of original (width, height), for families whose inputs do not tell it."""
+        raise NotImplementedError(f"{type(self).__name__} says neither image_layout nor image_layouts")
 
     def exact_layouts(
         self, config: PretrainedConfig, inputs: Mapping[str, Tensor], layouts: Sequence[ImageLayout]
@@ -249,18 +273,6 @@ def source_of(item: dict[str, Any]) -> Any:
     return source.get("url") if isinstance(source, dict) else source
 
 
-def need_sources(
-    name: str, processor: ProcessorMixin | None, image_sizes: Sequence[tuple[int, int]] | None
-) -> tuple[ProcessorMixin, Sequence[tuple[int, int]]]:
-    """Both, which the layout of family `name` cannot do without. Raises `DataError` when one is missing."""
-    if processor is None or image_sizes is None:
-        raise DataError(
-            f"where the image tokens of {name} lie depends on how its processor cut the images: give processor and "
-            "image_sizes (original width and height of every image)"
-        )
-    return processor, image_sizes
-
-
 def refuse_pixel_limits(name: str, min_pixels: int | None, max_pixels: int | None) -> None:
     """Raise `ConfigError` when limits are given to a family whose image sizes are fixed by its checkpoint."""
     if min_pixels is not None or max_pixels is not None:
@@ -303,6 +315,10 @@ def media_items(conversation: Messages) -> Iterator[dict[str, Any]]:
 
 
 def _render(processor: ProcessorMixin, conversation: Messages) -> str:
-    if not (processor.chat_template or processor.tokenizer.chat_template):
+    template = processor.chat_template or processor.tokenizer.chat_template
+    if not template:
         raise DataError("the checkpoint has no chat template; put a chat_template.jinja into its folder")
-    return processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+    # Left alone, a processor does not ask its tokenizer, and only it knows the one of several that is the default.
+    return processor.apply_chat_template(
+        conversation, template if isinstance(template, str) else None, add_generation_prompt=True, tokenize=False
+    )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
 
-from sparsemm.models.family import ModelFamily, need_sources
+from sparsemm.models.family import ModelFamily
 from sparsemm.models.geometry import ImageLayout, grid_layout, tiled_layout
 
 if TYPE_CHECKING:
@@ -43,21 +43,14 @@ class Gemma3(ModelFamily):
             inputs["token_type_ids"] = (inputs["input_ids"] == image_token_id).long()
         return inputs
 
-    def image_layouts(
+    def image_layout(
         self,
         config: PretrainedConfig,
         inputs: Mapping[str, Tensor],
-        *,
-        processor: ProcessorMixin | None = None,
-        image_sizes: Sequence[tuple[int, int]] | None = None,
-    ) -> list[ImageLayout]:
-        if "pixel_values" not in inputs:
-            return []
-        processor, image_sizes = need_sources(self.name, processor, image_sizes)
-        return [self._layout(math.isqrt(config.mm_tokens_per_image), processor, size) for size in image_sizes]
-
-    def _layout(self, side: int, processor: ProcessorMixin, image_size: tuple[int, int]) -> ImageLayout:
-        width, height = image_size
+        processor: ProcessorMixin,
+        image_size: tuple[int, int],
+    ) -> ImageLayout:
+        side, (width, height) = math.isqrt(config.mm_tokens_per_image), image_size
         options = self.call_options(processor)
         cut = options.pop("do_pan_and_scan")
         crops = len(processor.image_processor.pan_and_scan(np.empty((3, height, width)), **options)) if cut else 0

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from sparsemm.models.family import ModelFamily, need_sources
+from sparsemm.models.family import ModelFamily
 from sparsemm.models.geometry import ImageLayout, tiled_layout
 
 if TYPE_CHECKING:
@@ -25,29 +25,24 @@ class Idefics3(ModelFamily):
     def text_model(self, model: nn.Module) -> nn.Module:
         return model.model.text_model
 
-    def image_layouts(
+    def image_layout(
         self,
         config: PretrainedConfig,
         inputs: Mapping[str, Tensor],
-        *,
-        processor: ProcessorMixin | None = None,
-        image_sizes: Sequence[tuple[int, int]] | None = None,
-    ) -> list[ImageLayout]:
-        if "pixel_values" not in inputs:
-            return []
-        processor, image_sizes = need_sources(self.name, processor, image_sizes)
-        side = math.isqrt(processor.image_seq_len)
-        layouts = []
-        for width, height in image_sizes:  # a small image is not cut: no rows, no columns
-            _, rows, cols = processor.image_processor.get_number_of_image_patches(height, width)
-            layouts.append(tiled_layout(rows, cols, side, "global"))
-        return layouts
+        processor: ProcessorMixin,
+        image_size: tuple[int, int],
+    ) -> ImageLayout:
+        width, height = image_size
+        # A small image is not cut: no rows, no columns.
+        _, rows, cols = processor.image_processor.get_number_of_image_patches(height, width)
+        return tiled_layout(rows, cols, math.isqrt(processor.image_seq_len), "global")
 
 
 class SmolVLM(Idefics3):
     name = "smolvlm"
     model_class = "SmolVLMForConditionalGeneration"
     processor_class = "SmolVLMProcessor"
+    needs = "num2words"
 
 
 IDEFICS3, SMOLVLM = Idefics3(), SmolVLM()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from sparsemm.models.family import ModelFamily, need_sources
+from sparsemm.models.family import ModelFamily
 from sparsemm.models.geometry import ImageLayout, Region, grid_layout
 
 if TYPE_CHECKING:
@@ -35,19 +35,15 @@ class Llava(ModelFamily):
                 processor.num_additional_image_tokens = 1
         return processor
 
-    def image_layouts(
+    def image_layout(
         self,
         config: PretrainedConfig,
         inputs: Mapping[str, Tensor],
-        *,
-        processor: ProcessorMixin | None = None,
-        image_sizes: Sequence[tuple[int, int]] | None = None,
-    ) -> list[ImageLayout]:
-        if "pixel_values" not in inputs:
-            return []
-        processor, image_sizes = need_sources(self.name, processor, image_sizes)
+        processor: ProcessorMixin,
+        image_size: tuple[int, int],
+    ) -> ImageLayout:
         rows, cols = (extent // config.vision_config.patch_size for extent in inputs["pixel_values"].shape[-2:])
-        return [grid_layout(rows, cols, region=_shown(processor.image_processor, size)) for size in image_sizes]
+        return grid_layout(rows, cols, region=_shown(processor.image_processor, image_size))
 
 
 def _shown(image_processor: Any, image_size: tuple[int, int]) -> Region | None:

@@ -18,6 +18,7 @@ class Mistral3(ModelFamily):
     name = "mistral3"
     model_class = "Mistral3ForConditionalGeneration"
     processor_class = "PixtralProcessor"
+    needs = "torchvision"
     image_tokens = "one grid at the image's own aspect ratio"
 
     def image_layouts(

@@ -44,7 +44,7 @@ class TextProcessor(ProcessorMixin):
 class _WithoutVideo(ProcessorMixin):
     """Stands behind a stock processor class in the order of its bases, and takes its video processor away."""
 
-    video_processor = SimpleNamespace(num_frames=None, fps=None)  # SmolVLM's chat template asks, with or without video
+    video_processor = SimpleNamespace(num_frames=None, fps=None)  # some ask for these, with or without a video
 
     def __init__(
         self, image_processor: Any = None, tokenizer: Any = None, video_processor: Any = None, **kwargs: Any
@@ -63,8 +63,10 @@ class _WithoutVideo(ProcessorMixin):
 
 
 @functools.cache
-def still_images(name: str) -> type[ProcessorMixin]:
+def still_images(name: str, video_class: str | None = None) -> type[ProcessorMixin]:
     """The processor class `name` of transformers; where it wants torchvision for videos, one for still images only.
+
+    `video_class` is the name of its video processor, where that is not the processor's with "Video" in it.
 
     Raises `DataError` when videos are passed in.
     """
@@ -75,7 +77,7 @@ def still_images(name: str) -> type[ProcessorMixin]:
     signature = inspect.signature(stock.__init__)
     if is_torchvision_available() or "video_processor" not in signature.parameters:
         return stock
-    video_class = name.replace("Processor", "VideoProcessor").replace("Qwen2_5_VL", "Qwen2VL")
+    video_class = video_class or name.replace("Processor", "VideoProcessor")
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):  # noqa: N807
         # A folder saved with torchvision may hand its video processor's settings in; they are written again by to_dict.

@@ -9,6 +9,7 @@ class Qwen25VL(Qwen2VL):
     name = "qwen2_5_vl"
     model_class = "Qwen2_5_VLForConditionalGeneration"
     processor_class = "Qwen2_5_VLProcessor"
+    video_processor_class = "Qwen2VLVideoProcessor"
 
 
 QWEN2_5_VL = Qwen25VL()

@@ -42,7 +42,7 @@ def draw_overlays(
     Args:
         reading: From `read_with_attention`.
         tokens: Indices of generated tokens; None is the mean over all of them.
-        parts: Parts of the image; the main one by default, ("base", "high_res") shows both of LLaVA-NeXT.
+        parts: Parts of the image; the main one by default; ("base", "high_res") shows two.
         scores: Each row then carries its head's share of the score.
         title: Above the sheet.
 
