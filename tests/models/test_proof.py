@@ -219,6 +219,14 @@ def test_what_a_forward_hands_on_is_seen(change: Any, message: str) -> None:
     assert len(proved_projections(text_model)) == 2
 
 
+def test_weights_that_are_not_numbers_are_no_difference() -> None:
+    """What a broken checkpoint says is the stock model's business."""
+    text_model = language_model("qwen2")
+    with torch.no_grad():
+        text_model.layers[0].self_attn.v_proj.weight[0, 0] = float("nan")
+    assert len(proved_projections(text_model)) == 2
+
+
 def test_nothing_is_disturbed() -> None:
     text_model = language_model("qwen3", attention_dropout=0.5)
     text_model.train()

@@ -13,6 +13,7 @@ from toy_models import TINY_MINIATURE
 from sparsemm.errors import DataError
 from sparsemm.miniatures.architectures import build_model, build_processor
 from sparsemm.models import load_model
+from sparsemm.models.identity import checkpoint_identity
 
 KEY = "model.language_model.layers.0.self_attn.q_proj.weight"
 
@@ -28,6 +29,23 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_files_of_up_to_64_mib_are_read_whole(tmp_path: Path) -> None:
+    """Score files hold these digests: another limit would make strangers of the models between."""
+    digests = {}
+    for size in (64 << 20, (64 << 20) + 1):
+        for changed in (False, True):
+            folder = tmp_path / f"{size}-{changed}"
+            folder.mkdir()
+            with open(folder / "model.safetensors", "wb") as handle:
+                handle.truncate(size)
+                if changed:
+                    handle.seek(3_000_001)
+                    handle.write(b"x")
+            digests[size, changed] = checkpoint_identity(folder).weights
+    assert digests[64 << 20, False] != digests[64 << 20, True]
+    assert digests[(64 << 20) + 1, False] == digests[(64 << 20) + 1, True]  # the byte lies between two blocks
 
 
 def test_what_belongs_is_loaded(folder: Path) -> None:
