@@ -13,6 +13,7 @@ from toy_models import FAMILIES, single_row, toy_inputs, toy_model
 from transformers import DynamicCache
 
 import sparsemm
+from sparsemm.cache.stats import share_of_full
 from sparsemm.errors import CacheError
 
 
@@ -475,10 +476,14 @@ def test_an_empty_dynamic_cache_becomes_ours_in_place():
         assert cache.get_seq_length() == 30
 
 
-def test_top_columns_are_the_largest_attention_weights():
+@pytest.mark.parametrize("short_row", [None, 0, 1])
+def test_top_columns_are_the_largest_attention_weights(short_row):
+    """Also where the last list is the shortest, and the buffer ends behind it."""
     model = toy_model("qwen2-vl")
     model.set_attn_implementation("eager")
-    inputs = toy_inputs(model, 2)
+    inputs = toy_inputs(model, 2) if short_row is None else text_inputs(30, batch=2)
+    if short_row is not None:
+        inputs["attention_mask"][short_row, :20] = 0
     with torch.no_grad():
         attentions = model(**inputs, output_attentions=True).attentions
     padding = (inputs["attention_mask"] == 0).sum(1)
@@ -487,9 +492,14 @@ def test_top_columns_are_the_largest_attention_weights():
     def observer(layer_idx, query, layer):
         found[layer_idx] = layer.top_columns(query[:, :, -1:])[:, :, 0]
 
-    with sparsemm.patch(model, config("fullkv", None)) as handle, torch.no_grad():
+    with sparsemm.patch(model, config("fullkv", None), reserve=1) as handle, torch.no_grad():
         handle.observer = observer
         model(**inputs, use_cache=True)
     assert len(found) == model.config.text_config.num_hidden_layers
     for layer_idx, columns in found.items():
         assert torch.equal(columns + padding[:, None], attentions[layer_idx][:, :, -1].argmax(-1))
+
+
+def test_a_share_of_a_full_cache_counts_the_same_tokens_on_both_sides():
+    assert share_of_full(200, 200, 17) == 1.0
+    assert share_of_full(50, 200, 0) == 0.25 and share_of_full(50, 200, 100) == 0.5
