@@ -15,7 +15,7 @@ from sparsemm.cache.selection import select_positions
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError, HeadScoreError
 from sparsemm.head_scores import Curves, HeadScores
-from sparsemm.methods.rate_distortion import split_equally
+from sparsemm.methods.rate_distortion import Piece, lower_hull, split_equally
 from sparsemm.plan import head_budgets
 
 MANY = settings(max_examples=60, deadline=None, derandomize=True)
@@ -167,3 +167,9 @@ def test_positions_are_snapkvs() -> None:
     pooled = reference.pooled_scores(query[0, :, -4:].numpy(), key[0].numpy(), 4, 5, 8**-0.5)
     expected = reference.top_positions(pooled, counts, 4, 40)
     assert [positions.tolist() for positions in kept] == expected.positions
+
+
+def test_corners_of_a_hull_are_where_savings_fall() -> None:
+    assert lower_hull(5, [1, 2, 3, 5], [3.0, 2.0, 1.0, 1.0]) == [Piece(1.0, 5, 1, 3)]
+    assert lower_hull(0, [1, 2, 4], [4.0, 3.5, 0.0]) == [Piece(4 / 3, 0, 1, 4)]  # the middle lies above the line
+    assert [piece.saving for piece in lower_hull(0, [1, 2, 4], [4.0, 1.0, 0.0])] == [3.0, 0.5]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import json
 import sys
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from toy_models import BOS_ID, FAMILIES, IMAGE_ID, PAD_ID, VIDEO_ID, toy_inputs, toy_model, toy_processor
+from toy_vlms import toy_vlm
 from transformers import MllamaConfig, pipeline
 
 from sparsemm.errors import ConfigError, DataError, UnsupportedModelError
@@ -308,3 +310,31 @@ def test_toy_rows_differ_and_generate(family: str) -> None:
     assert len(set((inputs["input_ids"] == IMAGE_ID).sum(1).tolist())) == 3
     assert lengths.max() == inputs["input_ids"].shape[1]
     assert model.generate(**inputs, max_new_tokens=2).shape == (3, inputs["input_ids"].shape[1] + 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("limit", [3, 30])
+def test_a_random_image_is_one_that_the_model_takes(family: str, limit: int) -> None:
+    model = toy_model(family)
+    own = family_of(model)
+    image = own.random_image(model.config, torch.float32, limit)
+    if not image:  # none of so few tokens
+        return
+    (layout,) = own.image_layouts(model.config, image)
+    ids = torch.full((1, len(layout) + 2), 20)
+    ids[:, 1:-1] = model.config.image_token_id
+    inputs = own.finish_inputs(model.config, {"input_ids": ids, "attention_mask": torch.ones_like(ids), **image})
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    assert logits.shape[:2] == ids.shape and bool(logits.isfinite().all())
+
+
+def test_pan_and_scan_is_as_gemma3_has_it_unless_the_checkpoint_says_otherwise() -> None:
+    model, processor = toy_vlm("gemma3")
+    processor = copy.deepcopy(processor)
+    published = {"do_pan_and_scan": False, "pan_and_scan_min_crop_size": 256, "pan_and_scan_max_num_crops": 4}
+    for name, value in published.items():
+        setattr(processor.image_processor, name, None)
+        assert family_of(model).call_options(processor)[name] == value, name
+    processor.image_processor.do_pan_and_scan = True
+    assert family_of(model).call_options(processor)["do_pan_and_scan"] is True

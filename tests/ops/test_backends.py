@@ -113,6 +113,7 @@ def test_auto_says_in_the_log_what_it_took(caplog):
         ("cpu", "cuda", torch.float32, 64, "use cuda"),
         ("flash_attn", "cuda", torch.float32, 64, "not torch.float32; use cuda"),
         ("fa3", "cuda", torch.float16, 64, "computes in bfloat16"),
+        ("fa3", "cuda", torch.bfloat16, 136, "head_dim up to 128"),
         ("torch_varlen", "cpu", torch.bfloat16, 64, "needs a GPU"),
     ],
 )
@@ -145,7 +146,7 @@ def test_rows_that_the_kernels_of_a_gpu_refuse_are_served_by_the_twins(monkeypat
 def test_a_missing_package_is_named(monkeypatch, name, module):
     monkeypatch.setattr(backends, "_installed", lambda module: False)
     with pytest.raises(ConfigError, match=f"pip install {module}"):
-        backends.resolve_backend(name, "cuda", torch.bfloat16, 64)
+        backends.resolve_backend(name, "cuda", torch.bfloat16, 128)
 
 
 def test_every_backend_says_why_or_serves_here():

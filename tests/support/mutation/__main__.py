@@ -20,12 +20,12 @@ LEAST = 0.9  # of the mutants that change something
 
 def report(session: Session, tried: list[tuple[Mutant, dict[str, Any]]], listed: list[dict[str, str]]) -> float:
     """Print what survived and a table of the rooms; the share caught of the mutants that change something."""
-    equivalent = {(entry["file"], entry["was"], entry["now"]): entry["reason"] for entry in listed}
+    equivalent = {(entry["file"], _bare(entry["was"]), _bare(entry["now"])): entry["reason"] for entry in listed}
     rows = {room.name: Counter() for room in session.rooms}
     for mutant, result in tried:
         outcome, source = result["outcome"], session.sources[mutant.path]
         was, now = mutant.change(source.text)
-        reason = equivalent.get((mutant.path, was, now))
+        reason = equivalent.get((mutant.path, _bare(was), _bare(now)))
         if outcome == "survived" and reason:
             outcome = "equivalent"
         rows[session.room_of[mutant.path].name][outcome] += 1
@@ -41,6 +41,11 @@ def report(session: Session, tried: list[tuple[Mutant, dict[str, Any]]], listed:
     share = total["caught"] / max(total["caught"] + total["survived"] + total["broken"], 1)
     print(f"\n{share:.1%} of the mutants that change something were caught; at least {LEAST:.0%} are to be.")
     return share
+
+
+def _bare(text: str) -> str:
+    """Without white space, of which cosmic-ray leaves some behind."""
+    return "".join(text.split())
 
 
 def main() -> None:
