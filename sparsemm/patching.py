@@ -17,7 +17,7 @@ from sparsemm.cache import CacheRecord, CacheStats, SparseCache
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import CacheError, ConfigError, PatchError
 from sparsemm.methods import get_method
-from sparsemm.models import family_of
+from sparsemm.models import family_of, merged
 from sparsemm.models.identity import identity_of
 from sparsemm.models.instances import Replacement, device_of, forward_name, set_on_instance
 from sparsemm.models.layers import mean_rotation, sliding_windows
@@ -35,7 +35,12 @@ _SHAPE = ("num_layers", "num_kv_heads", "head_dim", "sliding_windows")
 
 
 def patch(
-    model: nn.Module, config: CompressionConfig, *, reserve: int = GROWTH_ROWS, decode_backend: str = "auto"
+    model: nn.Module,
+    config: CompressionConfig,
+    *,
+    reserve: int = GROWTH_ROWS,
+    decode_backend: str = "auto",
+    merge_projections: bool = False,
 ) -> PatchHandle:
     """Give `model` the cache of `config` until the handle is removed.
 
@@ -47,6 +52,8 @@ def patch(
         config: Method and settings; score files are read and random scores drawn here, once.
         reserve: Slots allocated behind every head's prompt rows; set it to `max_new_tokens` to never grow.
         decode_backend: Who attends to the cached rows: a name of `sparsemm.ops.backends.BACKENDS`.
+        merge_projections: Lay the weights of query, key and value, and of gate and up, side by side while the patch
+            lasts, for one product each in decode steps. Plain linear layers only; their weights are moved twice.
 
     Raises:
         ConfigError: An unknown backend, or one that cannot serve this model here.
@@ -54,7 +61,9 @@ def patch(
         PatchError: The model is patched already, or the processes that hold it (tensor parallelism) do not agree.
         HeadScoreError: The head scores do not fit the model, belong to another one, or cannot be read.
     """
-    return PatchHandle(model, config, reserve=reserve, decode_backend=decode_backend)
+    return PatchHandle(
+        model, config, reserve=reserve, decode_backend=decode_backend, merge_projections=merge_projections
+    )
 
 
 def active_patch(model: nn.Module) -> PatchHandle | None:
@@ -67,7 +76,13 @@ class PatchHandle:
     of each layer are as proved, None where a sliding window keeps transformers' own attention."""
 
     def __init__(
-        self, model: nn.Module, config: CompressionConfig, *, reserve: int = GROWTH_ROWS, decode_backend: str = "auto"
+        self,
+        model: nn.Module,
+        config: CompressionConfig,
+        *,
+        reserve: int = GROWTH_ROWS,
+        decode_backend: str = "auto",
+        merge_projections: bool = False,
     ) -> None:
         if not isinstance(config, CompressionConfig):
             raise ConfigError(f"config must be a CompressionConfig, got {type(config).__name__}")
@@ -86,6 +101,8 @@ class PatchHandle:
         self._undo: list[Callable[[], None]] = []
         try:
             self._install()
+            for layer in self.text_model.layers if merge_projections else ():
+                self._undo += merged.merge_projections(layer)
         except BaseException:
             self.remove()
             raise

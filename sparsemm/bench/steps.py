@@ -48,30 +48,34 @@ def prepared_loop(model: nn.Module, prompt_tokens: int, steps: int) -> DecodeLoo
     return loop
 
 
-def step_kernels(build: Callable[[int], nn.Module], prompt_tokens: int = 40) -> dict[str, float]:
+def step_kernels(
+    build: Callable[[int], nn.Module], *, merged: bool = False, prompt_tokens: int = 40
+) -> dict[str, float]:
     """Kernels of one step `inside` each layer and `outside` them all, views and allocations aside, from the counts of
-    `build(num_layers)` at two depths."""
+    `build(num_layers)` at two depths; with projections `merged` or not."""
     counts = {}
     config = sparsemm.CompressionConfig("snapkv", 12, window_size=8)
     for num_layers in (2, 4):
         model = build(num_layers)
-        with sparsemm.patch(model, config):
+        with sparsemm.patch(model, config, merge_projections=merged):
             counts[num_layers] = count_operators(prepared_loop(model, prompt_tokens, 1).step).launches
     inside = (counts[4] - counts[2]) / 2
     return {"inside": inside, "outside": counts[2] - 2 * inside}
 
 
 def kernel_counts() -> dict[str, Any]:
-    """By language model and dtype."""
-    return {
-        f"{name}, {str(dtype).removeprefix('torch.')}": step_kernels(
-            lambda num_layers, name=name, dtype=dtype: language_model(
-                name, dtype, **SMALL, num_hidden_layers=num_layers
-            )
-        )
-        for name in LANGUAGE_MODELS
-        for dtype in (torch.float32, torch.bfloat16)
-    }
+    """By language model and dtype, and with merged projections."""
+    counts = {}
+    for name in LANGUAGE_MODELS:
+        for dtype in (torch.float32, torch.bfloat16):
+
+            def build(num_layers: int, name: str = name, dtype: torch.dtype = dtype) -> nn.Module:
+                return language_model(name, dtype, **SMALL, num_hidden_layers=num_layers)
+
+            label = f"{name}, {str(dtype).removeprefix('torch.')}"
+            counts[label] = step_kernels(build)
+            counts[f"{label}, merged"] = step_kernels(build, merged=True)
+    return counts
 
 
 def middle_size(

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from sparsemm.cache import SparseLayer
-from sparsemm.models.instances import Replacement
+from sparsemm.models.instances import as_built
+from sparsemm.models.merged import joined
 from sparsemm.models.projections import Projections
 from sparsemm.ops.backends import operators, overload
 
@@ -136,7 +137,7 @@ def read_layer(layer: nn.Module, projections: Projections | None) -> LayerRule:
     if set(parts) != {"self_attn", "mlp", *_NORMS}:
         raise NotRecognisedError(f"its parts are {', '.join(sorted(parts))}")
     for part in layer.modules():
-        if not _as_built(part):
+        if not as_built(part):
             raise NotRecognisedError(f"its {type(part).__name__} has hooks or another forward")
     tensors = (*layer.parameters(), *layer.buffers())
     if any(type(each) not in (nn.Parameter, Tensor) or each.is_meta for each in tensors):
@@ -161,7 +162,7 @@ def read_layer(layer: nn.Module, projections: Projections | None) -> LayerRule:
 def norm_rule(module: nn.Module) -> NormRule:
     """What `add_rms_norm` needs to compute `module`. Raises `NotRecognisedError` where it cannot."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if [name for name, _ in module.named_parameters()] != ["weight"] or eps is None or not _as_built(module):
+    if [name for name, _ in module.named_parameters()] != ["weight"] or eps is None or not as_built(module):
         raise NotRecognisedError(f"{type(module).__name__} is no RMS norm as it reads")
     weight = module.weight
     x = torch.randn(8, weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
@@ -196,21 +197,17 @@ def _activation(mlp: nn.Module) -> str:
     raise NotRecognisedError("its activation has no operator")
 
 
-def _as_built(module: nn.Module) -> bool:
-    forward = vars(module).get("forward")
-    while isinstance(forward, Replacement):
-        forward = forward.original
-    own = forward is None or getattr(forward, "__func__", None) is type(module).forward
-    return own and not (module._forward_hooks or module._forward_pre_hooks or "_old_forward" in vars(module))
-
-
 def _weights(
-    module: nn.Module, apart: tuple[str, ...], joined: tuple[str, ...]
+    module: nn.Module, apart: tuple[str, ...], together: tuple[str, ...]
 ) -> tuple[list[tuple[Tensor, Tensor | None]], list[int]]:
-    """Weight and bias of the projections, and their widths."""
-    names = apart if all(hasattr(module, name) for name in apart) else joined
+    """Weight and bias of the projections, one pair where one product computes them all; and their widths."""
+    names = apart if all(hasattr(module, name) for name in apart) else together
     found = [_weight_and_bias(getattr(module, name, None)) for name in names]
-    return found, [weight.shape[0] for weight, _ in found]
+    widths = [weight.shape[0] for weight, _ in found]
+    weight, bias = (joined(each) for each in zip(*found, strict=True))
+    if weight is not None and (bias is not None or found[0][1] is None):
+        found = [(weight, bias)]
+    return found, widths
 
 
 def _weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
