@@ -83,7 +83,7 @@ mutants: $(STAMP)  ## Which of MUTANTS=200 planted faults (SEED=0) the tests cat
 kernels: $(STAMP)  ## Compile csrc (CPU always; CUDA where nvcc is found)
 	$(BIN)/python csrc/build.py
 
-gpu-check: $(STAMP)  ## Everything that needs a GPU
+gpu-check: $(STAMP)  ## Everything that needs a GPU (DRY=1: walked through on a CPU)
 	PATH="$(abspath $(BIN)):$$PATH" bash scripts/others/gpu_check.sh
 
 clean:  ## Remove build folders and caches; results, runs and .venv stay

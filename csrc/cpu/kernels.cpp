@@ -177,9 +177,11 @@ void window_block(const T* key, int64_t key_stride, const float* queries, int64_
 template <class T, int QV>
 void window_logits(const T* key, int64_t key_stride, const float* queries, int64_t padded, int64_t head_dim,
                    int64_t begin, int64_t end, float* logits) {
+  // As many rows as there are registers for their sums: every vector of queries is loaded once for all of them.
+  constexpr int kRows = kLanes == 16 ? 8 : 4;
   int64_t t = begin;
-  for (; t + 4 <= end; t += 4) {
-    window_block<T, QV, 4>(key + t * key_stride, key_stride, queries, padded, head_dim, logits + t * padded);
+  for (; t + kRows <= end; t += kRows) {
+    window_block<T, QV, kRows>(key + t * key_stride, key_stride, queries, padded, head_dim, logits + t * padded);
   }
   for (; t < end; ++t) {
     window_block<T, QV, 1>(key + t * key_stride, key_stride, queries, padded, head_dim, logits + t * padded);

@@ -52,6 +52,7 @@ class Workspace:
         counts: Rows of every (sequence, kv head).
         device, dtype: Of the tensors.
         slack: Free slots behind every list of rows.
+        intermediate_size: Of the model's MLP.
     """
 
     shape: AttentionShape
@@ -61,6 +62,7 @@ class Workspace:
     device: torch.device
     dtype: torch.dtype
     slack: int = 64
+    intermediate_size: int = 2816
 
     def __post_init__(self) -> None:
         self.window = min(WINDOW, self.prompt, min(self.counts))
@@ -178,11 +180,56 @@ def select_calls(work: Workspace) -> tuple[Calls, int]:
     return calls, scores.nbytes + 4 * sum(counts)
 
 
+def norm_calls(work: Workspace) -> tuple[Calls, int]:
+    """The residual addition and the norm of one token: at once, and by PyTorch's own fused norm."""
+    hidden_size = work.shape.query_heads * work.shape.head_dim
+    states, residual, weight = (work.random(*size, hidden_size) for size in ((work.batch,), (work.batch,), ()))
+
+    def pytorch() -> None:
+        torch.nn.functional.rms_norm(states + residual, (hidden_size,), weight, 1e-6)
+
+    own = lambda: torch.ops.sparsemm.add_rms_norm(states, residual, weight, 1e-6)  # noqa: E731
+    return {"sparsemm": own, "pytorch": pytorch}, 4 * states.nbytes + weight.nbytes
+
+
+def rotate_calls(work: Workspace) -> tuple[Calls, int]:
+    """Rotating query and key of one token and appending it: at once, and in PyTorch with `append` behind."""
+    query, key = (work.random(work.batch, heads, 1, work.shape.head_dim) for heads in
+                  (work.shape.query_heads, work.shape.kv_heads))  # fmt: skip
+    cos, sin = (work.random(work.batch, 1, work.shape.head_dim) for _ in range(2))
+    rows, overflow = work.rows(), torch.zeros(1, dtype=torch.int32, device=work.device)
+    half = work.shape.head_dim // 2
+
+    def rotated(states: Tensor) -> Tensor:
+        turned = torch.cat([-states[..., half:], states[..., :half]], dim=-1)
+        return (states * cos[:, None]).addcmul_(turned, sin[:, None])
+
+    def pytorch() -> None:
+        rotated(query)
+        torch.ops.sparsemm.append(rotated(key), key, **rows, overflow=overflow)
+
+    own = lambda: torch.ops.sparsemm.rope_append(query, key, key, cos, sin, **rows, overflow=overflow)  # noqa: E731
+    return {"sparsemm": own, "pytorch": pytorch}, 2 * query.nbytes + 4 * key.nbytes + 2 * cos.nbytes
+
+
+def gated_calls(work: Workspace) -> tuple[Calls, int]:
+    """The gated activation of one token's MLP: at once, and in PyTorch."""
+    gate, up = (work.random(work.batch, work.intermediate_size) for _ in range(2))
+    own = lambda: torch.ops.sparsemm.silu_mul(gate, up)  # noqa: E731
+    return {"sparsemm": own, "pytorch": lambda: torch.nn.functional.silu(gate).mul_(up)}, 3 * gate.nbytes
+
+
 CALLS: dict[str, Callable[[Workspace], tuple[Calls, int]]] = {
     "decode": decode_calls,
     "append": append_calls,
     "compact": compact_calls,
     "window_scores": window_calls,
     "select": select_calls,
+    "add_rms_norm": norm_calls,
+    "rope_append": rotate_calls,
+    "silu_mul": gated_calls,
 }
 """By operation: its contestants on fresh tensors, and the bytes that one call must move."""
+
+ONE_TOKEN = ("add_rms_norm", "rope_append", "silu_mul")
+"""Operations that do not depend on how many rows there are."""

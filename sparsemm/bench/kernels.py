@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sparsemm.bench.cells import OK, BenchCell, BenchResults, Tell, Times, check_axes, run_benchmark, take_turns
-from sparsemm.bench.kernel_calls import CALLS, Workspace, row_counts
+from sparsemm.bench.kernel_calls import CALLS, ONE_TOKEN, Workspace, row_counts
 from sparsemm.bench.memory import copy_bandwidth
 from sparsemm.bench.shapes import SHAPES, attention_shape, shape_config, skewed_head_scores
 from sparsemm.errors import ConfigError
@@ -52,9 +52,12 @@ def grid(
     for shape, prompt, budget, batch, operation in itertools.product(shapes, prompts, budgets, batches, operations):
         if budget is None and operation in {"select", "compact"}:
             continue
-        if operation == "window_scores" and budget != budgets[0]:
+        if operation in ("window_scores", *ONE_TOKEN) and budget != budgets[0]:
             continue
-        skew = ("uniform",) if budget is None or operation == "window_scores" else ("uniform", "skewed")
+        if operation in ONE_TOKEN and prompt != prompts[0]:
+            continue
+        alike = budget is None or operation in ("window_scores", *ONE_TOKEN)
+        skew = ("uniform",) if alike else ("uniform", "skewed")
         names = ("shape", "prompt", "budget", "batch", "distribution", "operation")
         places += [dict(zip(names, (shape, prompt, budget, batch, each, operation), strict=True)) for each in skew]
     return places
@@ -95,15 +98,19 @@ class Kernels:
     head_scores: str | Path | None = None
 
     def __call__(self, place: dict[str, Any], tell: Tell) -> tuple[Times, dict[str, Any]]:
-        shape, operation = attention_shape(shape_config(place["shape"])), place["operation"]
+        config, operation = shape_config(place["shape"]), place["operation"]
+        shape = attention_shape(config)
         if self.head_scores is None:
             scores = skewed_head_scores(shape.layers, shape.query_heads)
         else:
             scores = HeadScores.load(self.head_scores)
         counts = row_counts(shape, place["budget"], place["prompt"], place["distribution"], scores) * place["batch"]
         slack = 4 * self.repeats + 64
-        work = Workspace(shape, place["batch"], place["prompt"], counts, self.device, self.dtype, slack)
-        needed = work.held_bytes + (0 if operation in {"decode", "append"} else work.prompt_bytes)
+        intermediate_size = config.get_text_config().intermediate_size
+        work = Workspace(
+            shape, place["batch"], place["prompt"], counts, self.device, self.dtype, slack, intermediate_size
+        )
+        needed = work.held_bytes + (0 if operation in {"decode", "append", *ONE_TOKEN} else work.prompt_bytes)
         in_turn = 1
         if self.device.type == "cuda":
             if needed > _MEMORY_SHARE * torch.cuda.get_device_properties(self.device).total_memory:

@@ -19,7 +19,9 @@ def kernels(
     prompts: Annotated[str, typer.Option(help="Prompt lengths in tokens.")] = "4096 8192 16384 32768 65536 131072",
     budgets: Annotated[str, typer.Option(help="Mean rows per kv head; full keeps every row.")] = "64 256 1024 full",
     batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1 8 32",
-    operations: Annotated[str, typer.Option(help="What to time.")] = "decode append compact window_scores select",
+    operations: Annotated[str, typer.Option(help="What to time.")] = (
+        "decode append compact window_scores select add_rms_norm rope_append silu_mul"
+    ),
     head_scores: Annotated[Path | None, typer.Option(help="Scores for skewed rows; default: synthetic ones.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions; the median counts.")] = 20,
     time_limit: Annotated[float | None, typer.Option(help="Seconds after which no further cell is begun.")] = None,
@@ -28,7 +30,7 @@ def kernels(
     no_progress: QuietOption = False,
     device: DeviceOption = None,
 ) -> None:
-    """Time compact, append, decode, window_scores and select beside other backends and the original algorithm."""
+    """Time the operators beside other backends, plain PyTorch and the original algorithm."""
     from sparsemm.bench.kernels import format_cell, run
 
     claim(output)

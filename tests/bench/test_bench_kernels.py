@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from sparsemm.bench import kernels
@@ -9,6 +16,8 @@ from sparsemm.bench.cells import BenchResults
 from sparsemm.bench.kernel_calls import row_counts
 from sparsemm.bench.shapes import attention_shape, shape_config, skewed_head_scores
 from sparsemm.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_skewed_and_uniform_rows_are_equally_many():
@@ -39,11 +48,13 @@ def test_a_run_counts_bytes_and_is_taken_up_again(tmp_path, monkeypatch):
     output = tmp_path / "kernels.json"
     results = kernels.run(**options, output=output)
     assert results == BenchResults.load(output)
-    assert len(results.runs) == 9 and all(" us, " in kernels.format_cell(cell) for cell in results.runs)
+    assert len(results.runs) == 12 and all(" us, " in kernels.format_cell(cell) for cell in results.runs)
     by_operation = {cell.place["operation"]: cell for cell in results.runs}
     append, decode = by_operation["append"], by_operation["decode"]
     assert append.figures["bytes"] == 2 * 2 * 2 * 8 * 32 * 4  # read and write, key and value, batch 2, 8 heads, floats
     assert decode.figures["bytes"] == 2 * decode.figures["rows"] * 32 * 4 + 2 * (2 * 8 * 32 * 4)
+    assert by_operation["silu_mul"].figures["bytes"] == 3 * 2 * 256 * 4  # batch 2, an MLP of 256, floats
+    assert by_operation["rope_append"].figures["bytes"] == 2 * 4 * 32 * (2 * 8 + 4 * 8 + 2)
     assert "reference" in decode.times and all(each["median"] > 0 for each in decode.times.values())
     assert {"sparsemm", "original"} <= set(append.times) and not append.figures["failed"]
 
@@ -60,4 +71,23 @@ def test_a_time_limit_leaves_cells_for_the_next_run(tmp_path):
     )
     output = tmp_path / "kernels.json"
     assert kernels.run(**options, output=output, time_limit=-1).runs == []
-    assert len(kernels.run(**options, output=output).runs) == 9
+    assert len(kernels.run(**options, output=output).runs) == 12
+
+
+def test_the_check_of_a_gpu_can_be_walked_through_without_one(tmp_path):
+    """Every step with tiny shapes; once more, nothing that has passed is done again."""
+    command = [shutil.which("bash"), str(ROOT / "scripts" / "others" / "gpu_check.sh")]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "DRY": "1", "OUTPUT": str(tmp_path), "PATH": path}
+    if shutil.which("sparsemm", path=path) is None:
+        pytest.skip("the program is not installed")
+    first, again = (
+        subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300) for _ in range(2)
+    )
+    assert first.returncode == again.returncode == 0, first.stderr[-3000:] + again.stderr[-3000:]
+    assert "tests: passed before" not in first.stdout and "tests: passed before" in again.stdout
+    for name in kernels.CALLS:
+        assert f" {name}: " in first.stdout
+    table = (tmp_path / "e2e" / "table.md").read_text()
+    assert all(f"| {method} " in table for method in ("hf", "fullkv", "sparsemm")) and "kernels/step" in table
+    assert json.loads((tmp_path / "kernels.json").read_text())["runs"]
