@@ -75,19 +75,17 @@ def test_a_time_limit_leaves_cells_for_the_next_run(tmp_path):
 
 
 def test_the_check_of_a_gpu_can_be_walked_through_without_one(tmp_path):
-    """Every step with tiny shapes; once more, nothing that has passed is done again."""
+    """Every step with tiny shapes."""
     command = [shutil.which("bash"), str(ROOT / "scripts" / "others" / "gpu_check.sh")]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "DRY": "1", "OUTPUT": str(tmp_path), "PATH": path}
     if shutil.which("sparsemm", path=path) is None:
         pytest.skip("the program is not installed")
-    first, again = (
-        subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300) for _ in range(2)
-    )
-    assert first.returncode == again.returncode == 0, first.stderr[-3000:] + again.stderr[-3000:]
-    assert "tests: passed before" not in first.stdout and "tests: passed before" in again.stdout
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert list(tmp_path.glob("tests.*.passed"))
     for name in kernels.CALLS:
-        assert f" {name}: " in first.stdout
+        assert f" {name}: " in ran.stdout
     table = (tmp_path / "e2e" / "table.md").read_text()
     assert all(f"| {method} " in table for method in ("hf", "fullkv", "sparsemm")) and "kernels/step" in table
     assert json.loads((tmp_path / "kernels.json").read_text())["runs"]
