@@ -132,19 +132,20 @@ def test_the_comparison_leaves_no_trace(family):
     assert seen["asked"] == seen["known"]
 
 
+@pytest.mark.parametrize(("dtype", "finer"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
 @pytest.mark.parametrize(("noise", "serves"), [(0.5, True), (20.0, False)])
-def test_rounding_is_told_from_another_function(noise, serves, forwards, monkeypatch):
-    """Layers whose logits are off by half, or by twenty times, the error that the model itself has in bfloat16."""
-    model, exact = toy_model("llava-vicuna", dtype=torch.bfloat16), toy_model("llava-vicuna")
+def test_rounding_is_told_from_another_function(noise, serves, dtype, finer, forwards, monkeypatch):
+    """Layers whose logits are off by half, or by twenty times, the error that the model itself has in its dtype."""
+    model, exact = toy_model("llava-vicuna", dtype=dtype), toy_model("llava-vicuna").to(finer)
     exact.load_state_dict(model.state_dict())
     inputs = text_inputs(30)
     with torch.no_grad():
-        error = float((model(**inputs).logits[:, -1].float() - exact(**inputs).logits[:, -1]).abs().max())
+        error = float((model(**inputs).logits[:, -1].to(finer) - exact(**inputs).logits[:, -1]).abs().max())
     assert error > 0
     original = DecodeStep.forward_of_layers
 
     def off(self):
-        logits = original(self).float()
+        logits = original(self).to(finer)
         logits[:, 3] += noise * error
         return logits
 

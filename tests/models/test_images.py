@@ -53,6 +53,9 @@ def test_floats_are_scaled(tmp_path: Path, scale: float) -> None:
 def test_thirty_two_bits(tmp_path: Path) -> None:
     Image.fromarray(RAMP.astype(np.int32) * 257).save(tmp_path / "i.tif")
     assert np.array_equal(np.asarray(open_image(tmp_path / "i.tif"))[..., 0], RAMP)
+    for brightest in (65536, 2**31 - 1):  # more than 16 bits hold: white is the largest number of 32
+        grey = np.asarray(open_image(Image.fromarray(np.array([[0, brightest]], dtype=np.int32))))[0, :, 0]
+        assert grey.tolist() == [0, round(255 * brightest / (2**31 - 1))]
 
 
 @pytest.mark.parametrize("values", [[-1.0, 0.5], [0.0, 1e6], [0.0, float("nan")]])
