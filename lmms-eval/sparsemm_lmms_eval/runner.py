@@ -39,9 +39,6 @@ def run_cells(
     `num_processes` are data parallel; where the cells' loading says `tensor_parallel`, each is so many processes that
     hold one model. One process loads a model once for all its cells. Several are a `torchrun` for each cell: were one
     to fail, it could not take the others of later cells with it.
-    `num_processes` are data parallel; where the cells' loading says `tensor_parallel`, each is so many processes that
-    hold one model. One process loads a model once for all its cells. Several are a `torchrun` for each cell: were one
-    to fail, it could not take the others of later cells with it.
 
     Raises:
         DataError: A task is neither one of lmms-eval's nor of this package; no cell was begun.
