@@ -85,19 +85,21 @@ class TensorParallel:
             torch.cuda.set_rng_state(state, device) if device.type == "cuda" else torch.set_rng_state(state)
 
     def together(self, find: Callable[[], T]) -> T:
-        """`find()`, which sends nothing. What this package raises in one process is raised in all: those that go on
-        would wait for it for ever."""
-        found, error = None, None
+        """`find()`, which sends nothing. What is raised in one process is raised in all: those that go on would wait
+        for it for ever."""
+        found, error, said = None, None, None
         try:
             found = find()
-        except SparseMMError as raised:
+        except Exception as raised:
             error = raised
-        other = self.first_of(None if error is None else (type(error), str(error), self.rank))
+            kind = type(error) if isinstance(error, SparseMMError) else RuntimeError
+            said = kind, f"{error} (so says process {self.rank} of the {self.size} that hold the model)"
+        other = self.first_of(said)
         if error is not None:
             raise error
         if other is not None:
-            kind, message, rank = other
-            raise kind(f"{message} (so says process {rank} of the {self.size} that hold the model)")
+            kind, message = other
+            raise kind(message)
         return found
 
 
