@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import shutil
 import tempfile
@@ -157,18 +158,16 @@ def divided_model(name: str, parallel: TensorParallel, **options: Any) -> PreTra
     import transformers
 
     from sparsemm.models import family_of
-    from sparsemm.models.parallel import check_plan, placed_on
+    from sparsemm.models.parallel import check_plan, divide
 
     config = shape_config(name)
     check_plan(config, parallel.size)
     folder = Path(parallel.collect(tempfile.mkdtemp() if parallel.first else None)[0])
     try:
         parallel.together(lambda: random_model(name, **options).save_pretrained(folder) if parallel.first else None)
-        with placed_on(parallel) as placement:
-            settings = {"dtype": options["dtype"], "attn_implementation": options.get("attn_implementation", "sdpa")}
-            model = getattr(transformers, family_of(config).model_class).from_pretrained(
-                folder, **settings, **placement
-            )
+        settings = {"dtype": options["dtype"], "attn_implementation": options.get("attn_implementation", "sdpa")}
+        model_class = getattr(transformers, family_of(config).model_class)
+        model = divide(functools.partial(model_class.from_pretrained, folder, **settings), parallel)
         parallel.collect(None)
     finally:
         if parallel.first:

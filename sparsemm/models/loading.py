@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from sparsemm.models.llava import LLAVA
 from sparsemm.models.llava_next import LLAVA_NEXT
 from sparsemm.models.llava_onevision import LLAVA_ONEVISION
 from sparsemm.models.mistral3 import MISTRAL3
-from sparsemm.models.parallel import ALONE, check_plan, join, placed_on
+from sparsemm.models.parallel import ALONE, check_plan, divide, join
 from sparsemm.models.qwen2_5_vl import QWEN2_5_VL
 from sparsemm.models.qwen2_vl import QWEN2_VL
 from sparsemm.models.qwen3_vl import QWEN3_VL, QWEN3_VL_MOE
@@ -131,10 +131,11 @@ def load_model(
     try:
         # First the small files: a folder without a tokenizer should fail before gigabytes are read.
         processor = family.load_processor(path, min_pixels=min_pixels, max_pixels=max_pixels)
-        divided = placed_on(parallel) if parallel.size > 1 else nullcontext({})
-        with divided as placement:
-            placement = {"device_map": "auto"} if device == "auto" else placement
-            model = family.load_weights(path, dtype=dtype, attn_implementation=attn_implementation, **placement)
+        load = functools.partial(family.load_weights, path, dtype=dtype, attn_implementation=attn_implementation)
+        if parallel.size > 1:
+            model = divide(load, parallel)
+        else:
+            model = load(**({"device_map": "auto"} if device == "auto" else {}))
     except OSError as error:
         raise DataError(f"{path} cannot be loaded, a file is missing or unreadable: {error}") from error
     except json.JSONDecodeError as error:

@@ -197,8 +197,20 @@ def check_plan(config: PretrainedConfig, size: int) -> None:
             )
 
 
+def divide(load: Callable[..., nn.Module], parallel: TensorParallel) -> nn.Module:
+    """The model that `load` gives, a `from_pretrained` that is handed more arguments, divided among the processes of
+    `parallel`."""
+    with _placed_on(parallel) as placement:
+        model = load(**placement)
+    head = model.get_output_embeddings()
+    if head is not None and hasattr(head.weight, "device_mesh") and "forward" not in vars(head):
+        # In transformers 5.17 an output matrix tied to the embedding is divided with it, and has no rule of its own.
+        head.weight = nn.Parameter(whole(head.weight.detach()), requires_grad=False)
+    return model
+
+
 @contextmanager
-def placed_on(parallel: TensorParallel) -> Iterator[dict[str, Any]]:
+def _placed_on(parallel: TensorParallel) -> Iterator[dict[str, Any]]:
     """Arguments of `from_pretrained` that divide a model among the processes of `parallel`, while the context lasts."""
     from transformers import PreTrainedModel
     from transformers.distributed import DistributedConfig

@@ -7,6 +7,7 @@ writes `FOLDER/GROUP-<rank>.json`; `in_processes` starts them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -38,7 +39,7 @@ from sparsemm.experiments.session import PageReader, heldout_pages
 from sparsemm.methods import METHODS
 from sparsemm.miniatures.architectures import build_model, build_processor
 from sparsemm.models import family_of
-from sparsemm.models.parallel import check_plan, join, joined, placed_on
+from sparsemm.models.parallel import check_plan, divide, join, joined
 from sparsemm.viz.kept import kept_rows
 from sparsemm.viz.reading import read_with_attention
 
@@ -58,8 +59,7 @@ class Models:
             whole.save_pretrained(place)
         if self.divided:
             torch.distributed.barrier()
-            with placed_on(joined()) as placement:
-                model = type(whole).from_pretrained(place, **placement)
+            model = divide(functools.partial(type(whole).from_pretrained, place), joined())
             model.generation_config = whole.generation_config
             return model.eval()
         whole.config._name_or_path = str(place)  # of the same identity
