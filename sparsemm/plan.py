@@ -167,7 +167,7 @@ def head_budgets(
         prompt_length: Valid tokens of the prompt, padding excluded.
 
     Raises:
-        ConfigError: The method's budgets depend on attention scores (`adakv`), or a size is out of range.
+        ConfigError: The method's budgets depend on attention scores (`adakv`, `vl_cache`), or a size is out of range.
         HeadScoreError: The head scores do not fit the model.
     """
     return Plan(config, num_layers, num_query_heads, num_kv_heads).budgets(prompt_length).clone()

@@ -50,7 +50,8 @@ def calibrate(
 ) -> HeadScores:
     """Measure how much the answers depend on every head, and what every head loses with fewer rows (spec section 10).
 
-    For `method="rate_distortion"`; the result also serves every method that takes head scores, which are then
+    For `method="rate_distortion"`, and `head_kv` where pages say where answers stand (`words`, one of which is the
+    `answer`); the result also serves every method that takes head scores, which are then
     max(0, -mean integrated gradient): what the head does for the answers. No training; a dozen pages are enough, of
     every kind of question that will be asked: what a head does for another kind is not seen.
 
