@@ -79,7 +79,8 @@ def generate(
     Gives the tokens of `model.generate` under the same patch, whose preparation, logits processors and stopping
     criteria it uses. The prompt goes through the layers one at a time, each layer's keys and values freed once it is
     compressed, norms and MLPs in tiles; logits exist for its last column only. The host waits for the device once a
-    token, for the stop check of the step before; never for a layer.
+    token, for the stop check of the step before; never for a layer. Decoder layers that are recognised and proved run
+    in a dozen kernels. A sequence that has ended attends to nothing: what is cached of its padding means nothing.
 
     Args:
         model: A supported model; patched for the duration of the call when `config` is given.
