@@ -203,7 +203,13 @@ def test_a_bad_value_is_one_message(
 
 
 @pytest.mark.parametrize(
-    "path", [path for path, options in COMMANDS.items() if any(each.name == "head_scores" for each in options)], ids=str
+    "path",
+    [
+        path
+        for path, options in COMMANDS.items()
+        if any(each.name == "head_scores" for each in options) and path != ("viz", "calibration")  # draws no scores
+    ],
+    ids=str,
 )
 def test_a_command_that_uses_scores_says_which(
     path: tuple[str, ...], run: Any, places: dict[str, Path], monkeypatch: pytest.MonkeyPatch
@@ -221,7 +227,7 @@ def test_a_command_that_uses_scores_says_which(
     arguments = [value for name, value in values.items() if taken[name].flag is None]
     given = [each.replace("new/output", "new/output.png") if path[0] == "viz" else each for each in given]
     outcome = run(*path, *given, "--", *arguments)
-    lines = [line for line in outcome.err.splitlines() if not line.startswith("left out for want of a calibration")]
+    lines = [line for line in outcome.err.splitlines() if not line.startswith("left out for want of")]
     assert lines[0] == f"head scores: {places['scores']} (toy)", outcome.err
     assert len(lines) == 2 and lines[1].startswith("error: FloatingPointError: stop"), outcome.err
 

@@ -256,11 +256,11 @@ def test_a_failed_cell_is_seen_and_resumes(
     answered: list[int] = []
     original = SparseMMModel._answer
 
-    def interrupted(self: Any, batch: list[Any], handle: Any) -> list[dict[str, Any]]:
+    def interrupted(self: Any, batch: list[Any], *given: Any) -> list[dict[str, Any]]:
         if self.compression.method == "fullkv" and answered:
             raise RuntimeError("power cut")
-        answered.extend(request.args[3] for request in batch)
-        return original(self, batch, handle)
+        answered.extend(question.document for question in batch)
+        return original(self, batch, *given)
 
     monkeypatch.setattr(SparseMMModel, "_answer", interrupted)
     failed = runner.run_cells(cells[:2], tmp_path, report=lambda line: None)
@@ -273,7 +273,7 @@ def test_a_failed_cell_is_seen_and_resumes(
 
     answered.clear()
     monkeypatch.setattr(
-        SparseMMModel, "_answer", lambda *a: (answered.extend(r.args[3] for r in a[1]), original(*a))[1]
+        SparseMMModel, "_answer", lambda *a: (answered.extend(question.document for question in a[1]), original(*a))[1]
     )
     assert runner.run_cells(cells[:2], tmp_path, report=lambda line: None) == []
     assert answered == [4]  # the first batch of four was answered before
