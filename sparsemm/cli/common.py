@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 DEFAULT_MODEL = "llava-vicuna"
-MINIATURES = ("llava-vicuna", "llava-mistral", "qwen2-vl")
+MINIATURES = ("llava-vicuna", "llava-mistral", "qwen2-vl", "qwen3-vl")
 MINIATURE_WINDOW = 4  # 32 prompt tokens would be a seventh of a miniature's page
 
 

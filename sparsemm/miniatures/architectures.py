@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparsemm.errors import ConfigError
-from sparsemm.miniatures.tokenizer import CHAT_TEMPLATES, build_tokenizer
+from sparsemm.miniatures.tokenizer import CHAT_TEMPLATES, QWEN, build_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
-FAMILIES = ("llava-vicuna", "llava-mistral", "qwen2-vl")
+FAMILIES = ("llava-vicuna", "llava-mistral", *QWEN)
 
 IMAGE_MEAN = [0.48145466, 0.4578275, 0.40821073]
 IMAGE_STD = [0.26862954, 0.26130258, 0.27577711]
-"""CLIP's normalisation, which all three families use."""
+"""CLIP's normalisation, which all families use."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,14 @@ DIMENSIONS = {
     "llava-mistral": Dimensions(num_kv_heads=4, **_CLIP),
     # The image spans 14 positions only, and width turns with the lowest frequencies: a small theta keeps it legible.
     "qwen2-vl": Dimensions(rope_theta=4.0),
+    "qwen3-vl": Dimensions(
+        rope_theta=4.0, patch_size=16, vision_layers=2, vision_size=160, vision_heads=5, vision_intermediate=512
+    ),
 }
 
 
 def check_family(family: str) -> str:
-    """`family` itself. Raises `ConfigError` when it is none of the three."""
+    """`family` itself. Raises `ConfigError` when there is no such family."""
     if family not in FAMILIES:
         raise ConfigError(f"unknown miniature family {family!r}; use one of {', '.join(FAMILIES)}")
     return family
@@ -55,7 +58,7 @@ def check_family(family: str) -> str:
 
 def build_config(family: str, dims: Dimensions | None = None) -> Any:
     """The Hugging Face configuration of `family`. Raises `ConfigError` for an unknown family."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, MistralConfig, Qwen2VLConfig
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, MistralConfig
 
     dims = dims or DIMENSIONS[check_family(family)]
     tokenizer = build_tokenizer(family)
@@ -74,25 +77,9 @@ def build_config(family: str, dims: Dimensions | None = None) -> Any:
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
     )
-    if family == "qwen2-vl":
-        rope["mrope_section"] = [2, 5, 9]
-        names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
-        return Qwen2VLConfig(
-            text_config=text | {"use_sliding_window": False},
-            vision_config=dict(
-                depth=dims.vision_layers,
-                embed_dim=dims.vision_size,
-                hidden_size=dims.hidden_size,
-                mlp_ratio=dims.vision_intermediate // dims.vision_size,
-                num_heads=dims.vision_heads,
-                patch_size=dims.patch_size,
-                spatial_merge_size=dims.cell // dims.patch_size,
-                temporal_patch_size=2,
-            ),
-            **{f"{key}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in names.items()},
-            tie_word_embeddings=True,
-        )
     text["head_dim"] = dims.hidden_size // dims.num_heads
+    if family in QWEN:
+        return _qwen_config(family, dims, text)
     vision = CLIPVisionConfig(
         hidden_size=dims.vision_size,
         intermediate_size=dims.vision_intermediate,
@@ -114,16 +101,44 @@ def build_config(family: str, dims: Dimensions | None = None) -> Any:
     )
 
 
+def _qwen_config(family: str, dims: Dimensions, text: dict[str, Any]) -> Any:
+    from transformers import Qwen2VLConfig, Qwen3VLConfig
+
+    tokenizer = build_tokenizer(family)
+    names = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    tokens = {f"{key}_token_id": tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in names.items()}
+    vision = dict(
+        depth=dims.vision_layers,
+        num_heads=dims.vision_heads,
+        patch_size=dims.patch_size,
+        spatial_merge_size=dims.cell // dims.patch_size,
+        temporal_patch_size=2,
+    )
+    if family == "qwen2-vl":
+        vision |= dict(embed_dim=dims.vision_size, hidden_size=dims.hidden_size)
+        vision["mlp_ratio"] = dims.vision_intermediate // dims.vision_size
+        text["rope_parameters"]["mrope_section"] = [2, 5, 9]
+        text["use_sliding_window"] = False
+        del text["head_dim"]
+        return Qwen2VLConfig(text_config=text, vision_config=vision, **tokens, tie_word_embeddings=True)
+    vision |= dict(hidden_size=dims.vision_size, out_hidden_size=dims.hidden_size)
+    vision["intermediate_size"] = dims.vision_intermediate
+    vision["num_position_embeddings"] = (dims.page_size // dims.patch_size) ** 2
+    vision["deepstack_visual_indexes"] = [dims.vision_layers // 2]
+    text["rope_parameters"] |= dict(mrope_section=[6, 5, 5], mrope_interleaved=True)
+    return Qwen3VLConfig(text_config=text, vision_config=vision, **tokens, tie_word_embeddings=True)
+
+
 def build_model(family: str, *, seed: int = 0, dims: Dimensions | None = None) -> PreTrainedModel:
     """An untrained float32 model of `family`, with an embedding table that depends on `seed` alone.
 
     The table's rows are random unit vectors: nearly orthogonal names, the same for every family's characters.
     """
     import torch
-    from transformers import LlavaNextForConditionalGeneration, Qwen2VLForConditionalGeneration
+    import transformers
 
     config = build_config(family, dims)
-    cls = Qwen2VLForConditionalGeneration if family == "qwen2-vl" else LlavaNextForConditionalGeneration
+    cls = getattr(transformers, type(config).__name__.replace("Config", "ForConditionalGeneration"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = cls(config).float()
@@ -134,6 +149,10 @@ def build_model(family: str, *, seed: int = 0, dims: Dimensions | None = None) -
     table = model.get_input_embeddings().weight
     with torch.no_grad():
         table.copy_(torch.nn.functional.normalize(torch.randn(table.shape, generator=generator), dim=-1))
+        # What the vision tower adds between layers of the text is nothing at first: symbols are learned without it.
+        for merger in getattr(getattr(model.model, "visual", None), "deepstack_merger_list", ()):
+            merger.linear_fc2.weight.zero_()
+            merger.linear_fc2.bias.zero_()
     return model
 
 
@@ -143,7 +162,7 @@ def build_processor(family: str, dims: Dimensions | None = None) -> ProcessorMix
     tokenizer = build_tokenizer(family)
     template = CHAT_TEMPLATES[family]
     tokenizer.chat_template = template
-    if family == "qwen2-vl":
+    if family in QWEN:
         from transformers import Qwen2VLImageProcessorPil
 
         from sparsemm.models.processing import still_images
@@ -157,7 +176,7 @@ def build_processor(family: str, dims: Dimensions | None = None) -> ProcessorMix
             image_mean=IMAGE_MEAN,
             image_std=IMAGE_STD,
         )
-        return still_images("Qwen2VLProcessor")(
+        return still_images(f"{family.title().replace('-Vl', 'VL')}Processor")(
             image_processor=image_processor, tokenizer=tokenizer, chat_template=template
         )
     from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor

@@ -11,7 +11,7 @@ import torch
 from sparsemm.documents.layout import Layout, field_prompt, make_layout, max_words
 from sparsemm.documents.render import render
 from sparsemm.documents.words import ALPHABET
-from sparsemm.miniatures.tokenizer import CHAT_TEMPLATES, build_tokenizer
+from sparsemm.miniatures.tokenizer import CHAT_TEMPLATES, QWEN, build_tokenizer
 
 IGNORE = -100
 
@@ -115,7 +115,7 @@ def page_symbols(family: str, layout: Layout) -> list[int]:
     ids = _character_ids(family)
     blank = ids[" "]
     rows = [[ids.get(character, blank) for character in row] for row in layout.cells()]
-    if family == "qwen2-vl":
+    if family in QWEN:
         return [symbol for row in rows for symbol in row]
     newline = tokenizer.convert_tokens_to_ids("\n")
     base = [blank] * ((layout.rows // 2) * (layout.columns // 2))
@@ -129,7 +129,7 @@ def _character_ids(family: str) -> dict[str, int]:
 
 def image_positions(family: str, start: int, rows: int, columns: int) -> tuple[np.ndarray, int]:
     """RoPE positions of the image tokens, `[3, tokens]`, and the position of the text that follows."""
-    if family == "qwen2-vl":
+    if family in QWEN:
         grid = np.stack([np.zeros((rows, columns)), *np.mgrid[0:rows, 0:columns]]).reshape(3, -1).astype(np.int64)
         return grid + start, start + max(rows, columns)
     count = (rows // 2) * (columns // 2) + rows * (columns + 1)

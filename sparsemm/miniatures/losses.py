@@ -36,25 +36,39 @@ def loss(model: PreTrainedModel, kind: str, batch: Batch, generator: torch.Gener
     """
     with torch.autocast("cpu", torch.bfloat16):
         if kind == "glyphs":
-            return _glyph_loss(model, batch, image_embeddings(model, batch.pixels))
+            return _glyph_loss(model, batch, image_embeddings(model, batch.pixels)[0])
         embeddings = F.embedding(batch.input_ids, model.get_input_embeddings().weight)
+        deepstack: list[Tensor] = []
         if kind == "pages":
-            image = image_embeddings(model, batch.pixels)
+            image, deepstack = image_embeddings(model, batch.pixels)
         else:
             image = embeddings[:, batch.image]
             image = image + NOISE / image.shape[-1] ** 0.5 * torch.randn(image.shape, generator=generator)
         before, after = embeddings[:, : batch.image.start], embeddings[:, batch.image.stop :]
-        return _answer_loss(model, batch, torch.cat([before, image, after], dim=1))
+        return _answer_loss(model, batch, torch.cat([before, image, after], dim=1), deepstack)
 
 
-def _answer_loss(model: PreTrainedModel, batch: Batch, embeddings: Tensor) -> tuple[Tensor, Tensor]:
+def read(
+    model: PreTrainedModel, embeddings: Tensor, positions: Tensor, image: slice, deepstack: list[Tensor]
+) -> Tensor:
+    """The language model's last hidden states `[B, S, hidden_size]`; arguments as in `Batch` and `image_embeddings`."""
+    inputs: dict[str, Any] = {"inputs_embeds": embeddings, "position_ids": positions[:1]}
+    if "mrope_section" in model.config.text_config.rope_parameters:
+        inputs["position_ids"] = positions[:, None].expand(3, len(embeddings), -1)
+    if deepstack:
+        inputs["visual_pos_masks"] = torch.zeros(embeddings.shape[:2], dtype=torch.bool)
+        inputs["visual_pos_masks"][:, image] = True
+        inputs["deepstack_visual_embeds"] = deepstack
+    return model.model.language_model(**inputs, use_cache=False).last_hidden_state
+
+
+def _answer_loss(
+    model: PreTrainedModel, batch: Batch, embeddings: Tensor, deepstack: list[Tensor]
+) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the answers' tokens."""
-    positions = batch.positions[:1]
-    if model.config.model_type == "qwen2_vl":
-        positions = batch.positions[:, None].expand(3, len(embeddings), -1)
-    hidden = model.model.language_model(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
+    hidden = read(model, embeddings, batch.positions, batch.image, deepstack)
     chosen = batch.labels != IGNORE
-    logits, targets = model.lm_head(hidden.last_hidden_state[chosen]).float(), batch.labels[chosen]
+    logits, targets = model.lm_head(hidden[chosen]).float(), batch.labels[chosen]
     return F.cross_entropy(logits, targets), logits.argmax(-1) == targets
 
 

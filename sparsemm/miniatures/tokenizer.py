@@ -13,14 +13,16 @@ PUNCTUATION = " \n.,:;?!-/+*%&@#$'\"()"
 PHRASES = ("Provide all", " the OCR", " results", " of this image.", "What is", " the ")
 """Parts of the fixed questions. They are matched before anything else and occur in no word of a page."""
 
+QWEN = ("qwen2-vl", "qwen3-vl")
+"""The families with Qwen's chat template, special tokens and M-RoPE positions."""
 CHAT_PHRASES = {
     "llava-vicuna": ("USER: ", " ASSISTANT:"),
     "llava-mistral": ("[INST] ", " [/INST]"),
-    "qwen2-vl": ("user\n", "assistant\n"),
+    **dict.fromkeys(QWEN, ("user\n", "assistant\n")),
 }
 SPECIAL = {
     "llava": ("<pad>", "<s>", "</s>", "<unk>", "<image>"),
-    "qwen2-vl": (
+    "qwen": (
         "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>",
         "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
     ),
@@ -35,7 +37,7 @@ def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
-    special = SPECIAL["qwen2-vl" if family == "qwen2-vl" else "llava"]
+    special = SPECIAL["qwen" if family in QWEN else "llava"]
     vocabulary = {character: index for index, character in enumerate(ALPHABET + PUNCTUATION)}
     vocabulary["<unk>"] = len(vocabulary)
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", fuse_unk=False))
@@ -43,7 +45,7 @@ def build_tokenizer(family: str) -> PreTrainedTokenizerFast:
     core.decoder = decoders.Fuse()
     core.add_tokens([AddedToken(phrase, normalized=False) for phrase in (*PHRASES, *CHAT_PHRASES[family])])
     core.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
-    if family == "qwen2-vl":
+    if family in QWEN:
         names = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>", "unk_token": "<unk>"}
         extra = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
     else:
@@ -84,9 +86,10 @@ CHAT_TEMPLATES = {
         + _content("<image>\\n")
         + "{% if message['role'] == 'user' %}{{ ' [/INST]' }}{% else %}{{ '</s>' }}{% endif %}{% endfor %}"
     ),
-    "qwen2-vl": (
-        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-        + _content("<|vision_start|><|image_pad|><|vision_end|>")
-        + "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-    ),
 }
+CHAT_TEMPLATES |= dict.fromkeys(
+    QWEN,
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    + _content("<|vision_start|><|image_pad|><|vision_end|>")
+    + "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+)

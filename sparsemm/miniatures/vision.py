@@ -42,13 +42,18 @@ def llava_inputs(pixels: np.ndarray) -> torch.Tensor:
     return torch.cat([base[:, None], tiles], dim=1)
 
 
-def image_embeddings(model: PreTrainedModel, pixels: np.ndarray) -> torch.Tensor:
-    """Image-token embeddings of uint8 pages `[B, H, W, 3]`: `[B, image_tokens, hidden_size]`, in the model's order."""
+def image_embeddings(model: PreTrainedModel, pixels: np.ndarray) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Image-token embeddings of uint8 pages `[B, H, W, 3]`: `[B, image_tokens, hidden_size]`, in the model's order.
+
+    And what is added to the image tokens behind each of the first text layers, `[B * image_tokens, hidden_size]` each
+    (Qwen3-VL's deepstack; none in the other families).
+    """
     body = model.model
     width = model.config.text_config.hidden_size
     if hasattr(body, "visual"):
         values, grid = qwen_inputs(pixels, patch=body.visual.config.patch_size, merge=body.visual.spatial_merge_size)
-        return body.visual(values, grid_thw=grid).pooler_output.view(len(pixels), -1, width)
+        output = body.visual(values, grid_thw=grid)
+        return output.pooler_output.view(len(pixels), -1, width), output.get("deepstack_features") or []
     values = llava_inputs(pixels)
     batch, views = values.shape[:2]
     hidden = body.vision_tower(values.flatten(0, 1), output_hidden_states=True).hidden_states
@@ -57,4 +62,4 @@ def image_embeddings(model: PreTrainedModel, pixels: np.ndarray) -> torch.Tensor
     features = features.view(batch, views, side, side, -1)
     tiles = features[:, 1:].view(batch, 2, 2, side, side, -1).transpose(2, 3).reshape(batch, 2 * side, 2 * side, -1)
     newline = body.image_newline.to(tiles.dtype).expand(batch, 2 * side, 1, -1)
-    return torch.cat([features[:, 0].flatten(1, 2), torch.cat([tiles, newline], dim=2).flatten(1, 2)], dim=1)
+    return torch.cat([features[:, 0].flatten(1, 2), torch.cat([tiles, newline], dim=2).flatten(1, 2)], dim=1), []

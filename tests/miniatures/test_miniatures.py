@@ -23,11 +23,12 @@ from sparsemm.documents import LABELS, READ_PROMPT, field_prompt, make_page
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.miniatures import export as export_module
 from sparsemm.miniatures import train as train_module
-from sparsemm.miniatures.architectures import FAMILIES, build_config, build_model, build_processor
+from sparsemm.miniatures.architectures import DIMENSIONS, FAMILIES, build_config, build_model, build_processor
 from sparsemm.miniatures.batches import IGNORE, Mix, draw_layout, image_positions, make_batch, prompt_ids, tokenizer_of
 from sparsemm.miniatures.batches import conversation as whole_conversation
+from sparsemm.miniatures.losses import read
 from sparsemm.miniatures.stages import CURRICULUM
-from sparsemm.miniatures.tokenizer import CHAT_TEMPLATES
+from sparsemm.miniatures.tokenizer import CHAT_TEMPLATES, QWEN
 from sparsemm.miniatures.train import Trainer, train
 from sparsemm.miniatures.vision import image_embeddings, llava_inputs, qwen_inputs
 from sparsemm.runs.metrics import character_accuracy
@@ -88,8 +89,9 @@ def test_batched_pixels_equal_the_stock_processor(family):
     pages = [make_page(i, split="heldout") for i in range(2)]
     stock = model_inputs(build_processor(family), pages)
     pixels = np.stack([np.asarray(page.image) for page in pages])
-    if family == "qwen2-vl":
-        values, grid = qwen_inputs(pixels)
+    if family in QWEN:
+        dims = DIMENSIONS[family]
+        values, grid = qwen_inputs(pixels, patch=dims.patch_size, merge=dims.cell // dims.patch_size)
         assert torch.equal(grid, stock["image_grid_thw"])
     else:
         values = llava_inputs(pixels)
@@ -100,19 +102,21 @@ def test_batched_pixels_equal_the_stock_processor(family):
 @torch.no_grad()
 def test_training_forward_equals_the_stock_model(family):
     model = build_model(family, dims=tiny_dims(family)).eval()
+    for name, parameter in model.named_parameters():
+        if "deepstack" in name:  # zero at first
+            torch.nn.init.normal_(parameter, std=0.02)
     page = make_page(1, split="heldout", task="field")
     inputs = model_inputs(build_processor(family), [page])
     reference = model(**inputs).logits
     before, after = prompt_ids(family, page.prompt)
     embeddings = model.get_input_embeddings()(inputs["input_ids"])
-    image = image_embeddings(model, np.asarray(page.image)[None])
-    embeddings[:, len(before) : len(before) + image.shape[1]] = image
+    image, deepstack = image_embeddings(model, np.asarray(page.image)[None])
+    place = slice(len(before), len(before) + image.shape[1])
+    embeddings[:, place] = image
     block, following = image_positions(family, len(before), 14, 14)
     tail = np.arange(following, following + len(after))
     positions = torch.from_numpy(np.hstack([np.tile(np.arange(len(before)), (3, 1)), block, np.tile(tail, (3, 1))]))
-    positions = positions[:, None] if family == "qwen2-vl" else positions[:1]
-    hidden = model.model.language_model(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
-    ours = model.lm_head(hidden.last_hidden_state)
+    ours = model.lm_head(read(model, embeddings, positions, place, deepstack))
     torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
 
 
@@ -343,7 +347,7 @@ def test_shipped_folder_is_complete_and_small(family):
     assert text["num_hidden_layers"] >= 4 and text["num_attention_heads"] >= 8
     reading = json.loads((folder / "reading.json").read_text())
     assert reading["split"] == "heldout" and set(reading["tasks"]) == {"read", "field"}
-    if family == "qwen2-vl":
+    if family in QWEN:
         assert "video_processor" in json.loads((folder / "processor_config.json").read_text())
 
 
