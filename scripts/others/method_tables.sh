@@ -6,7 +6,7 @@
 # What is finished stays: an interrupted run goes on where it stopped. With the defaults some 300 cells of 400 pages.
 #
 # Variables:
-#   MODELS         miniatures, those not in assets/ are left out   (llava-vicuna llava-mistral qwen2-vl)
+#   MODELS         miniatures, those not in assets/ are left out   (llava-vicuna llava-mistral qwen2-vl qwen3-vl)
 #   METHODS        methods, or METHOD for a single one             (all)
 #   BUDGETS        rows per kv head, or BUDGET for one value       (8 12 16 24 32 64 128)
 #   DOCUMENTS      held-out pages, half of them for each task      (400)
@@ -20,7 +20,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 DOCUMENTS="${DOCUMENTS:-400}"
 output="${OUTPUT:-results/methods}"
 options_from METHODS BUDGETS DOCUMENTS PAGE_SEED DEVICE DTYPE
-for model in ${MODELS:-llava-vicuna llava-mistral qwen2-vl}; do
+for model in ${MODELS:-llava-vicuna llava-mistral qwen2-vl qwen3-vl}; do
     if [[ ! -f "$scripts_folder/../assets/miniatures/$model/config.json" ]]; then
         echo "$model is not in assets/miniatures: left out" >&2
         continue

@@ -5,7 +5,7 @@
 #   bash scripts/others/miniature_figures.sh
 #
 # Variables:
-#   MODELS         miniatures, those not in assets/ are left out   (llava-vicuna llava-mistral qwen2-vl)
+#   MODELS         miniatures, those not in assets/ are left out   (llava-vicuna llava-mistral qwen2-vl qwen3-vl)
 #   NUM_IMAGES     pages of every chase                            (200)
 #   DOCUMENTS      pages of the masking experiment                 (64)
 #   SEEDS          of the random heads that are masked             (0 1 2 3 4)
@@ -21,7 +21,7 @@ count="${NUM_IMAGES:-200}"
 first=""
 score_files=()
 
-for model in ${MODELS:-llava-vicuna llava-mistral qwen2-vl}; do
+for model in ${MODELS:-llava-vicuna llava-mistral qwen2-vl qwen3-vl}; do
     if [[ ! -f "$scripts_folder/../assets/miniatures/$model/config.json" ]]; then
         echo "$model is not in assets/miniatures: left out" >&2
         continue

@@ -1,1 +1,1 @@
-"""Miniatures: small real checkpoints of the three families, and the training that makes them."""
+"""Miniatures: small real checkpoints of several families, and the training that makes them."""
