@@ -140,7 +140,9 @@ def load_model(
         raise DataError(f"{path} cannot be loaded, a file is missing or unreadable: {error}") from error
     except json.JSONDecodeError as error:
         raise DataError(f"a JSON file in {path} is damaged ({error}); get the whole checkpoint again") from error
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
+        if isinstance(error, ValueError) and "optional dependencies" not in str(error):
+            raise
         reason = " ".join(str(error).split())
         raise DataError(f"the {family.processor_class} of {path} needs a package that is not here: {reason}") from error
     if device != "auto" and parallel.size == 1:

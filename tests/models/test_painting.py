@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from toy_vlms import TOYS, mistral3_inputs, toy_vlm
 
 import sparsemm
+from sparsemm.errors import DataError
 from sparsemm.models import family_of
 from sparsemm.models.geometry import ImageLayout, cells_of_box
 
@@ -160,7 +161,11 @@ def test_folders_load_as_they_were_saved(name: str, tmp_path) -> None:
         pytest.skip(str(error))
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    loaded, again = sparsemm.load_model(tmp_path, device="cpu")
+    try:
+        loaded, again = sparsemm.load_model(tmp_path, device="cpu")
+    except DataError as error:  # transformers 5.17 wants torchvision for more image processors
+        assert "needs a package that is not here" in str(error)
+        pytest.skip(str(error))
     image = Image.new("RGB", (61, 34), (10, 200, 30))
     first, second = (
         family_of(model).build_inputs(each, [[image], None], ["Read.", "Hello."]) for each in (processor, again)
@@ -192,8 +197,6 @@ def test_a_processor_that_needs_a_missing_package_says_so(tmp_path) -> None:
     pytest.importorskip("transformers")
     from transformers import Mistral3Config
     from transformers.utils import is_torchvision_available
-
-    from sparsemm.errors import DataError
 
     if is_torchvision_available():
         pytest.skip("torchvision is here")
