@@ -239,9 +239,11 @@ class PatchHandle:
         cache, kinds = kwargs.get("past_key_values"), kwargs.get("token_type_ids")
         if isinstance(cache, SparseCache) and cache.get_seq_length() > 0:
             tokens, image = _tokens(args, kwargs), getattr(self.model.config, "image_token_id", None)
-            # Some versions of transformers hand no kinds to later chunks of a prompt, but ids.
-            seen = tokens == image if tokens.dim() == 2 and image is not None else torch.zeros(1, dtype=torch.bool)
-            if bool(seen.any()) or kinds is not None and bool(kinds[:, -tokens.shape[1] :].any()):
+            if kinds is not None:
+                kinds = kinds[:, -tokens.shape[1] :]
+            elif tokens.dim() == 2 and tokens.shape[1] > 1 and image is not None:
+                kinds = tokens == image  # some versions of transformers hand no kinds to later chunks of a prompt
+            if kinds is not None and bool(kinds.any()):
                 raise CacheError(
                     "image tokens attend to each other in both directions, which columns behind a filled cache cannot; "
                     "give all images with the first prompt, in one forward"
