@@ -106,26 +106,9 @@ class SparseCache(Cache):
                 cache is broken.
         """
         self._check()
-        fed, seen = self.columns, self.columns.count
-        if attention_mask is not None:
-            found = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-            if found != (batch, seen + columns):
-                raise CacheError(
-                    f"attention_mask has shape {found}, expected the 2-D {(batch, seen + columns)}, 1 = token and 0 "
-                    f"= padding: {seen} columns are cached and {columns} are new; other masks are not supported"
-                )
-        if seen and batch != fed.batch:
-            raise CacheError(f"the cache holds {fed.batch} sequences, got a batch of {batch}")
-        needs_lengths = seen == 0 or columns > 1
-        mask = None if attention_mask is None else attention_mask[:, seen:].bool()
-        if mask is not None and seen and (needs_lengths or mask.device.type == "cpu"):
-            before = attention_mask[:, :seen].bool()
-            if not bool(before.all() if fed.mask is None else torch.equal(before, fed.mask.to(before.device))):
-                raise CacheError(
-                    "attention_mask tells the cached columns to be other tokens and padding than they were fed as"
-                )
-        chunk = Chunk.of(mask, batch, columns, needs_lengths=needs_lengths)
-        if seen == 0:
+        fed = self.columns
+        chunk = fed.next_chunk(attention_mask, batch, columns)
+        if fed.count == 0:
             chunk = dataclasses.replace(chunk, prompt_lengths=chunk.lengths)
         elif columns > 1 and self.plan.config.compress_turns == "every" and self.plan.method.compresses:
             # A row with fewer than two new tokens reads as it would alone, where one token is a decode step.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsemm.cache.selection import take_columns
+from sparsemm.errors import CacheError
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,32 @@ class Columns:
     batch: int = 0
     count: int = 0
     mask: Tensor | None = None
+
+    def next_chunk(self, attention_mask: Tensor | None, batch: int, columns: int) -> Chunk:
+        """So many new columns, as `attention_mask` tells of them: `[batch, count + columns]`, 1 = token, 0 = padding.
+
+        Raises:
+            CacheError: The mask has another shape or contradicts the columns fed, or the batch size changed.
+        """
+        seen = self.count
+        if attention_mask is not None:
+            found = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+            if found != (batch, seen + columns):
+                raise CacheError(
+                    f"attention_mask has shape {found}, expected the 2-D {(batch, seen + columns)}, 1 = token and 0 "
+                    f"= padding: {seen} columns are cached and {columns} are new; other masks are not supported"
+                )
+        if seen and batch != self.batch:
+            raise CacheError(f"the cache holds {self.batch} sequences, got a batch of {batch}")
+        needs_lengths = seen == 0 or columns > 1
+        mask = None if attention_mask is None else attention_mask[:, seen:].bool()
+        if mask is not None and seen and (needs_lengths or mask.device.type == "cpu"):
+            before = attention_mask[:, :seen].bool()
+            if not bool(before.all() if self.mask is None else torch.equal(before, self.mask.to(before.device))):
+                raise CacheError(
+                    "attention_mask tells the cached columns to be other tokens and padding than they were fed as"
+                )
+        return Chunk.of(mask, batch, columns, needs_lengths=needs_lengths)
 
     def followed_by(self, chunk: Chunk, times: int = 1) -> Columns:
         count = self.count + times * chunk.columns
