@@ -25,6 +25,7 @@ from sparsemm.cli.processes import leave_message
 from sparsemm.errors import ConfigError
 from sparsemm.experiments.session import heldout_pages
 from sparsemm.methods import METHODS
+from sparsemm.models.parallel import join
 
 
 def whole(folder: Path, runs) -> dict:
@@ -284,5 +285,8 @@ def test_a_model_alone_is_not_divided(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(ConfigError, match="needs two processes or more, and there is 1; start them with torchrun"):
         sparsemm.load_model("assets/miniatures/qwen2-vl", tensor_parallel=True)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match="needs a multiple of 2 processes, and there is 3; start them with torchrun"):
+        join(2)
     with pytest.raises(ConfigError, match="device='cpu': under tensor parallelism"):
         sparsemm.load_model("assets/miniatures/qwen2-vl", tensor_parallel=True, device="cpu")

@@ -13,8 +13,10 @@ from toy_models import FAMILIES, single_row, toy_inputs, toy_model
 from transformers import DynamicCache
 
 import sparsemm
-from sparsemm.cache.stats import share_of_full
+from sparsemm.cache.stats import CacheRecord, share_of_full
 from sparsemm.errors import CacheError
+from sparsemm.models.parallel import TensorParallel
+from sparsemm.plan import Plan
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -503,3 +505,21 @@ def test_top_columns_are_the_largest_attention_weights(short_row):
 def test_a_share_of_a_full_cache_counts_the_same_tokens_on_both_sides():
     assert share_of_full(200, 200, 17) == 1.0
     assert share_of_full(50, 200, 0) == 0.25 and share_of_full(50, 200, 100) == 0.5
+
+
+def test_figures_of_a_divided_model_are_those_of_all_its_heads():
+    """Two processes of one kv head each, here one after the other, say what each has."""
+    rows = torch.tensor([[[1, 2], [3, 4], [5, 6]], [[7, 8], [9, 10], [11, 12]]])  # of sequences, layers, heads
+
+    class Together(TensorParallel):
+        def collect(self, value):
+            kept, held, sliding = value
+            return [(rows[..., :1], held + 7, 0), (kept, held, sliding)]
+
+    plan = Plan(config("snapkv", 12), 3, 4, 2, 16, parallel=Together(1, 2, None, True))
+    record = CacheRecord(plan, prompt_tokens=[40, 30], layer_bytes={0: 100, 1: 60})
+    record.kept = [rows[:, layer_idx, 1].int() for layer_idx in range(3)]
+    stats = record.stats()
+    assert torch.equal(stats.kept_rows, rows)
+    assert stats.effective_budgets == [21 / 6, 57 / 6]
+    assert (stats.cache_bytes, stats.bytes_by_rank) == (327, [167, 160])

@@ -99,6 +99,21 @@ def test_words_that_occur_in_both_texts_are_no_passage() -> None:
     assert match_aligned([" " + word for word in around], chunks)[6] == place
 
 
+@pytest.mark.parametrize("misread", ["generated", "truth"])
+@pytest.mark.parametrize(("between", "is_one"), [(31, True), (32, False)])
+def test_two_short_runs_are_a_passage_where_little_is_between_them(misread: str, between: int, is_one: bool) -> None:
+    """Of twelve characters each, neither a passage by itself. All else of both texts is of other letters."""
+    runs = "abcdefghijkl", "mnopqrstuvwx"
+    gap = {"generated": "#", "truth": "~", misread: {"generated": "#", "truth": "~"}[misread] * between}
+    generated = "#" * 300 + runs[0] + gap["generated"] + runs[1] + "#" * 300
+    truth = "~" * 250 + runs[0] + gap["truth"] + runs[1] + "~" * 250
+    expected: list[int | None] = [None] * len(generated)
+    for run in runs if is_one else ():
+        begin = generated.index(run)
+        expected[begin : begin + 12] = range(truth.index(run), truth.index(run) + 12)
+    assert align(generated, truth) == expected
+
+
 def test_short_texts_are_aligned_as_wholes() -> None:
     assert align("abc", "abc") == [0, 1, 2]
     assert align("axc", "abc") == [0, None, 2]

@@ -115,7 +115,34 @@ def other_activation(layer):
     layer.mlp.act_fn = torch.nn.ReLU()
 
 
-CHANGES = [wrap_projection, hook_projection, override_mlp, other_norm, other_residual, other_activation]
+def second_activation(layer):
+    class Limited(type(layer.mlp)):
+        def forward(self, x):
+            return self.limit(super().forward(x))
+
+    layer.mlp.__class__ = Limited
+    layer.mlp.limit = torch.nn.Hardtanh(-0.01, 0.01)
+
+
+def no_activation(layer):
+    layer.mlp.act_fn = torch.nn.Identity()
+
+
+def activation_with_weights(layer):
+    """A SiLU as it stands, and another function as soon as it is trained."""
+
+    class Swish(torch.nn.SiLU):
+        def forward(self, x):
+            return super().forward(self.weight * x)
+
+    layer.mlp.act_fn = Swish()
+    layer.mlp.act_fn.weight = torch.nn.Parameter(torch.ones((), dtype=layer.mlp.gate_proj.weight.dtype))
+
+
+CHANGES = [
+    wrap_projection, hook_projection, override_mlp, other_norm, other_residual, other_activation, second_activation,
+    no_activation, activation_with_weights,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -268,6 +268,29 @@ def test_one_token_and_streaming():
     assert all(torch.equal(a, b) for a, b in zip(ours.values, stock.values, strict=True))
 
 
+@pytest.mark.parametrize(
+    "rope", [{"rope_type": "dynamic", "factor": 4.0},
+             {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [3.0] * 8, "factor": 4.0}],
+    ids=lambda rope: rope["rope_type"],
+)  # fmt: skip
+def test_rotations_that_widen_while_tokens_are_generated(rope):
+    """Every step has the frequencies of its own length, not of the last one's: 32 positions were trained."""
+    settings = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=32, eos_token_id=None,
+        rope_parameters={**rope, "rope_theta": 1e4, "original_max_position_embeddings": 32},
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(settings).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    inputs = text_inputs(28)
+    expected = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+    with sparsemm.patch(model, config("fullkv", None)):
+        assert torch.equal(sparsemm.generate(model, inputs, max_new_tokens=24).sequences, expected)
+
+
 def test_what_is_refused():
     model = toy_model("llava-mistral")
     inputs = toy_inputs(model, 1)

@@ -169,3 +169,14 @@ def test_an_error_that_cannot_be_measured_is_taken_as_none(forwards, monkeypatch
     out = sparsemm.generate(model, text_inputs(30), config("fullkv", None), max_new_tokens=5)
     assert len(forwards) == 1 + 4
     assert "could not be measured: no memory" in caplog.text and out.new_tokens.shape == (1, 5)
+
+
+@pytest.mark.parametrize(("share", "serves"), [(1.9, True), (2.1, False)])
+def test_twice_the_models_own_error_is_the_limit(share, serves, forwards, monkeypatch):
+    own = []
+    original = DecodeStep.forward_of_model
+    monkeypatch.setattr(DecodeStep, "forward_of_model", lambda self: own.append(original(self)) or own[-1])
+    monkeypatch.setattr("sparsemm.decoding.verdict._finer_logits", lambda step: own[-1] + 0.25)
+    monkeypatch.setattr(DecodeStep, "forward_of_layers", lambda self: original(self) + 0.25 * share)
+    sparsemm.generate(toy_model("llava-vicuna"), text_inputs(30), config("fullkv", None), max_new_tokens=5)
+    assert len(own) == 1 + (0 if serves else 4)

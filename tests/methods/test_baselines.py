@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import baselines
 import numpy as np
 import pytest
 import torch
 from reference import cut_margin
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from sparsemm.cache.selection import select_positions
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError, HeadScoreError
 from sparsemm.head_scores import Curves, HeadScores
 from sparsemm.methods import METHODS, BudgetRequest, PromptStates
+from sparsemm.models.layers import mean_rotation
 from sparsemm.plan import Plan, head_budgets
 
 WINDOW = 6
@@ -110,6 +114,18 @@ def padded_batch(seed: int) -> tuple[PromptStates, list[int]]:
         ahead=torch.stack([torch.from_numpy(baselines.mean_rotation(8, 100.0, at, 64)).float() for at in (40, 29)]),
     )
     return states, [0, 11]
+
+
+def test_expected_attention_looks_over_the_next_512_positions() -> None:
+    """By the rotary embedding of a model; the reference sums rotation matrices."""
+    settings = LlamaConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+    model = SimpleNamespace(rotary_emb=LlamaRotaryEmbedding(settings))
+    ahead = METHODS["expected_attention"].positions_ahead
+    cos, sin = mean_rotation(model, torch.tensor([[39], [7]]), ahead)
+    for row, begin in enumerate((40, 8)):
+        rotation = baselines.mean_rotation(8, 10000.0, begin, 512)
+        np.testing.assert_allclose(cos[row, 0].numpy(), rotation.diagonal(), atol=1e-6)
+        np.testing.assert_allclose(sin[row, 0, :4].numpy(), rotation[4:, :4].diagonal(), atol=1e-6)
 
 
 def of_row(states: PromptStates, row: int, first: int) -> dict[str, np.ndarray]:

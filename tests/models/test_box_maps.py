@@ -6,6 +6,7 @@ No model is needed: the processors cut the image up, transformers' `unpad_image`
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,13 +14,15 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from toy_models import toy_processor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, Qwen2VLConfig
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, Qwen2VLConfig
 from transformers.image_processing_utils import select_best_resolution
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from sparsemm.models.geometry import ImageLayout, cells_of_box
+from sparsemm.models.llava import LLAVA as LLAVA_15
 from sparsemm.models.llava_next import LLAVA_NEXT
 from sparsemm.models.qwen2_vl import QWEN2_VL, _limit_pixels
 
@@ -37,6 +40,27 @@ def images(size: tuple[int, int], box: tuple[int, int, int, int]) -> tuple[Image
     painted = plain.copy()
     ImageDraw.Draw(painted).rectangle(box, fill=(255, 255, 255))
     return plain, painted
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [((672, 336), (168, 0, 504, 336)), ((100, 200), (0, 50, 100, 150)), ((1000, 500), (250, 0, 750, 500))],
+)
+def test_a_picture_is_shown_from_its_middle(size: tuple[int, int], shown: tuple[int, int, int, int]) -> None:
+    """LLaVA-1.5 without padding: what is painted beside the middle square is not seen, all of the square is."""
+    image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, do_center_crop=True
+    )
+    left, top, right, bottom = shown
+    plain, painted = images(size, (left, top, right - 1, bottom - 1))
+    beside = Image.new("RGB", size, (255, 255, 255))
+    beside.paste(plain.crop(shown), (left, top))
+    before, inside, outside = (image_processor(each, return_tensors="pt") for each in (plain, painted, beside))
+    assert (before["pixel_values"] == outside["pixel_values"])[..., 8:-8, 8:-8].all()  # resampling blurs an edge
+    assert (before["pixel_values"] != inside["pixel_values"]).all()
+    config = LlavaConfig(vision_config=LLAVA.vision_config, text_config=LLAVA.text_config)
+    layout = LLAVA_15.image_layout(config, before, SimpleNamespace(image_processor=image_processor), size)
+    assert layout.grids == {"grid": (24, 24)} and layout.regions == {"grid": shown}
 
 
 def llava_changes(size: tuple[int, int], box: tuple[int, int, int, int]) -> tuple[Tensor, ImageLayout]:

@@ -44,6 +44,14 @@ def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path, name: str) -> None:
     assert np.array_equal(np.asarray(open_image(tmp_path / name))[..., 0], RAMP)
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B", "I;16N"])
+def test_every_value_of_sixteen_bits_is_rounded(mode: str) -> None:
+    values = np.arange(65536, dtype={"I;16B": ">u2", "I;16N": "=u2"}.get(mode, "<u2")).reshape(256, 256)
+    grey = np.asarray(open_image(Image.frombytes(mode, (256, 256), values.tobytes())))[..., 0]
+    # 65535 = 255 * 257: what lies nearest, as integers
+    assert np.array_equal(grey, (values.astype(np.int64) + 128) // 257)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1 / 255])
 def test_floats_are_scaled(tmp_path: Path, scale: float) -> None:
     Image.fromarray((RAMP * scale).astype(np.float32)).save(tmp_path / "f.tif")

@@ -154,6 +154,22 @@ def test_no_crop_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", TOYS)
+def test_families_with_an_exact_grid_say_so(name: str) -> None:
+    """Of a picture of an odd shape it is another one than the whole image's, or there is none."""
+    try:
+        model, processor = toy_vlm(name)
+    except ImportError as error:
+        pytest.skip(str(error))
+    family, size = family_of(model), (120, 47)
+    inputs = family.build_inputs(processor, [Image.new("RGB", size)], ["Read."])
+    plain, exact = (
+        family.image_token_layout(model.config, inputs, processor=processor, image_sizes=[size], exact_grid=exact)[0][0]
+        for exact in (False, True)
+    )
+    assert family.pads_grid == (exact.regions != plain.regions)
+
+
+@pytest.mark.parametrize("name", TOYS)
 def test_folders_load_as_they_were_saved(name: str, tmp_path) -> None:
     try:
         model, processor = toy_vlm(name)

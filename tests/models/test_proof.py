@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,31 @@ def test_nothing_is_disturbed() -> None:
     assert [vars(layer.self_attn) for layer in text_model.layers] == before
     assert dict(projections.Projections.of(text_model.layers[0].self_attn).interface) == interface
     assert calls == [] and all(parameter.grad is None for parameter in text_model.parameters())
+
+
+def test_a_model_in_training_is_proved_without_its_dropout() -> None:
+    text_model = language_model("llama").train()
+    for layer in text_model.layers:
+        layer.self_attn.v_proj.register_forward_hook(
+            lambda module, _, out: nn.functional.dropout(out, 0.5, module.training)
+        )
+    assert len(proved_projections(text_model)) == 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "glm4", "cohere2", "smollm3"])
+def test_the_matrix_of_a_rotation_does_as_the_modules_own(kind: str) -> None:
+    """Of several sequences, each at its place; rotated by halves, by neighbours and in part, and not at all."""
+    text_model = language_model(kind, **SERVED[kind])
+    rows = torch.randn(3, 1, 1, 16, generator=torch.Generator().manual_seed(0))
+    factors = text_model.rotary_emb(rows, torch.tensor([[5], [0], [40]]))
+    for layer, found in zip(text_model.layers, proved_projections(text_model), strict=True):
+        rotated = rows
+        if found.rotary is not None:
+            rotated, _ = sys.modules[type(layer.self_attn).__module__].apply_rotary_pos_emb(rows, rows, *factors)
+            assert (rotated - rows).abs().max() > 0.5
+        matrix = found.matrix(factors, like=rows)
+        assert matrix.shape[1:] == (16, 16)
+        torch.testing.assert_close(rows[:, 0] @ matrix.mT, rotated[:, 0], rtol=1e-5, atol=1e-5)
 
 
 def test_weights_kept_elsewhere_are_fetched_by_their_hooks(tmp_path: Path) -> None:

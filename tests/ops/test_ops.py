@@ -13,7 +13,7 @@ import ragged_cases as cases
 import torch
 
 import sparsemm.ops  # noqa: F401
-from sparsemm.ops import library, reference
+from sparsemm.ops import library, reference, schemas
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPS = {"dispatched": torch.ops.sparsemm, "twin": reference}
@@ -218,6 +218,12 @@ def test_wrong_arguments_are_named(ops, name, place, change, message):
 @pytest.mark.parametrize("name", ["compact", "append", "varlen_decode", "window_scores", "select_rows"])
 def test_the_unspoilt_call_is_accepted(ops, name):
     getattr(ops, name)(*_spoil(name, 0, lambda x: x))
+
+
+@pytest.mark.parametrize("name", schemas.SCHEMAS)
+def test_every_device_has_the_twins(name):
+    """Also those without compiled kernels, whatever is built here."""
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsemm::{name}", "CompositeExplicitAutograd")
 
 
 @pytest.mark.skipif(not library.is_loaded("cpu"), reason="the C++ kernels are not built")

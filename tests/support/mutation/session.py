@@ -27,6 +27,15 @@ ELSEWHERE = ("tests/ops/test_kernels_emulated.py", "tests/test_mutants.py")
 """Tests that compile csrc/ for minutes, and those of this package: what is mutated is not what they look at."""
 
 
+TESTED_ELSEWHERE = {
+    "models": ("tests/decoding/test_fused.py", "tests/test_tensor_parallel.py"),
+    "decoding": ("tests/test_tensor_parallel.py",),
+}
+"""Tests of a room that stand elsewhere, because they need rooms above it."""
+
+IN_PROCESSES = {"tests/test_tensor_parallel.py": ("sparsemm/models/parallel.py",)}
+"""Tests that start processes, where it is not seen what they execute, and files that are executed there above all."""
+
 _IMPORTED = re.compile(r"^\s*(?:from|import) (\w+)", re.MULTILINE)
 
 
@@ -47,7 +56,8 @@ class Room:
 
     @property
     def tests(self) -> list[str]:
-        return [path for path in self._list("tests", "test_*.py") if path not in ELSEWHERE]
+        own = [path for path in self._list("tests", "test_*.py") if path not in ELSEWHERE]
+        return own + [path for path in TESTED_ELSEWHERE.get(self.name, ()) if (self.root / path).exists()]
 
     @property
     def digest(self) -> str:
@@ -67,13 +77,14 @@ def chosen_tests(mutant: Mutant, source: Source, record: dict[str, Any], caught:
     """The tests that execute the changed statement, as many as `PATIENCE` allows.
 
     Those that caught others in the same file come first, then fast files. What runs at import is seen by every test
-    that executes anything in the file.
+    that executes anything in the file; what none is seen to execute may run in processes that tests start.
     """
     lines, seconds = record["lines"].get(mutant.path, {}), record["seconds"]
     statement = source.statement_at(mutant.spec.start_pos)
     found = {test for line in statement_lines(statement) for test in lines.get(str(line), [])}
     if "" in found or not source.function_at(statement):
         found = {test for tests in lines.values() for test in tests} - {""} or set(seconds)
+    found |= {test for test, files in IN_PROCESSES.items() if mutant.path in files or not found}
     of_file: Counter[str] = Counter()
     for test in seconds:
         of_file[test.split("::")[0]] += seconds[test]
@@ -81,6 +92,14 @@ def chosen_tests(mutant: Mutant, source: Source, record: dict[str, Any], caught:
     tests.sort(key=lambda test: (-caught[test], of_file[test.split("::")[0]], seconds[test]))
     spent = itertools.accumulate(seconds[test] for test in tests)
     return [test for test, until in zip(tests, spent, strict=True) if until <= PATIENCE] or tests[:1]
+
+
+def allowed_seconds(tests: list[str], seconds: dict[str, float]) -> dict[str, float]:
+    """Of each test the longest that any of its file took: of those chosen, another one may set the file up."""
+    longest: Counter[str] = Counter()
+    for test, spent in seconds.items():
+        longest[test.split("::")[0]] = max(spent, longest[test.split("::")[0]])
+    return {test: longest[test.split("::")[0]] for test in tests}
 
 
 class Session:
@@ -169,7 +188,7 @@ class Session:
                     room = self.room_of[mutant.path]
                     record = records[room.name]
                     tests = chosen_tests(mutant, self.sources[mutant.path], record, caught[mutant.path])
-                    seconds = {test: record["seconds"][test] for test in tests}
+                    seconds = allowed_seconds(tests, record["seconds"])
                     if tests:
                         job = pool.submit(try_mutant, mutant.path, mutant.mutated, tests, seconds)
                         running[job] = mutant, room, len(tests), time.monotonic()
