@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("cosmic_ray")
+from mutation import session
 from mutation.draw import Source, draw
-from mutation.session import Session
+from mutation.session import Session, allowed_seconds, chosen_tests
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = '''
@@ -104,6 +106,24 @@ def test_survivors_are_found_and_tried_again_only_with_other_tests(
         key for key, (outcome, _) in found.items() if outcome != "caught"
     }
     assert all(outcome == "caught" for (was, _), (outcome, _) in again.items() if was == line)
+
+
+def test_what_runs_in_other_processes_is_tried_there(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the time that its file takes: of the chosen tests another one may be the first, and set it up."""
+    path, apart = "sparsemm/methods/toy.py", "tests/test_apart.py"
+    seconds = {"a.py::one": 1.0, f"{apart}::two": 30.0, f"{apart}::three": 0.0}
+    record = {"lines": {path: {"7": ["a.py::one"], "8": ["a.py::one"]}}, "seconds": seconds}
+    mutants = {mutant.change(CODE)[0]: mutant for mutant in draw(project, [path], 100, 0)}
+
+    def chosen(was: str) -> list[str]:
+        return chosen_tests(mutants[was], Source(project, path), record, Counter())
+
+    monkeypatch.setattr(session, "IN_PROCESSES", {apart: ()})
+    assert chosen("return n + 1") == [f"{apart}::three", f"{apart}::two"], "nothing here is seen to execute it"
+    assert chosen("if n is None:") == ["a.py::one"]
+    monkeypatch.setattr(session, "IN_PROCESSES", {apart: (path,)})
+    assert chosen("if n is None:") == ["a.py::one", f"{apart}::three", f"{apart}::two"]
+    assert allowed_seconds(["a.py::one", f"{apart}::three"], seconds) == {"a.py::one": 1.0, f"{apart}::three": 30.0}
 
 
 def test_listed_equivalents_are_of_this_tree() -> None:

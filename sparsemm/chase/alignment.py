@@ -16,7 +16,7 @@ _SHORTEST_PASSAGE = 16
 """Characters of a passage, in runs one after the other: words of fewer occur in any two texts of a language."""
 
 _LARGEST_BREAK = 32
-"""Characters misread or left out between two runs of one passage."""
+"""Places from the end of a run to the next one of the same passage, in either text: what is between was misread."""
 
 _MOST_PAIRS = 4096
 """What occurs in more pairs of places, such as a row of dots, is only paired in order."""
