@@ -190,8 +190,8 @@ def retrieval_scores(model: PreTrainedModel, prompt: Prompt, answer: Tensor, nee
     `[num_layers, num_query_heads]`.
 
     For every token of the answer but the last, which ends it, the attention weights in the row that predicts it: those
-    of the needle that are among the |needle| largest, summed and divided by |needle|. The mean over the tokens (Fu et
-    al., arXiv 2410.19258, section 3.1, as in the authors' code: also where attention is spread over the needle).
+    of the needle that are among the |needle| largest, summed and divided by |needle| (Fu et al., arXiv 2410.19258,
+    equation 2, whose needle is text as long as the answer). The mean over the tokens, so that no page counts more.
     """
     scores: list[Tensor] = []
     tokens = max(1, answer.shape[1] - 1)

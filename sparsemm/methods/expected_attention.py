@@ -10,23 +10,23 @@ from sparsemm.methods.snapkv import uniform_budgets
 from sparsemm.methods.streaming_llm import NUM_SINKS
 
 POSITIONS_AHEAD = 512
-"""Over which the rotation of a query to come is averaged."""
-EPSILON = 1e-2
+"""Over which the rotation of a query to come is averaged: T of equation 6, as in the paper's section 3.1."""
+EPSILON = 0.02
+"""Of equation 9; the value of section 3.1, which has 0 for needles in a haystack alone."""
 
 
 def expected_attention(settings: Settings, states: PromptStates) -> Tensor:
     """(a_i + epsilon) ‖v_i‖₂ in float32, with a the expected attention of tokens to come (Devoto et al., "Expected
-    Attention", arXiv 2510.00636, section 3; details as in the authors' library kvpress).
+    Attention", arXiv 2510.00636, section 2.2, equations 5 to 9).
 
     Queries before RoPE are taken as normal with the mean mu and the covariance S of the prompt's own, and rotated by R,
-    the mean rotation of the next 512 positions. A key then has the expected unnormalised weight
-    z_i = exp(c k_i·R mu + c² k_i·R S Rᵀ k_i / 2), c the factor of the logits; a = z / sum(z), the mean over the query
-    heads of a kv head. The first four tokens are kept, and count neither among the queries nor in the sum. epsilon is
-    0.01 as in kvpress's evaluation. The contribution of a row to the residual is measured by the norm of its value, as
-    kvpress does, not behind the output projection.
+    the mean rotation of the next 512 positions (equation 6). A key then has the expected unnormalised weight
+    z_i = exp(c k_i·R mu + c² k_i·R S Rᵀ k_i / 2), c the factor of the logits (7); a = z / sum(z) (8), the mean over the
+    query heads of a kv head. Equation 9 has ‖W_o v_i‖; its section 3.1 leaves the projection out, for its memory. As in
+    the authors' library kvpress, the first four tokens are kept, and count neither among the queries nor in the sum.
 
-    All heads get the same budget; the paper's main results spread it over a layer's heads as AdaKV does. Beside the
-    states, queries are held once more in float32, and twice the keys of every query head.
+    All heads get the same budget; the paper spreads it over a layer's heads as AdaKV does. Beside the states, queries
+    are held once more in float32, and twice the keys of every query head.
     """
     key = states.key.float()
     batch, num_kv_heads, seq_len, head_dim = key.shape

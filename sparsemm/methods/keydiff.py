@@ -11,10 +11,11 @@ from sparsemm.methods.snapkv import uniform_budgets
 
 def difference_from_mean_key(settings: Settings, states: PromptStates) -> Tensor:
     """s_i = -cos(mu, k_i) in float32, with mu the mean of all keys k_j / ‖k_j‖ of the head, as the cache holds them
-    (Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction", arXiv 2504.15364, section 3). As
-    `sparsemm.methods.method.PositionScorer` says.
+    (Park et al., "KeyDiff: Key Similarity-Based KV Cache Eviction", NeurIPS 2025, arXiv 2504.15364, section 3: the form
+    with one anchor for the sum of all pairwise similarities). As `sparsemm.methods.method.PositionScorer` says.
 
-    The whole prompt is one block: the paper's block-wise prefill and its sliding window variant are not here.
+    The whole prompt is one block, where the paper evicts after blocks of 128; the window that every method here keeps
+    is the paper's variant with a sliding window.
     """
     key = states.key.float()
     # The mean's length does not change a cosine, so the sum will do.

@@ -14,13 +14,14 @@ _TINY = 1e-8
 
 def importance_and_diversity(settings: Settings, states: PromptStates) -> Tensor:
     """(1 - r) (a + v) + r d in float32, over the columns before the window (Liu et al., "Mixing Importance with
-    Diversity", arXiv 2510.20707, section 3; details as in the authors' code).
+    Diversity", ICLR 2026, arXiv 2510.20707, section 3; scales as in the authors' code).
 
     a is SnapKV's score. v = ‖value‖₂ and d = -k̂·m, with k̂ = key / ‖key‖₂ and m the mean k̂ of the head, both brought
     to 0 .. 1 over the columns and then to the mean of a. r = (T ‖m‖² - 1) / (T - 1) is the mean cosine between two
     different keys of the head, in closed form. There is nothing to set.
 
-    r is that of the prompt itself; the authors' code has it averaged over other prompts beforehand.
+    r is that of the prompt itself: "online" in the paper's Table 4, where it does better than r averaged beforehand
+    over other prompts, which the authors' code has.
     """
     columns, valid = states.columns, states.valid
     before, length = valid[..., :columns], valid.sum(-1, keepdim=True)

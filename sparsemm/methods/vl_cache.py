@@ -11,18 +11,19 @@ from sparsemm.methods.budgets import fill_in_proportion, largest_fraction, whole
 from sparsemm.methods.method import BudgetRequest, Method, PromptStates, Settings
 
 THRESHOLD = 0.01
-"""A weight below this share of its row's largest counts as zero."""
+"""A weight below this share of its row's largest counts as zero: p = 1 % of the paper's equation 1."""
 _TILE = 64
 """Queries whose attention is held at a time."""
 
 
 def attention_behind_the_image(settings: Settings, states: PromptStates) -> tuple[Tensor, Tensor]:
     """Scores of the columns before the window, and the density of the layer's attention, in float32 (Tu et al.,
-    "VL-Cache", arXiv 2410.23317, section 4; details as in EffiVLM-Bench's implementation of it).
+    "VL-Cache", ICLR 2025, arXiv 2410.23317).
 
     The queries are those of the tokens behind the last image token, of all tokens where there is no image. A column's
-    score is the sum of their attention weights, the mean over the query heads of a kv head. The density, 1 minus the
-    paper's sparsity, is the share of their causal weights that reach 1 % of the largest of their row.
+    score is the sum of their attention weights (the paper's section 3.2), the mean over the query heads of a kv head,
+    of which the paper says nothing. The density, 1 minus the sparsity of equation 2 over these queries, is the share of
+    their causal weights that reach 1 % of the largest of their row.
 
     The first of these tokens is asked of the device, once a layer.
     """
@@ -51,10 +52,11 @@ def attention_behind_the_image(settings: Settings, states: PromptStates) -> tupl
 
 def budgets_by_density(request: BudgetRequest, said: Tensor) -> LongTensor:
     """Rows beyond the window in proportion to the layers' densities (the mean over their heads), all heads of a layer
-    alike: int64 `[num_layers, num_kv_heads]`.
+    alike: int64 `[num_layers, num_kv_heads]` (Algorithm 1 of the paper).
 
-    The paper gives every layer at least 1 % of the prompt and caps it at the whole, and loses what does not fit; here
-    the window is the least, and what a full layer cannot take goes to the others, so that sums are exact.
+    Algorithm 1 gives every layer at least 1 % of the prompt and caps it at the whole, and loses what does not fit; its
+    window of recent tokens is 10 % of a layer's rows (section 5). Here the window is the least, the same for every
+    layer, and what a full layer cannot take goes to the others, so that sums are exact.
     """
     budget, window, length = request.settings.budget, request.settings.window_size, request.prompt_length
     shares = whole_shares([[density] for density in said.mean(1).nan_to_num(0.0).tolist()])

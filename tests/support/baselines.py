@@ -64,7 +64,7 @@ def expected(
             each = np.exp(exponents - exponents.max())
             weights += each / each.sum() / group
         norms = np.array([math.sqrt(row @ row) for row in value[head, 4:]])
-        scores[head, 4:] = (weights + 0.01) * norms
+        scores[head, 4:] = (weights + 0.02) * norms
     return scores
 
 
