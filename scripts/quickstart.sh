@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The whole method on a miniature: every method at several budgets on held-out pages, as a table, JSON and a plot.
+# The whole method on a miniature: methods at several budgets on held-out pages, as a table, JSON and a plot.
 #
 #   bash scripts/quickstart.sh [options of `sparsemm quickstart`, such as --chase or --fresh]
 #
 # Variables:
 #   MODEL          miniature, checkpoint folder or hub id      (llava-vicuna)
-#   METHODS        methods, or METHOD for a single one         (all)
+#   METHODS        methods, or METHOD for a single one; or all (the paper's eight, and rate_distortion)
 #   BUDGETS        rows per kv head, or BUDGET for one value   (miniatures: 8 12 16 24 32 64 128)
 #   RATIO          share of the budget all heads get alike     (0.1)
 #   MASK_RATIO     share of heads masked by mask, mask_random  (0.1)

@@ -30,6 +30,7 @@ ALL_METHODS = (
     "fullkv,streaming_llm,knorm,keydiff,snapkv,pyramidkv,adakv,expected_attention,vl_cache,mixkv,head_kv,sparsemm,"
     "rate_distortion,random,mask,mask_random"
 )
+QUICK_METHODS = "fullkv,snapkv,pyramidkv,adakv,sparsemm,rate_distortion,random,mask,mask_random"
 MINIATURE_BUDGETS = "8,12,16,24,32,64,128"
 BUDGETS = "64,128,256,512,1024,2048"  # Table 3 of the paper
 
@@ -43,6 +44,13 @@ class Grid:
         str | None,
         typer.Option(help=f"Mean prompt rows kept per kv head [default: {BUDGETS}, miniatures {MINIATURE_BUDGETS}]."),
     ] = None
+
+
+@dataclass(frozen=True)
+class QuickGrid(Grid):
+    """Those of the paper, and the one that beats them; the others on request."""
+
+    methods: MethodsOption = QUICK_METHODS
 
 
 def evaluate(
@@ -116,20 +124,24 @@ def report(
     ] = None,
     pair: Annotated[
         str | None,
-        typer.Option(help="A method that is also compared, page by page, with the best other one in every cell."),
+        typer.Option(
+            help="A method to compare, page by page, with the best other one in every cell; also prints every task "
+            "by method and budget, with standard errors."
+        ),
     ] = None,
 ) -> None:
     """Print the table of an evaluation and draw its plot."""
     from sparsemm.experiments.evaluate import Results
     from sparsemm.experiments.paired import format_pairs, pair_with_best
-    from sparsemm.experiments.report import describe, format_table, plot_accuracy
+    from sparsemm.experiments.report import describe, format_by_budget, format_table, plot_accuracy
 
     found = Results.load(results)
     picture = plot or results.with_name(f"{file_name(metric, task)}.png")
     claim_picture(picture)
     typer.echo(format_table(found.cells, metric=metric, task=task))
     if pair is not None:
-        typer.echo(f"\n{format_pairs(pair_with_best(found.cells, pair, metric=metric), pair)}")
+        pairs = pair_with_best(found.cells, pair, metric=metric)
+        typer.echo(f"\n{format_by_budget(found.cells, metric)}\n\n{format_pairs(pairs, pair)}")
     typer.echo(f"\n{describe(found)}")
     typer.echo(f"results: {results}")
     if any(cell.nominal_budget is not None for cell in found.cells):
@@ -143,7 +155,7 @@ def report(
 def quickstart(
     *,
     model: Model,
-    grid: Grid,
+    grid: QuickGrid,
     settings: Settings,
     reading: Reading,
     chase: Annotated[
@@ -152,7 +164,7 @@ def quickstart(
     chase_pages: Annotated[int, typer.Option(min=1, help="Pages for --chase.")] = 100,
     output: Annotated[Path, typer.Option(help="Folder of everything written.")] = Path("results/quickstart"),
 ) -> None:
-    """The whole method on a miniature: visual heads, every method at every budget, a table and a plot."""
+    """The whole method on a miniature: visual heads, methods at every budget, a table and a plot."""
     from sparsemm.datasets import open_pages
     from sparsemm.experiments.session import heldout_pages
 

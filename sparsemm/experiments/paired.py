@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sparsemm.errors import DataError
 from sparsemm.experiments.evaluate import Cell
-from sparsemm.runs.markdown import table_of
+from sparsemm.runs.markdown import table_of, with_error
 from sparsemm.runs.metrics import standard_error
 
 SURE = 2.0
@@ -84,10 +84,6 @@ def _pair(cell: Cell, rival: Cell, task: str, metric: str) -> Pair:
 
 def format_pairs(pairs: Sequence[Pair], method: str) -> str:
     """A Markdown table of `pair_with_best`, and one line that counts."""
-
-    def with_error(value: float, error: float | None, form: str = ".3f") -> str:
-        return f"{value:{form}}" + ("" if error is None else f" ± {error:.3f}")
-
     columns: dict[str, Callable[[Pair], str]] = {
         "task": lambda pair: pair.task,
         "budget": lambda pair: str(pair.budget),

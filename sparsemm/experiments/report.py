@@ -8,7 +8,7 @@ from pathlib import Path
 from sparsemm.errors import DataError
 from sparsemm.experiments.evaluate import Cell, Results
 from sparsemm.runs.lines import Panel, draw_panels
-from sparsemm.runs.markdown import table_of
+from sparsemm.runs.markdown import markdown_table, table_of, with_error
 from sparsemm.runs.metrics import METRIC_LABELS
 from sparsemm.runs.spread import show_spread
 
@@ -46,6 +46,25 @@ def format_table(cells: list[Cell], *, metric: str = "accuracy", task: str | Non
         "ms/token": lambda cell: show_spread(cell.ms_per_token),
     }
     return table_of(cells, columns)
+
+
+def format_by_budget(cells: list[Cell], metric: str = "accuracy") -> str:
+    """For every task a Markdown table of `metric` with its standard errors over the documents: a row for each method, a
+    column for each budget. What keeps every row stands in the first column."""
+    budgets = sorted({cell.nominal_budget for cell in cells if cell.nominal_budget is not None})
+    found = {cell.key: cell for cell in cells}
+    tables = []
+    for task in sorted({each for cell in cells for each in cell.tasks}, reverse=True):
+        rows = [
+            [method, *(_mean_and_error(found.get((method, budget)), metric, task) for budget in (None, *budgets))]
+            for method in dict.fromkeys(cell.method for cell in cells)
+        ]
+        tables.append(markdown_table([f"{metric}: {task}", "all rows", *map(str, budgets)], rows))
+    return "\n\n".join(tables)
+
+
+def _mean_and_error(cell: Cell | None, metric: str, task: str) -> str:
+    return "" if cell is None else with_error(cell.mean(metric, task), cell.error(metric, task))
 
 
 def describe(results: Results) -> str:

@@ -22,6 +22,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left
     return "\n".join([shown(lines[0]), shown(rule), *map(shown, lines[1:])])
 
 
+def with_error(value: float, error: float | None, form: str = ".3f") -> str:
+    """`0.512 ± 0.021`; without the error where there is none."""
+    return f"{value:{form}}" + ("" if error is None else f" ± {error:.3f}")
+
+
 def table_of(items: Iterable[Any], columns: Mapping[str, Callable[[Any], str]], *, left: int = 1) -> str:
     """`markdown_table` of one row an item; `columns` are the headings and what stands below them."""
     return markdown_table(list(columns), [[show(item) for show in columns.values()] for item in items], left=left)

@@ -17,7 +17,7 @@ from sparsemm.decoding.generation import generate_greedy, remember_image_feature
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.experiments.evaluate import Cell, Results
 from sparsemm.experiments.paired import format_pairs, pair_with_best
-from sparsemm.experiments.report import describe, format_table, plot_accuracy
+from sparsemm.experiments.report import describe, format_by_budget, format_table, plot_accuracy
 from sparsemm.experiments.session import PageReader, heldout_pages
 from sparsemm.head_scores import HeadScores
 from sparsemm.miniatures.architectures import build_model, build_processor
@@ -328,6 +328,17 @@ def test_table_of_a_metric_or_of_a_task() -> None:
     assert "0.700" in lines[3] and "0.200" not in lines[3]
     with pytest.raises(DataError, match="sums"):
         format_table(mixed, task="sums")
+
+
+def test_every_task_by_method_and_budget_with_standard_errors() -> None:
+    varied = cell("snapkv", 8, 0.2)
+    varied.scores["read/1 words"] = {name: [0.0, 0.2, 0.4, 1.0] for name in ("accuracy", "exact_match", "anls")}
+    read, field = format_by_budget([cell("fullkv", None, 0.9), varied, cell("adakv", 64, 0.4)]).split("\n\n")
+    parts = [[part.strip() for part in line.strip("|").split("|")] for line in read.splitlines()]
+    assert parts[0] == ["accuracy: read", "all rows", "8", "64"] and field.startswith("| accuracy: field")
+    assert parts[3] == ["snapkv", "", "0.400 ± 0.216", ""]  # sqrt((.16 + .04 + 0 + .36) / 3 / 4), by hand
+    assert [line[0] for line in parts[2:]] == ["fullkv", "snapkv", "adakv"] and parts[2][1].startswith("0.900")
+    assert parts[4][3].startswith("0.400") and "0.200 ± 0.000" in field
 
 
 def test_the_best_other_method_is_compared_page_by_page() -> None:
