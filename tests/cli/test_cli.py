@@ -134,12 +134,8 @@ def test_evaluate_writes_table_results_and_plot(run: Any, files: dict[str, Path]
     assert (tmp_path / "measured" / "anls-read_1_words.png").exists() and "ANLS: read/1 words" in part.out
     assert (tmp_path / "measured" / "accuracy.png").read_bytes() == accuracy
     paired = run("report", "measured/results.json", "--pair", "sparsemm")
-    assert (
-        "| all rows |" in paired.out
-        and "paired difference" in paired.out
-        and "sparsemm: best in " in paired.out
-        and " of 2 cells" in paired.out
-    )
+    assert "all rows" in paired.out and "paired difference" in paired.out
+    assert "sparsemm: best in " in paired.out and " of 2 cells" in paired.out
     assert run("report", "measured/results.json", "--pair", "adakv").status == 2
     assert run("report", "measured/results.json", "--task", "sums").status == 2
     refused = run(*arguments, "--ratio", 0.7)
