@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemm.cli.common import is_miniature, resolve_model, short_name
+from sparsemm.cli.common import LARGE, defaults_of, is_miniature, resolve_model, short_name
 from sparsemm.cli.options import Rounding, Settings
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError
@@ -121,6 +121,10 @@ class Shared:
 
     def cell(self, task: str, method: str, budget: int | None, **changes: Any) -> Cell:
         """A checked cell, `changes` among its settings. Raises `ConfigError` when a setting does not hold."""
+        if task in OFFLINE_TASKS and defaults_of(self.model).page_size != LARGE.page_size:
+            raise ConfigError(
+                f"{task} has pages of {LARGE.page_size} pixels, {self.model} reads larger ones; use `sparsemm evaluate`"
+            )
         chosen = get_method(method)
         if self.settings.rounding is None and not chosen.paper_rounding:
             changes["rounding"] = "exact"

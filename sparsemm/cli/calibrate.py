@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from sparsemm.cli.chase import PAGE_SEED, place_of
-from sparsemm.cli.common import MINIATURE_WINDOW
-from sparsemm.cli.options import DividedModel, FreshOption, NewTokensOption, PixelsOption, QuietOption
+from sparsemm.cli.common import LARGE, SMALL, WIDE, parse_integers
+from sparsemm.cli.options import DividedModel, FreshOption, Model, NewTokensOption, PixelsOption, QuietOption
 from sparsemm.cli.outputs import claim
 from sparsemm.errors import DataError
 
@@ -29,7 +29,11 @@ def calibrate(
     num_pages: Annotated[int, typer.Option("--pages", min=1, help="At most so many pages.")] = 64,
     window_size: Annotated[
         int | None,
-        typer.Option(min=1, help=f"Window of the compression [default: 32, miniatures {MINIATURE_WINDOW}]."),
+        typer.Option(
+            min=1,
+            help=f"Window of the compression [default: {LARGE.window_size}, miniatures {SMALL.window_size} or "
+            f"{WIDE.window_size}].",
+        ),
     ] = None,
     kernel_size: Annotated[int, typer.Option(min=1, help="Width of the pooling of position scores.")] = 5,
     seed: Annotated[int, typer.Option(help="Generator: another seed draws other pages.")] = PAGE_SEED,
@@ -57,13 +61,13 @@ def calibrate(
     file = output or place_of(model.model, calibrated=True)
     claim(file)
     name = data or "miniature"
-    pages = _pages(name, split, num_pages, seed)
+    pages = _pages(model, name, split, num_pages, seed)
     network, processor = model.load(device=model.device or workers().device, max_pixels=max_pixels)
     scores = measure(
         network,
         processor,
         pages,
-        window_size=window_size or (MINIATURE_WINDOW if model.is_miniature else 32),
+        window_size=window_size or model.defaults.window_size,
         kernel_size=kernel_size,
         max_new_tokens=max_new_tokens,
         output=file,
@@ -80,8 +84,13 @@ def calibrate(
         typer.echo(f"{figures['num_pages']} pages used ({tasks}), {figures['num_skipped']} skipped")
 
 
-def _pages(name: str, split: str, count: int, seed: int) -> Any:
+def _pages(model: Model, name: str, split: str, count: int, seed: int) -> Any:
     from sparsemm.datasets import open_questions
     from sparsemm.experiments.session import heldout_pages
 
-    return heldout_pages(count, seed=seed) if name == "miniature" else open_questions(name, split=split, limit=count)
+    if name != "miniature":
+        return open_questions(name, split=split, limit=count)
+    suits = model.defaults
+    return heldout_pages(
+        count, num_words=parse_integers(suits.num_words, "--num-words"), seed=seed, size=suits.page_size
+    )

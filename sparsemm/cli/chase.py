@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from sparsemm.cli.common import parse_integers, score_files
+from sparsemm.cli.common import LARGE, parse_integers, score_files
 from sparsemm.cli.data import SOURCES, Source, echo_flaws
 from sparsemm.cli.options import DividedModel, FreshOption, Model, PixelsOption, QuietOption
 from sparsemm.cli.outputs import claim
@@ -67,6 +68,10 @@ def chase(
     name = dataset or ("miniature" if model.is_miniature else "documents")
     limit = num_images or (200 if model.is_miniature else 1000)
     words = None if num_words is None else tuple(parse_integers(num_words, "--num-words"))
+    suits = model.defaults
+    if name == "miniature" and suits.page_size != LARGE.page_size:
+        words = words or tuple(parse_integers(suits.num_words, "--num-words"))
+        source = replace(source, page_size=source.page_size or str(suits.page_size))
     place = output or place_of(model.model)
     claim(place)
     pages = source.open(name, limit=limit, seed=seed, num_words=words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,30 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 DEFAULT_MODEL = "llava-vicuna"
-MINIATURES = ("llava-vicuna", "llava-mistral", "qwen2-vl", "qwen3-vl")
-MINIATURE_WINDOW = 4  # 32 prompt tokens would be a seventh of a miniature's page
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What suits a model where no option says it: the paper's settings, or a miniature's."""
+
+    window_size: int = 32
+    budget: int = 256
+    budgets: str = "64,128,256,512,1024,2048"  # Table 3 of the paper
+    masked_heads: str | None = None
+    page_size: int = 224
+    num_words: str = "1,2,3,4"
+
+
+LARGE = Defaults()
+# A window of 32 would be a seventh of a miniature's page.
+SMALL = Defaults(window_size=4, budget=128, budgets="8,12,16,24,32,64,128", masked_heads="0,1,2,3,4,6,8")
+WIDE = Defaults(window_size=16, budget=192, budgets="32,48,64,96,128,192", page_size=384, num_words="2,4,8,12")
+MINIATURES = {**dict.fromkeys(("llava-vicuna", "llava-mistral", "qwen2-vl", "qwen3-vl"), SMALL), "qwen3-vl-wide": WIDE}
+
+
+def defaults_of(model: str) -> Defaults:
+    """What suits the model of this name or folder."""
+    return MINIATURES.get(short_name(model), SMALL) if is_miniature(model) else LARGE
 
 
 def checkout() -> Path:

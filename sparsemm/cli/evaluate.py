@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsemm.cli.chase import PAGE_SEED, run_chase
-from sparsemm.cli.common import file_name, parse_integers, parse_list
+from sparsemm.cli.common import LARGE, SMALL, file_name, parse_integers, parse_list
 from sparsemm.cli.options import (
     DividedModel,
     MethodsOption,
@@ -31,8 +31,6 @@ ALL_METHODS = (
     "rate_distortion,random,mask,mask_random"
 )
 QUICK_METHODS = "fullkv,snapkv,pyramidkv,adakv,sparsemm,rate_distortion,random,mask,mask_random"
-MINIATURE_BUDGETS = "8,12,16,24,32,64,128"
-BUDGETS = "64,128,256,512,1024,2048"  # Table 3 of the paper
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Grid:
     methods: MethodsOption = ALL_METHODS
     budgets: Annotated[
         str | None,
-        typer.Option(help=f"Mean prompt rows kept per kv head [default: {BUDGETS}, miniatures {MINIATURE_BUDGETS}]."),
+        typer.Option(help=f"Mean prompt rows kept per kv head [default: {LARGE.budgets}, miniatures {SMALL.budgets}]."),
     ] = None
 
 
@@ -96,12 +94,12 @@ def _evaluate(
         scores = settings.table(model.model)  # says where there is none, and what to do
     options = {
         "methods": usable,
-        "budgets": parse_integers(grid.budgets or (MINIATURE_BUDGETS if model.is_miniature else BUDGETS), "--budgets"),
+        "budgets": parse_integers(grid.budgets or model.defaults.budgets, "--budgets"),
         "head_scores": scores,
         "calibration": calibration,
     }
     engine.make_grid(**options, options=settings.fields(model.model))
-    pages = reading.pages()
+    pages = reading.pages(model)
     reader = PageReader(
         *(loaded or model.load()), pages, output=folder / "results.json", model_name=model.name, **reading.how
     )

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsemm.cli.common import warn_of_positions
+from sparsemm.cli.common import LARGE, SMALL, warn_of_positions
 from sparsemm.cli.options import (
     BackendOption,
     DividedModel,
@@ -20,8 +20,6 @@ from sparsemm.cli.options import (
     Settings,
 )
 from sparsemm.errors import DataError
-
-BUDGET, MINIATURE_BUDGET = 256, 128
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def generate(
     budget: Annotated[
         int | None,
         typer.Option(
-            min=1, help=f"Mean prompt rows kept per kv head [default: {BUDGET}, miniatures {MINIATURE_BUDGET}]."
+            min=1, help=f"Mean prompt rows kept per kv head [default: {LARGE.budget}, miniatures {SMALL.budget}]."
         ),
     ] = None,
     settings: Settings,
@@ -76,7 +74,7 @@ def generate(
     if not image.is_file():
         raise DataError(f"image {image} does not exist; check the path")  # before a model is loaded for nothing
     question = READ_PROMPT if prompt is None else prompt
-    config = settings.config(model.model, method, budget or (MINIATURE_BUDGET if model.is_miniature else BUDGET))
+    config = settings.config(model.model, method, budget or model.defaults.budget)
     network, processor = model.load(max_pixels=max_pixels)
     inputs = family_of(network).build_inputs(processor, [image], [question], device=network.device)
     warn_of_positions(network, inputs["input_ids"].shape[1] + max_new_tokens)

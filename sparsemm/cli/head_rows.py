@@ -45,7 +45,7 @@ def head_rows(
 
     scores = settings.find(model.model)
     config = settings.config(model.model, method, budget, scores)
-    pages = reading.pages()
+    pages = reading.pages(model)
     name = "-".join(map(str, filter(None, (model.name, method, config.budget))))
     path = output or Path("results") / "head_rows" / f"{name}.json"
     claim(path, path.with_suffix(".png"))

@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
-from sparsemm.cli.common import file_name, parse_integers, parse_list
+from sparsemm.cli.common import SMALL, file_name, parse_integers, parse_list
 from sparsemm.cli.options import FormatOption, MaskModeOption, Metric, Model, Reading, Scores
 from sparsemm.cli.outputs import claim
 from sparsemm.errors import ConfigError
 
-MINIATURE_HEADS = "0,1,2,3,4,6,8"
 SHARES = "0,1,2,5,10,20"
 
 
@@ -20,14 +19,14 @@ def mask(
     *,
     model: Model,
     heads: Annotated[
-        str | None, typer.Option(help=f"How many heads to mask, in turn [default: miniatures {MINIATURE_HEADS}].")
+        str | None,
+        typer.Option(help=f"How many heads to mask, in turn [default: miniatures {SMALL.masked_heads}]."),
     ] = None,
     shares: Annotated[str | None, typer.Option(help=f"The same as percentages [default: {SHARES}].")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of the random heads.")] = "0,1,2,3,4",
     scores: Scores,
     mask_mode: MaskModeOption = "zero_query",
     reading: Reading,
-    page_size: Annotated[int, typer.Option(help="Side of a page in pixels, a multiple of 16.")] = 224,
     metric: Annotated[Metric, typer.Option(help="What to plot.")] = "accuracy",
     output: Annotated[
         Path | None, typer.Option(help="Folder of masking.json and masking.png [default: results/masking/<model>].")
@@ -44,8 +43,8 @@ def mask(
     if heads is not None and shares is not None:
         raise ConfigError("give --heads or --shares, not both")
     table = scores.table(model.model)
-    if heads is None and shares is None and model.is_miniature:
-        heads = MINIATURE_HEADS
+    if heads is None and shares is None:
+        heads = model.defaults.masked_heads
     if heads is not None:
         counts = parse_integers(heads, "--heads")
     else:
@@ -54,7 +53,7 @@ def mask(
     picture = folder / f"{file_name('masking', None if metric == 'accuracy' else metric)}.png"
     claim(folder / "masking.json", picture)
     random = parse_integers(seeds, "--seeds")
-    pages = reading.pages(size=page_size)
+    pages = reading.pages(model)
     reader = PageReader(*model.load(), pages, output=folder / "masking.json", model_name=model.name, **reading.how)
     runs = masking_experiment(reader, table, num_heads=counts, seeds=random, mask_mode=mask_mode)
     typer.echo(format_masking(runs))

@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from sparsemm.cli.common import DEFAULT_MODEL, MINIATURES, resolve_model
+from sparsemm.cli.common import DEFAULT_MODEL, MINIATURES, defaults_of, resolve_model
 from sparsemm.cli.options import FreshOption, JsonOption, QuietOption
 from sparsemm.cli.outputs import claim, claim_folder
 from sparsemm.cli.program import Program
 
 app = Program(help="Train and evaluate the miniatures.")
-FamilyOption = Annotated[Literal[MINIATURES], typer.Option(help="Which miniature.")]
+FamilyOption = Annotated[Literal[tuple(MINIATURES)], typer.Option(help="Which miniature.")]
 FolderOption = Annotated[Path | None, typer.Option(help="Checkpoint [default: runs/miniatures/<family>].")]
 ExportOption = Annotated[Path | None, typer.Option(help="Folder to write the model to [default: <folder>/<family>].")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of weights and pages.")]
@@ -87,7 +87,7 @@ def evaluate(
     from sparsemm.miniatures.reading import read_pages
 
     claim(output)
-    reading = read_pages(resolve_model(model), pages=pages, split=split)
+    reading = read_pages(resolve_model(model), pages=pages, size=defaults_of(model).page_size, split=split)
     for task, rows in reading["tasks"].items():
         for count, row in rows.items():
             typer.echo(

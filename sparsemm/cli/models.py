@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import typer
 
 _TESTED = """\
@@ -19,14 +17,16 @@ tested on tensors."""
 
 def models() -> None:
     """List the families of models that can be patched, and what the tests show of each."""
-    from sparsemm.cli.common import MINIATURES, resolve_model
+    from sparsemm.cli.common import MINIATURES, checkout
     from sparsemm.io import read_json
     from sparsemm.models import FAMILIES
     from sparsemm.runs.markdown import markdown_table
 
     trained: dict[str, list[str]] = {}
     for name in MINIATURES:
-        trained.setdefault(read_json(Path(resolve_model(name)) / "config.json")["model_type"], []).append(name)
+        config = checkout() / "assets" / "miniatures" / name / "config.json"
+        if config.is_file():
+            trained.setdefault(read_json(config)["model_type"], []).append(name)
     rows = [
         [name, family.model_class, family.image_tokens, family.needs, ", ".join(trained.get(name, []))]
         for name, family in FAMILIES.items()

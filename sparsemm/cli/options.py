@@ -12,8 +12,12 @@ import typer
 
 from sparsemm.cli.common import (
     DEFAULT_MODEL,
-    MINIATURE_WINDOW,
+    LARGE,
     MINIATURES,
+    SMALL,
+    WIDE,
+    Defaults,
+    defaults_of,
     is_miniature,
     load,
     parse_integers,
@@ -81,6 +85,10 @@ class Model:
     @property
     def is_miniature(self) -> bool:
         return is_miniature(self.model)
+
+    @property
+    def defaults(self) -> Defaults:
+        return defaults_of(self.model)
 
     def load(self, **options: Any) -> tuple[PreTrainedModel, ProcessorMixin]:
         """The model and its processor; `options` of `sparsemm.load_model`, those that are None left out."""
@@ -200,7 +208,11 @@ class Settings(Scores):
 
     window_size: Annotated[
         int | None,
-        typer.Option(min=1, help=f"Last prompt tokens, always kept [default: 32, miniatures {MINIATURE_WINDOW}]."),
+        typer.Option(
+            min=1,
+            help=f"Last prompt tokens, always kept [default: {LARGE.window_size}, miniatures {SMALL.window_size} or "
+            f"{WIDE.window_size}].",
+        ),
     ] = None
     ratio: Annotated[float, typer.Option(help="Share of the budget beyond the window that all heads get alike.")] = 0.1
     rounding: Annotated[
@@ -215,7 +227,7 @@ class Settings(Scores):
         own = dataclasses.fields(Settings)[len(dataclasses.fields(Scores)) :]
         values = {field.name: getattr(self, field.name) for field in own}
         if values["window_size"] is None:
-            values["window_size"] = MINIATURE_WINDOW if is_miniature(model) else 32
+            values["window_size"] = defaults_of(model).window_size
         return values
 
     def config(
@@ -245,20 +257,27 @@ class Reading:
 
     documents: Annotated[int, typer.Option(min=1, help="Number of held-out pages.")] = 64
     tasks: Annotated[str, typer.Option(help="read (all words of a page), field (one value of a form).")] = "read,field"
-    num_words: Annotated[str, typer.Option(help="Words of a page, taking turns.")] = "1,2,3,4"
+    num_words: Annotated[
+        str | None, typer.Option(help=f"Words of a page, taking turns [default: {LARGE.num_words}, or what suits it].")
+    ] = None
+    page_size: Annotated[
+        int | None, typer.Option(help="Side of a page in pixels, a multiple of 16 [default: 224, or the miniature's].")
+    ] = None
     page_seed: Annotated[int, typer.Option(help="Another seed draws other pages.")] = 0
     batch_size: Annotated[int, typer.Option(min=1, help="Pages generated together.")] = 16
     max_new_tokens: NewTokensOption = 48
     fresh: FreshOption = False
     no_progress: QuietOption = False
 
-    def pages(self, **options: Any) -> list[Page]:
-        """The pages; `options` of `heldout_pages`."""
+    def pages(self, model: Model) -> list[Page]:
+        """The pages, by default such as suit `model`."""
         from sparsemm.experiments.session import heldout_pages
 
-        words = parse_integers(self.num_words, "--num-words")
+        suits = model.defaults
+        words = parse_integers(suits.num_words if self.num_words is None else self.num_words, "--num-words")
+        size = suits.page_size if self.page_size is None else self.page_size
         return heldout_pages(
-            self.documents, tasks=parse_list(self.tasks), num_words=words, seed=self.page_seed, **options
+            self.documents, tasks=parse_list(self.tasks), num_words=words, seed=self.page_seed, size=size
         )
 
     @property

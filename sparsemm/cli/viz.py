@@ -47,13 +47,13 @@ def summary(
     from sparsemm.viz.summary import draw_summary
 
     path = picture.place(output, "summary", model.name, question.name, keeping.name)
-    table, inputs = keeping.table(model.model), question.inputs()
+    table, inputs = keeping.table(model.model), question.inputs(model)
     config = keeping.config(model.model, keeping.method, keeping.budget, table)
     network, processor = model.load()
     heads = choose_heads(table, tuple(table.values.shape), top=1, bottom=_LOW_HEADS)
     reading = read_with_attention(network, processor, heads=heads, max_new_tokens=max_new_tokens, **inputs)
     rows = kept_rows(network, processor, config=config, **inputs)
-    figure = draw_summary(reading, table, rows, words=question.words, token=token, title=picture.title)
+    figure = draw_summary(reading, table, rows, words=question.words(model), token=token, title=picture.title)
     picture.save(figure, path)
 
 
@@ -236,7 +236,7 @@ def everything(
 
     folder = output or Path("results") / "viz" / model.name / file_name(question.name, keeping.name)
     claim_folder(folder)
-    table, inputs = keeping.table(model.model), question.inputs()
+    table, inputs = keeping.table(model.model), question.inputs(model)
     config = keeping.config(model.model, keeping.method, keeping.budget, table)
     network, processor = model.load()
     shape = tuple(table.values.shape)
@@ -250,7 +250,7 @@ def everything(
     rows = kept_rows(network, processor, config=config, **inputs)
     kv_heads, title = rows.rows().shape[1], f"Visual heads of {model.name}"
     figures = {
-        "summary": draw_summary(reading.of_heads(two), table, rows, words=question.words),
+        "summary": draw_summary(reading.of_heads(two), table, rows, words=question.words(model)),
         "head_scores": draw_score_map(table, num_kv_heads=kv_heads, title=title),
         "sparsity": draw_sparsity({model.name: table}),
         "attention": draw_overlays(sheet, tokens=[None, *range(min(4, len(reading.tokens)))], scores=table),

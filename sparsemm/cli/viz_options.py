@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,31 +63,29 @@ class Question:
     )
     prompt: Annotated[str | None, typer.Option(help="What the model is asked [default: read everything].")] = None
 
-    def inputs(self) -> dict[str, Any]:
+    def inputs(self, model: Model) -> dict[str, Any]:
         """Image and prompt, as arguments."""
         from sparsemm.chase import READ_PROMPT
 
         if self.image is not None and not self.image.is_file():
             raise DataError(f"image {self.image} does not exist; check the path")
-        image = self.page.image if self.image is None else self.image
+        image = self.page(model).image if self.image is None else self.image
         return {"image": image, "prompt": READ_PROMPT if self.prompt is None else self.prompt}
 
-    @cached_property
-    def page(self) -> Page:
+    def page(self, model: Model) -> Page:
         """The held-out page that is read where no image is given."""
         from sparsemm.experiments.session import heldout_pages
 
-        return heldout_pages(1, tasks=("read",), num_words=(4,), seed=25)[0]
+        return heldout_pages(1, tasks=("read",), num_words=(4,), seed=25, size=model.defaults.page_size)[0]
 
     @property
     def name(self) -> str:
         """Of files that show something of this page and prompt."""
         return file_name("page" if self.image is None else self.image.stem, self.prompt)
 
-    @property
-    def words(self) -> Sequence[TextBox]:
+    def words(self, model: Model) -> Sequence[TextBox]:
         """Its words, and where they stand; of an image nothing is known."""
-        return self.page.words if self.image is None else ()
+        return self.page(model).words if self.image is None else ()
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ class Heads:
         from sparsemm.viz.reading import choose_heads, read_with_attention
 
         table = scores.find(model.model)
-        inputs = question.inputs()
+        inputs = question.inputs(model)
         network, processor = model.load()
         text = network.config.get_text_config()
         shape = (len(ragged_layers(text)), text.num_attention_heads)
@@ -139,6 +136,6 @@ class Keeping(Settings):
         from sparsemm.viz.kept import kept_rows
 
         config = self.config(model.model, self.method, self.budget, scores)
-        inputs = question.inputs()
+        inputs = question.inputs(model)
         network, processor = model.load()
         return kept_rows(network, processor, config=config, **inputs)

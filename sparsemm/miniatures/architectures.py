@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sparsemm.errors import ConfigError
@@ -27,6 +27,7 @@ class Dimensions:
     intermediate_size: int = 384
     num_heads: int = 8
     num_kv_heads: int = 4
+    head_dim: int = 32
     vision_layers: int = 2
     vision_size: int = 192
     vision_heads: int = 6
@@ -38,14 +39,17 @@ class Dimensions:
 
 
 _CLIP = dict(vision_layers=3, patch_size=16)
+_QWEN3 = Dimensions(
+    rope_theta=4.0, patch_size=16, vision_layers=2, vision_size=160, vision_heads=5, vision_intermediate=512
+)
 DIMENSIONS = {
     "llava-vicuna": Dimensions(num_kv_heads=8, **_CLIP),
     "llava-mistral": Dimensions(num_kv_heads=4, **_CLIP),
     # The image spans 14 positions only, and width turns with the lowest frequencies: a small theta keeps it legible.
     "qwen2-vl": Dimensions(rope_theta=4.0),
-    "qwen3-vl": Dimensions(
-        rope_theta=4.0, patch_size=16, vision_layers=2, vision_size=160, vision_heads=5, vision_intermediate=512
-    ),
+    "qwen3-vl": _QWEN3,
+    # Heads enough for shares of them to mean something, and prompts of 600 tokens.
+    "qwen3-vl-wide": replace(_QWEN3, num_layers=6, num_heads=16, num_kv_heads=8, page_size=384, rope_theta=8.0),
 }
 
 
@@ -77,7 +81,7 @@ def build_config(family: str, dims: Dimensions | None = None) -> Any:
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
     )
-    text["head_dim"] = dims.hidden_size // dims.num_heads
+    text["head_dim"] = dims.head_dim
     if family in QWEN:
         return _qwen_config(family, dims, text)
     vision = CLIPVisionConfig(
@@ -176,7 +180,7 @@ def build_processor(family: str, dims: Dimensions | None = None) -> ProcessorMix
             image_mean=IMAGE_MEAN,
             image_std=IMAGE_STD,
         )
-        return still_images(f"{family.title().replace('-Vl', 'VL')}Processor")(
+        return still_images(f"Qwen{2 if family == 'qwen2-vl' else 3}VLProcessor")(
             image_processor=image_processor, tokenizer=tokenizer, chat_template=template
         )
     from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor

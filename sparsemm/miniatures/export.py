@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sparsemm.io import read_json, write_bytes_atomic, write_json_atomic
-from sparsemm.miniatures.architectures import build_processor
+from sparsemm.miniatures.architectures import DIMENSIONS, build_processor
 from sparsemm.miniatures.reading import read_pages
 from sparsemm.miniatures.train import Trainer
 
@@ -37,7 +37,7 @@ def export(trainer: Trainer, target: Path, *, pages: int = 50) -> dict[str, Any]
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
     }
     write_json_atomic(target / "training.json", training)
-    reading = read_pages(target, pages=pages)
+    reading = read_pages(target, pages=pages, size=DIMENSIONS[progress.family].page_size)
     write_json_atomic(target / "reading.json", reading)
     card = _card(progress.family, read_json(target / "config.json"), training, reading)
     write_bytes_atomic(target / "README.md", card.encode())
@@ -71,7 +71,7 @@ pipeline_tag: image-text-to-text
 
 A `{config["architectures"][0]}` of {training["parameters"] / 1e6:.2f} M parameters that reads synthetic documents: the
 same classes, file formats and code path as a 7B model, small enough to run anywhere. It is not a general model: it
-knows lower-case letters and digits, one to a 16-pixel cell, on 224-pixel pages.
+knows lower-case letters and digits, one to a 16-pixel cell, on {DIMENSIONS[family].page_size}-pixel pages.
 
 - Language model: {text["num_hidden_layers"]} layers, {text["num_attention_heads"]} query heads,
   {text["num_key_value_heads"]} key/value heads, hidden size {text["hidden_size"]}.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparsemm.miniatures.architectures import DIMENSIONS
 from sparsemm.miniatures.batches import Mix
 
 
@@ -48,10 +49,25 @@ class Schedule:
 
 
 SCHEDULE = Schedule()
-CURRICULUM = (
+_SYMBOLS = (
     Stage("symbols-small", "symbols", 32, Mix(4, 9, 1, 3, 3, 0.4), 500, enough=0.97),
     Stage("symbols-middle", "symbols", 24, Mix(8, 11, 1, 8, 5, 0.4), 500, enough=0.97),
     Stage("symbols-page", "symbols", 16, Mix(14, 14, 1, 20, 8, 0.4), 1000, enough=0.98),
+)
+CURRICULUM = (
+    *_SYMBOLS,
     Stage("glyphs", "glyphs", 8, Mix(14, 14, 16, 24, field_share=0.0), 2000, enough=0.985),
     Stage("pages", "pages", 16, Mix(14, 14, 1, 20, 8, 0.4), 1500),
 )
+_WIDE = Mix(24, 24, 1, 40, 12, 0.4)
+WIDE_CURRICULUM = (
+    *_SYMBOLS,
+    Stage("symbols-wide", "symbols", 8, _WIDE, 1000, enough=0.98),
+    Stage("glyphs", "glyphs", 3, Mix(24, 24, 48, 70, field_share=0.0), 2000, enough=0.985),
+    Stage("pages", "pages", 8, _WIDE, 1500),
+)
+
+
+def curriculum(family: str) -> tuple[Stage, ...]:
+    """The stages of `family`, whose pages grow to 14 x 14 or to 24 x 24 cells."""
+    return WIDE_CURRICULUM if DIMENSIONS[family].page_size == 384 else CURRICULUM

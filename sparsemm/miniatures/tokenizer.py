@@ -13,7 +13,7 @@ PUNCTUATION = " \n.,:;?!-/+*%&@#$'\"()"
 PHRASES = ("Provide all", " the OCR", " results", " of this image.", "What is", " the ")
 """Parts of the fixed questions. They are matched before anything else and occur in no word of a page."""
 
-QWEN = ("qwen2-vl", "qwen3-vl")
+QWEN = ("qwen2-vl", "qwen3-vl", "qwen3-vl-wide")
 """The families with Qwen's chat template, special tokens and M-RoPE positions."""
 CHAT_PHRASES = {
     "llava-vicuna": ("USER: ", " ASSISTANT:"),

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from sparsemm.errors import DataError
 from sparsemm.io import write_bytes_atomic
-from sparsemm.miniatures.architectures import Dimensions, build_model
+from sparsemm.miniatures.architectures import Dimensions, build_model, check_family
 from sparsemm.miniatures.batches import Batch, make_batch
 from sparsemm.miniatures.losses import ATTENTION, loss
-from sparsemm.miniatures.stages import CURRICULUM, SCHEDULE, Schedule, Stage
+from sparsemm.miniatures.stages import SCHEDULE, Schedule, Stage, curriculum
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +70,11 @@ class Trainer:
     """One run in `folder`: model, running mean of the weights, optimizers (new for each stage) and progress."""
 
     def __init__(
-        self, family: str, folder: Path, *, seed: int = 0, threads: int = 1, stages: Sequence[Stage] = CURRICULUM,
+        self, family: str, folder: Path, *, seed: int = 0, threads: int = 1, stages: Sequence[Stage] | None = None,
         schedule: Schedule = SCHEDULE, dims: Dimensions | None = None,
     ) -> None:  # fmt: skip
         self.checkpoint = folder / "checkpoint.safetensors"
-        self.stages, self.schedule = tuple(stages), schedule
+        self.stages, self.schedule = tuple(stages or curriculum(check_family(family))), schedule
         self.progress = Progress(family, seed, threads)
         self.model = build_model(family, seed=seed, dims=dims)
         self.model.set_attn_implementation(ATTENTION)

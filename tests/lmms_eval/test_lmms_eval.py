@@ -25,6 +25,7 @@ from sparsemm_lmms_eval import TASKS_FOLDER, grid, runner  # noqa: E402
 from sparsemm_lmms_eval.__main__ import app  # noqa: E402
 
 from sparsemm import HeadScores  # noqa: E402
+from sparsemm.cli.common import WIDE
 from sparsemm.cli.program import run_program as run_program_of  # noqa: E402
 from sparsemm.errors import ConfigError, UnsupportedModelError  # noqa: E402
 from sparsemm.head_scores import Curves  # noqa: E402
@@ -136,6 +137,13 @@ def test_rounding_is_the_papers_unless_the_model_is_a_miniature(checkpoints: Pat
     monkeypatch.setattr(grid, "is_miniature", lambda model: True)
     cell = shared(checkpoints, rounding=None, limit=None).cell("gqa", "snapkv", 64)
     assert (cell.settings["rounding"], cell.limit) == ("exact", 200)
+
+
+def test_offline_tasks_are_refused_for_a_model_of_larger_pages(checkpoints: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(grid, "defaults_of", lambda model: WIDE)
+    with pytest.raises(ConfigError, match="pages of 224 pixels.*use `sparsemm evaluate`"):
+        shared(checkpoints).cell("sparsemm_read", "snapkv", 64)
+    assert shared(checkpoints).cell("gqa", "snapkv", 64).task == "gqa"
 
 
 def test_methods_without_a_release_take_exact_rounding_and_a_calibration(checkpoints: Path, tmp_path: Path) -> None:
