@@ -1,59 +1,79 @@
 #!/usr/bin/env bash
-# Every figure about the miniatures' visual heads that this repository reports, made again: head scores, their
-# sparsity, two page styles and two match rules compared, the masking experiment, the cost of chasing, the pictures.
+# Every figure about the miniatures that this repository reports, made again, one step after another for each of them:
+#
+#   scores     head scores and calibration; the scores by other fonts and match rules, and what chasing costs
+#   masks      visual heads masked, and as many random others
+#   pictures   what heads look at, budgets, rows kept, sparsity of the scores, example pages
+#   tables     methods and ablations through lmms-eval, the methods with windows of 8 and 12, too
+#   methods    every method, page by page, with paired differences     (scripts/others/method_tables.sh)
+#   rows       single heads given other rows                           (scripts/others/head_rows.sh)
 #
 #   bash scripts/others/miniature_figures.sh
 #
+# What is finished stays: an interrupted run goes on where it stopped. One core of a shared CPU takes about 1.5 hours for
+# each miniature: scores 5 minutes, masks 5, pictures 2, tables 30, methods 35, rows 15.
+#
 # Variables:
-#   MODELS         miniatures, those not in assets/ are left out   (llava-vicuna llava-mistral qwen2-vl qwen3-vl)
+#   STEPS          of the above                                    (scores masks pictures tables methods rows)
+#   MODELS         miniatures, those not in assets/ are left out   (all five)
 #   NUM_IMAGES     pages of every chase                            (200)
 #   DOCUMENTS      pages of the masking experiment                 (64)
 #   SEEDS          of the random heads that are masked             (0 1 2 3 4)
-#   BUDGET         budget of the pictures                          (24)
+#   BUDGET         budget of the pictures                          (24, qwen3-vl-wide 64)
 #   OUTPUT         folder of tables and of what is compared        (results/miniatures)
 #   PICTURES       folder of the pictures of the first model       (assets/pictures)
+#   FRESH          1 makes head scores, calibrations and masks again
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 output="${OUTPUT:-results/miniatures}"
 pictures="${PICTURES:-assets/pictures}"
-count="${NUM_IMAGES:-200}"
-first=""
+steps="${STEPS:-scores masks pictures tables methods rows}"
+options_from FRESH
+models=()
 score_files=()
-
-for model in ${MODELS:-llava-vicuna llava-mistral qwen2-vl qwen3-vl}; do
-    if [[ ! -f "$scripts_folder/../assets/miniatures/$model/config.json" ]]; then
+for model in ${MODELS:-llava-vicuna llava-mistral qwen2-vl qwen3-vl qwen3-vl-wide}; do
+    if [[ -f "$scripts_folder/../assets/miniatures/$model/config.json" ]]; then
+        models+=("$model")
+        score_files+=("head_scores/$model.json")
+    else
         echo "$model is not in assets/miniatures: left out" >&2
-        continue
     fi
-    folder="$output/$model"
-    scores="head_scores/$model.json"
-    first="${first:-$model}"
-    score_files+=("$scores")
-    mkdir -p "$folder"
-    run_sparsemm chase --model "$model" --num-images "$count" --output "$scores"
-    run_sparsemm chase --model "$model" --num-images "$count" --fonts train --output "$folder/train_fonts.json"
-    run_sparsemm chase --model "$model" --num-images "$count" --match unique --output "$folder/unique.json"
-    {
-        echo "== $model"
-        run_sparsemm head-scores show "$scores" --top 5
-        echo "-- held-out against training fonts and words"
-        run_sparsemm head-scores compare "$scores" "$folder/train_fonts.json" --fraction 0.125
-        echo "-- aligned against unique"
-        run_sparsemm head-scores compare "$scores" "$folder/unique.json" --fraction 0.125
-        echo "-- masking"
-        run_sparsemm mask --model "$model" --head-scores "$scores" --documents "${DOCUMENTS:-64}" \
-            --seeds "${SEEDS:-0 1 2 3 4}" --output "$folder"
-        echo "-- cost of chasing"
-        run_sparsemm bench chase --model "$model" --output "$folder/chase_cost.json"
-    } | tee "$folder/figures.txt"
-    run_sparsemm viz all --model "$model" --head-scores "$scores" --budget "${BUDGET:-24}" --output "$folder/pictures"
-    run_sparsemm viz calibration --model "$model" --budget "${BUDGET:-24}" --output "$folder/pictures/calibration.png"
 done
 
-if [[ -n "$first" ]]; then
+# chase_into FILE option...: head scores of $model.
+chase_into() {
+    run_sparsemm chase --model "$model" --num-images "${NUM_IMAGES:-200}" --output "$1" "${options[@]}" "${@:2}"
+}
+
+scores() {
+    chase_into "head_scores/$model.json"
+    chase_into "$folder/train_fonts.json" --fonts train
+    chase_into "$folder/unique.json" --match unique
+    run_sparsemm calibrate --model "$model" "${options[@]}"
+    run_sparsemm head-scores show "head_scores/$model.json" --top 5
+    echo "-- held-out against training fonts and words"
+    run_sparsemm head-scores compare "head_scores/$model.json" "$folder/train_fonts.json" --fraction 0.125
+    echo "-- aligned against unique"
+    run_sparsemm head-scores compare "head_scores/$model.json" "$folder/unique.json" --fraction 0.125
+    echo "-- cost of chasing"
+    run_sparsemm bench chase --model "$model" --output "$folder/chase_cost.json"
+}
+
+masks() {
+    run_sparsemm mask --model "$model" --documents "${DOCUMENTS:-64}" --seeds "${SEEDS:-0 1 2 3 4}" --output "$folder" \
+        "${options[@]}"
+}
+
+pictures() {
+    local budget="${BUDGET:-24}"
+    [[ "$model" != *-wide ]] || budget="${BUDGET:-64}"
+    run_sparsemm viz all --model "$model" --budget "$budget" --output "$folder/pictures"
+    run_sparsemm viz calibration --model "$model" --budget "$budget" --output "$folder/pictures/calibration.png"
+    [[ "$model" == "${models[0]}" ]] || return 0
     mkdir -p "$pictures"
-    cp "$output/$first/pictures/"* "$output/$first/masking.png" "$pictures/"
+    cp "$folder/pictures/"* "$pictures/"
+    [[ ! -f "$folder/masking.png" ]] || cp "$folder/masking.png" "$pictures/"
     run_sparsemm viz sparsity "${score_files[@]}" --output "$pictures/sparsity.png"
     run_sparsemm data convert documents "$output/pages" --num-images 1 --seed 3 --page-size 420x560 --no-progress ||
         echo "the example page is in $output/pages already" >&2
@@ -61,4 +81,40 @@ if [[ -n "$first" ]]; then
     run_sparsemm data convert miniature "$output/miniature_pages" --num-images 4 --seed 3 --no-progress ||
         echo "the miniatures' page is in $output/miniature_pages already" >&2
     cp "$output/miniature_pages/images/img_000004.png" "$pictures/page.png"
-fi
+}
+
+tables() {
+    if [[ "$model" == *-wide ]]; then
+        echo "the pages of lmms-eval's offline tasks are too small for $model: left out"
+        return 0
+    fi
+    export MODEL="$model" BATCH_SIZE=16
+    OUTPUT="$output/lmms-eval" bash "$scripts_folder/eval/qwen.sh"
+    OUTPUT="$output/lmms-eval" bash "$scripts_folder/eval/ablation.sh"
+    export METHODS="snapkv pyramidkv adakv sparsemm random" OUTPUT="$output/lmms-eval"
+    WINDOW_SIZE=8 BUDGETS="8 16 24 32 64 128" bash "$scripts_folder/eval/qwen.sh"
+    WINDOW_SIZE=12 BUDGETS="16 24 32 64 128" bash "$scripts_folder/eval/qwen.sh"
+}
+
+methods() {
+    MODELS="$model" OUTPUT="$output/methods" bash "$scripts_folder/others/method_tables.sh"
+}
+
+rows() {
+    local cases="$model:fullkv"
+    [[ "$model" != llava-vicuna ]] || cases="$cases $model:sparsemm:16 $model:adakv:32 $model:pyramidkv:32"
+    CASES="$cases" bash "$scripts_folder/others/head_rows.sh"
+}
+
+for step in $steps; do
+    case "$step" in
+        scores | masks | pictures | tables | methods | rows) ;;
+        *) echo "STEPS holds $step; use scores masks pictures tables methods rows" >&2 && exit 2 ;;
+    esac
+    for model in "${models[@]}"; do
+        folder="$output/$model"
+        mkdir -p "$folder"
+        echo "== $step of $model"
+        ("$step") | tee "$folder/$step.txt"
+    done
+done
