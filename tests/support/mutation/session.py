@@ -27,14 +27,12 @@ ELSEWHERE = ("tests/ops/test_kernels_emulated.py", "tests/test_mutants.py")
 """Tests that compile csrc/ for minutes, and those of this package: what is mutated is not what they look at."""
 
 
-TESTED_ELSEWHERE = {
-    "models": ("tests/decoding/test_fused.py", "tests/test_tensor_parallel.py"),
-    "decoding": ("tests/test_tensor_parallel.py",),
-}
+TESTED_ELSEWHERE = {"models": ("tests/decoding/test_fused.py",)}
 """Tests of a room that stand elsewhere, because they need rooms above it."""
 
 IN_PROCESSES = {"tests/test_tensor_parallel.py": ("sparsemm/models/parallel.py",)}
-"""Tests that start processes, where it is not seen what they execute, and files that are executed there above all."""
+"""Tests of the spine, run for every room, that start processes: what is executed there is not seen. And the files that
+are executed there above all."""
 
 _IMPORTED = re.compile(r"^\s*(?:from|import) (\w+)", re.MULTILINE)
 
@@ -179,6 +177,12 @@ class Session:
         caught: dict[str, Counter[str]] = {file: Counter() for file in self.room_of}
         for key, result in results.items():
             caught.get(key.split(":")[0], Counter())[result["by"]] += result["outcome"] == "caught"
+        apart = {
+            test: spent
+            for record in records.values()
+            for test, spent in record["seconds"].items()
+            if test.split("::")[0] in IN_PROCESSES
+        }
         modules = sorted(set().union(*(record["modules"] for record in records.values())))
         waiting, running = list(reversed(mutants)), {}
         with self._pool(pristine, tmp, modules) as pool:
@@ -186,7 +190,7 @@ class Session:
                 while waiting and len(running) < self.workers:
                     mutant = waiting.pop()
                     room = self.room_of[mutant.path]
-                    record = records[room.name]
+                    record = {**records[room.name], "seconds": records[room.name]["seconds"] | apart}
                     tests = chosen_tests(mutant, self.sources[mutant.path], record, caught[mutant.path])
                     seconds = allowed_seconds(tests, record["seconds"])
                     if tests:
