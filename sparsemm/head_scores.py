@@ -234,7 +234,7 @@ class HeadScores:
             raise HeadScoreError(f"head-score file {os.fspath(path)} does not exist; check the path") from None
         except OSError as error:
             raise HeadScoreError(f"head-score file {os.fspath(path)} cannot be read ({error})") from error
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise HeadScoreError(f"head-score file {os.fspath(path)} is not valid JSON ({error})") from error
         except HeadScoreError as error:
             raise HeadScoreError(f"{os.fspath(path)}: {error}") from None

@@ -54,7 +54,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise DataError(f"{path} does not exist; check the path") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); give a file") from error
-    except ValueError as error:  # not UTF-8, or not JSON
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested without end
         raise DataError(f"{path} is not valid JSON ({error}); it may be truncated: make it again") from error
 
 

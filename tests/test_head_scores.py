@@ -106,6 +106,7 @@ def test_files_that_are_no_score_files(tmp_path: Path) -> None:
         HeadScores.load(tmp_path)
     for name, text, message in [
         ("cut.json", '{"0-0": [0.1', "not valid JSON"),
+        ("deep.json", "[" * 100_000, "not valid JSON"),
         ("list.json", "[1, 2]", "neither"),
         ("empty.json", "{}", "neither"),
         ("twice.json", '{"0-0": [0.1], "0-0": [0.2]}', "'0-0' occurs twice"),

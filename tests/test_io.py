@@ -50,6 +50,7 @@ def test_results_are_read_like_any_other_file(tmp_path: Path) -> None:
         (lambda path: None, "does not exist"),
         (lambda path: path.mkdir(), "cannot be read .*; give a file"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "not valid JSON"),
+        (lambda path: path.write_bytes(b"[" * 100_000), "not valid JSON"),
         (lambda path: path.write_text(json.dumps([1])[:-1]), "truncated"),
     ],
 )

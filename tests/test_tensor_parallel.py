@@ -21,11 +21,12 @@ from typer.testing import CliRunner
 import sparsemm
 from sparsemm.cli import app, processes
 from sparsemm.cli.processes import _report as report
-from sparsemm.cli.processes import leave_message
+from sparsemm.cli.processes import leave_message, run_together
 from sparsemm.errors import ConfigError
 from sparsemm.experiments.session import heldout_pages
 from sparsemm.methods import METHODS
 from sparsemm.models.parallel import join
+from sparsemm.runs.processes import workers
 
 
 def whole(folder: Path, runs) -> dict:
@@ -288,5 +289,16 @@ def test_a_model_alone_is_not_divided(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match="needs a multiple of 2 processes, and there is 3; start them with torchrun"):
         join(2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2 .* LOCAL_RANK, MASTER_ADDR, MASTER_PORT not: start"):
+        join(2)
+    for said in ("", "many", "-2"):
+        monkeypatch.setenv("WORLD_SIZE", said)
+        for asks in (join, workers, lambda: run_together(2)):
+            with pytest.raises(ConfigError, match=f"WORLD_SIZE='{said}' of the environment is no number of processes"):
+                asks()
     with pytest.raises(ConfigError, match="device='cpu': under tensor parallelism"):
         sparsemm.load_model("assets/miniatures/qwen2-vl", tensor_parallel=True, device="cpu")

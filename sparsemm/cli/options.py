@@ -148,8 +148,9 @@ class Scores:
         if found is None:
             places = " or ".join(map(str, score_files(model, calibrated=calibrated)))
             kind, command = ("is no calibration", "calibrate") if calibrated else ("are no head scores", "chase")
+            given = "" if self.head_scores is None else f"{self.head_scores} holds plain scores, and "
             raise DataError(
-                f"there {kind} of {short_name(model)} in {places}; "
+                f"{given}there {kind} of {short_name(model)} in {places}; "
                 f"let `sparsemm {command} --model {model}` make some, or give --head-scores"
             )
         return found

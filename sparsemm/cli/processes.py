@@ -30,10 +30,10 @@ def run_together(count: int) -> bool:
     Raises `typer.Exit` with their status where they failed, after one message on standard error.
     """
     global _together
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _together = True
-        from sparsemm.models.parallel import join
+    from sparsemm.models.parallel import join, launched
 
+    if launched() > 1:
+        _together = True
         join(count)
         if int(os.environ["RANK"]) % count:
             sys.stdout = sys.stderr = open(os.devnull, "w")

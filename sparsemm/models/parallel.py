@@ -140,6 +140,17 @@ def joined() -> TensorParallel:
     return _joined
 
 
+def launched() -> int:
+    """How many processes a launcher (torchrun, `accelerate launch`) has started; 1 without one.
+
+    Raises `ConfigError` where what it says is no number.
+    """
+    said = os.environ.get("WORLD_SIZE", "1")
+    if not said.isdecimal():
+        raise ConfigError(f"WORLD_SIZE={said!r} of the environment is no number of processes; unset it")
+    return int(said)
+
+
 def join(size: int | None = None) -> TensorParallel:
     """Become one of `size` processes that hold a model together; None: of all that the launcher has started.
 
@@ -149,9 +160,8 @@ def join(size: int | None = None) -> TensorParallel:
     Raises `ConfigError` where no launcher has started as many processes.
     """
     global _joined
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if dist.is_available() and dist.is_initialized():
-        world = dist.get_world_size()
+    started = dist.is_available() and dist.is_initialized()
+    world = dist.get_world_size() if started else launched()
     size = world if size is None else size
     if size < 2 or world % size:
         wanted = "two processes or more" if size < 2 else f"a multiple of {size} processes"
@@ -159,7 +169,13 @@ def join(size: int | None = None) -> TensorParallel:
             f"tensor parallelism needs {wanted}, and there is {world}; start them with torchrun --nproc-per-node N, or "
             "let sparsemm do it with --tensor-parallel N"
         )
-    if not dist.is_initialized():
+    if not started:
+        missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise ConfigError(
+                f"WORLD_SIZE={world} is set in the environment, and {', '.join(missing)} not: start the processes with "
+                "torchrun --nproc-per-node N, or unset WORLD_SIZE and let sparsemm do it with --tensor-parallel N"
+            )
         on_gpu = torch.cuda.is_available()
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else None
         if on_gpu:

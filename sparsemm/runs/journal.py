@@ -110,7 +110,10 @@ class Journal:
         try:
             header, *records = [json.loads(line) for line in lines]
             found = header["settings"]
-            self.records.update({record.pop("index"): record for record in records})
+            for record in records:
+                index = record.pop("index")
+                if "skipped" not in record or index not in self.records:  # another part's may have been made later
+                    self.records[index] = record
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path} is not a journal ({error}); remove it, or start over with --fresh (in Python resume=False)"

@@ -9,7 +9,7 @@ import datetime
 import os
 from dataclasses import dataclass
 
-from sparsemm.models.parallel import ALONE, TensorParallel, joined
+from sparsemm.models.parallel import ALONE, TensorParallel, joined, launched
 
 _PATIENCE = datetime.timedelta(days=7)
 """Shares of a long job end hours apart; torch's own limit is half an hour or less."""
@@ -59,7 +59,7 @@ class Workers:
 
 def workers() -> Workers:
     """This process as the launcher (`accelerate launch`, `torchrun`) describes it; alone where there is none."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    count = launched()
     if count <= 1:
         return Workers()
     parallel = joined()

@@ -26,6 +26,8 @@ def work_through(
 ) -> list[dict[str, Any]]:
     """The record that `work` makes of each item, in the order of the items; those that `path` holds are not made again.
 
+    A record that gives a reason as `skipped` is made again: a file that was missing may have come.
+
     Under `accelerate launch` (or torchrun) the processes share the items, and each returns all records.
 
     Args:
@@ -52,9 +54,10 @@ def work_through(
         us.wait()
     journal = Journal(path, settings, part=None if us.count == 1 else us.rank, writes=us.writes)
     us.wait()  # nobody merges what another has yet to read
+    done = {index for index, record in journal.records.items() if "skipped" not in record}
     count = total = 0
     with journal, _progress(items, us, label, progress) as bar:
-        for index, item in _remaining(items, journal.records, us):
+        for index, item in _remaining(items, done, us):
             count = index + 1
             if item is not None:
                 journal.append(index, work(item))
@@ -73,7 +76,7 @@ def work_through(
     return [journal.records[index] for index in range(count)]
 
 
-def _remaining(items: Iterable[Any], done: dict[int, Any], us: Workers) -> Iterator[tuple[int, Any]]:
+def _remaining(items: Iterable[Any], done: set[int], us: Workers) -> Iterator[tuple[int, Any]]:
     """Every item by number, None in place of the done ones and of those of other processes."""
     by_number = isinstance(items, Sequence)
     for index, item in enumerate(range(len(items)) if by_number else items):

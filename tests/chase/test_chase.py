@@ -219,6 +219,24 @@ def test_broken_images_are_skipped_and_counted(tmp_path: Path, caplog: pytest.Lo
         chase(model, processor, mixed[:1], **options)
 
 
+def test_a_picture_that_has_come_meanwhile_is_read(tmp_path: Path) -> None:
+    """Of an interrupted chase that had to skip it; what was read is not read again."""
+    model, processor = toy_model("llava-vicuna"), toy_processor("llava-vicuna")
+    pages = make_pages(model, processor, 2)
+    late, output = tmp_path / "late.png", tmp_path / "scores.json"
+    mixed = [ToyPage(late, pages[0].words), pages[1]]
+    options: dict = dict(match="aligned", max_new_tokens=NEW_TOKENS, progress=False)
+    assert chase(model, processor, mixed, output=output, **options).provenance["num_skipped"] == 1
+    output.unlink()
+    pages[0].image.save(late)
+    mixed[1] = ToyPage(tmp_path / "gone.png", pages[1].words)
+    again = chase(model, processor, mixed, output=output, **options)
+    assert (again.provenance["num_images"], again.provenance["num_skipped"]) == (2, 0)
+    assert torch.equal(again.values, chase(model, processor, pages, **options).values)
+    numbers = [json.loads(line)["index"] for line in journal_path(output).read_text().splitlines()[1:]]
+    assert numbers == [0, 1]
+
+
 def test_provenance_is_saved_without_machine_paths(tmp_path: Path) -> None:
     folder = tmp_path / "toy-model"
     toy_model("qwen2-vl").save_pretrained(folder)

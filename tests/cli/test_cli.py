@@ -248,7 +248,7 @@ def test_calibrate_writes_a_file_that_the_other_commands_find(run: Any, files: d
     place.unlink()
     for file, message in [
         (tmp_path / "none.json", "none.json does not exist"),
-        (files["scores"], "there is no calibration of toy"),
+        (files["scores"], "toy.json holds plain scores, and there is no calibration of toy"),
         (common.checkout() / "head_scores" / "calibrations" / "qwen2-vl.json", "were chased on qwen2-vl"),
     ]:
         refused = run("generate", *asked, "--head-scores", file)
