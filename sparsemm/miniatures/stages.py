@@ -57,14 +57,14 @@ _SYMBOLS = (
 CURRICULUM = (
     *_SYMBOLS,
     Stage("glyphs", "glyphs", 8, Mix(14, 14, 16, 24, field_share=0.0), 2000, enough=0.985),
-    Stage("pages", "pages", 16, Mix(14, 14, 1, 20, 8, 0.4), 1500),
+    Stage("pages", "pages", 16, Mix(14, 14, 1, 20, 8, 0.4), 1500, enough=0.985),
 )
 _WIDE = Mix(24, 24, 1, 40, 12, 0.4)
 WIDE_CURRICULUM = (
     *_SYMBOLS,
     Stage("symbols-wide", "symbols", 8, _WIDE, 1000, enough=0.98),
     Stage("glyphs", "glyphs", 3, Mix(24, 24, 48, 70, field_share=0.0), 2000, enough=0.985),
-    Stage("pages", "pages", 8, _WIDE, 1500),
+    Stage("pages", "pages", 8, _WIDE, 1500, enough=0.985),
 )
 
 
