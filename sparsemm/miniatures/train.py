@@ -231,17 +231,22 @@ class Trainer:
         write_bytes_atomic(self.checkpoint, save(tensors, {"progress": json.dumps(asdict(self.progress))}))
 
     def load(self) -> None:
-        """Goes on from the folder's checkpoint. Raises `DataError` when it is of another run."""
-        from safetensors import safe_open
+        """Goes on from the folder's checkpoint. Raises `DataError` when it is of another run, or none."""
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(self.checkpoint, "pt") as file:
-            stored = Progress(**json.loads(file.metadata()["progress"]))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        other = "choose another folder, or --fresh"
+        try:
+            with safe_open(self.checkpoint, "pt") as file:
+                stored = Progress(**json.loads((file.metadata() or {})["progress"]))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{self.checkpoint} is no checkpoint of a training ({error}); {other}") from error
         for name in ("family", "seed", "threads"):
             if (there := getattr(stored, name)) != (here := getattr(self.progress, name)):
-                raise DataError(
-                    f"{self.checkpoint} is of a run with {name} {there}, not {here}; choose another folder, or --fresh"
-                )
+                raise DataError(f"{self.checkpoint} is of a run with {name} {there}, not {here}; {other}")
+        named = {f"{part}.{name}" for name, _ in self.model.named_parameters() for part in ("model", "average")}
+        if missing := sorted(named - tensors.keys()):
+            raise DataError(f"{self.checkpoint} has no {missing[0]}; {other}")
         self.progress = stored
         self._begin_stage()
         parameters = dict(self.model.named_parameters())

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save
 from tiny_miniatures import SCHEDULE, STAGES, tiny_dims, tiny_trainer
 from typer.testing import CliRunner
 
@@ -256,6 +257,24 @@ def test_train_goes_on_from_its_own_checkpoint_only(tmp_path, tiny):
     for other in ({"family": "qwen2-vl"}, {"seed": 1}, {"threads": 2}):
         with pytest.raises(DataError, match="--fresh"):
             train(**{"family": "llava-mistral", "folder": tmp_path, **other})
+
+
+def test_what_is_no_checkpoint_is_not_gone_on_from(tmp_path, tiny):
+    place = tmp_path / "checkpoint.safetensors"
+    train("llava-mistral", tmp_path, steps=1)
+    with safe_open(place, "pt") as file:
+        tensors, progress = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    some = dict(list(tensors.items())[1:])
+    for content, message in (
+        (b"", "is no checkpoint of a training"),
+        (place.read_bytes()[:-100], "is no checkpoint of a training"),
+        (save(tensors), "is no checkpoint of a training"),
+        (save(tensors, {"progress": json.dumps({"steps": 3})}), "unexpected keyword argument 'steps'"),
+        (save(some, progress), f"has no {next(iter(tensors))}; choose another folder, or --fresh"),
+    ):
+        place.write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            train("llava-mistral", tmp_path, steps=1)
 
 
 def test_the_command_trains_from_nothing_to_a_folder(tmp_path, tiny, monkeypatch):
