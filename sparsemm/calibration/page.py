@@ -19,7 +19,7 @@ from sparsemm.decoding.generation import stock_greedy
 from sparsemm.errors import DataError, SparseMMError
 from sparsemm.methods import PromptStates, pooled_window_scores
 from sparsemm.models import family_of
-from sparsemm.models.family import open_image
+from sparsemm.models.images import open_image
 from sparsemm.models.layers import ragged_layers
 
 if TYPE_CHECKING:

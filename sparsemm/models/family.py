@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from sparsemm.errors import ConfigError, DataError
-from sparsemm.models.geometry import ImageLayout, split_images_by_row
+from sparsemm.models.geometry import ImageLayout, Inputs, split_images_by_row
 from sparsemm.models.images import open_image
+from sparsemm.models.messages import Messages, is_conversation, media_items, render, source_of
 
 if TYPE_CHECKING:
     import torch
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
 
 _KNOWN_BUFFERS = ("rotary_emb.inv_freq", "position_ids")
 """Buffers that old checkpoints hold and models compute."""
-
-Messages = list[dict[str, Any]]
-"""A conversation in the chat-template form: `[{"role": "user", "content": [{"type": "image", "image": …}, …]}]`."""
 
 
 class ModelFamily:
@@ -86,7 +84,7 @@ class ModelFamily:
         self, path: str, *, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> ProcessorMixin:
         """The processor of a checkpoint folder or hub id, padding on the left."""
-        from sparsemm.models.processing import still_images
+        from sparsemm.models.processing import pad_left, still_images, use_pillow
 
         refuse_pixel_limits(self.name, min_pixels, max_pixels)
         stills = still_images(self.processor_class, self.video_processor_class)
@@ -121,7 +119,7 @@ class ModelFamily:
             DataError: An image cannot be read or is of a shape that the processor refuses, their number differs from
                 the prompts' or from the image tokens in them, or there is no chat template.
         """
-        prompts = [prompts] if isinstance(prompts, str) or _is_conversation(prompts) else list(prompts)
+        prompts = [prompts] if isinstance(prompts, str) or is_conversation(prompts) else list(prompts)
         if images is None:
             images = [None] * len(prompts)
         elif not isinstance(images, Sequence) or isinstance(images, (str, bytes)):
@@ -134,7 +132,7 @@ class ModelFamily:
         media: dict[str, list[Any]] = {"images": [], "videos": []}
         for entry, prompt in zip(images, prompts, strict=True):
             conversation, found = self._conversation(entry, prompt)
-            texts.append(_render(processor, conversation))
+            texts.append(render(processor, conversation))
             for kind, values in found.items():
                 media[kind].extend([values] if self.nested_images else values)
         bos = processor.tokenizer.bos_token
@@ -177,7 +175,7 @@ class ModelFamily:
             opened = [open_image(source) for source in entries]
             content: list[dict[str, Any]] = [{"type": "image"} for _ in opened]
             return [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}], {"images": opened}
-        if not _is_conversation(prompt):
+        if not is_conversation(prompt):
             raise DataError(f"a prompt is text or a list of messages with 'role' and 'content', got {prompt!r}")
         if not entries:
             return prompt, self.read_media(prompt)
@@ -191,7 +189,7 @@ class ModelFamily:
     def image_layouts(
         self,
         config: PretrainedConfig,
-        inputs: Mapping[str, Tensor],
+        inputs: Inputs,
         *,
         processor: ProcessorMixin | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
@@ -211,17 +209,13 @@ class ModelFamily:
         return [self.image_layout(config, inputs, processor, size) for size in image_sizes]
 
     def image_layout(
-        self,
-        config: PretrainedConfig,
-        inputs: Mapping[str, Tensor],
-        processor: ProcessorMixin,
-        image_size: tuple[int, int],
+        self, config: PretrainedConfig, inputs: Inputs, processor: ProcessorMixin, image_size: tuple[int, int]
     ) -> ImageLayout:
         """The layout of one image of original (width, height), for families whose inputs do not tell it."""
         raise NotImplementedError(f"{type(self).__name__} says neither image_layout nor image_layouts")
 
     def exact_layouts(
-        self, config: PretrainedConfig, inputs: Mapping[str, Tensor], layouts: Sequence[ImageLayout]
+        self, config: PretrainedConfig, inputs: Inputs, layouts: Sequence[ImageLayout]
     ) -> list[ImageLayout]:
         """The layouts, their grids over the very pixels that they show; a family that says `pads_grid` has its own."""
         return list(layouts)
@@ -233,7 +227,7 @@ class ModelFamily:
     def image_token_layout(
         self,
         config: PretrainedConfig,
-        inputs: Mapping[str, Tensor],
+        inputs: Inputs,
         *,
         processor: ProcessorMixin | None = None,
         image_sizes: Sequence[tuple[int, int]] | None = None,
@@ -267,12 +261,6 @@ class ModelFamily:
         return rows
 
 
-def source_of(item: dict[str, Any]) -> Any:
-    """What an image entry of a message names: an image, a path or an address, under any of the names in use."""
-    source = next((item[key] for key in ("image", "image_url", "url", "path") if key in item), None)
-    return source.get("url") if isinstance(source, dict) else source
-
-
 def refuse_pixel_limits(name: str, min_pixels: int | None, max_pixels: int | None) -> None:
     """Raise `ConfigError` when limits are given to a family whose image sizes are fixed by its checkpoint."""
     if min_pixels is not None or max_pixels is not None:
@@ -280,45 +268,3 @@ def refuse_pixel_limits(name: str, min_pixels: int | None, max_pixels: int | Non
             f"min_pixels={min_pixels} and max_pixels={max_pixels} have no meaning for {name}, whose images have fixed "
             "sizes; leave them out"
         )
-
-
-def use_pillow(processor: ProcessorMixin, path: str) -> ProcessorMixin:
-    """Resize images with Pillow where torchvision is present too: the two differ, and so would results."""
-    from transformers import AutoImageProcessor
-    from transformers.utils import is_torchvision_available
-
-    if is_torchvision_available():
-        processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
-    return processor
-
-
-def pad_left(processor: ProcessorMixin) -> ProcessorMixin:
-    """Set the tokenizer to pad on the left, with the end-of-text token where the checkpoint names no padding."""
-    tokenizer = processor.tokenizer
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return processor
-
-
-def _is_conversation(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and "role" in item for item in value)
-
-
-def media_items(conversation: Messages) -> Iterator[dict[str, Any]]:
-    """The images and videos of a conversation, in order."""
-    for message in conversation:
-        content = message.get("content")
-        for item in content if isinstance(content, list) else []:
-            if item.get("type") in ("image", "image_url", "video"):
-                yield item
-
-
-def _render(processor: ProcessorMixin, conversation: Messages) -> str:
-    template = processor.chat_template or processor.tokenizer.chat_template
-    if not template:
-        raise DataError("the checkpoint has no chat template; put a chat_template.jinja into its folder")
-    # Left alone, a processor does not ask its tokenizer, and only it knows the one of several that is the default.
-    return processor.apply_chat_template(
-        conversation, template if isinstance(template, str) else None, add_generation_prompt=True, tokenize=False
-    )

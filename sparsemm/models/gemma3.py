@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from sparsemm.models.family import ModelFamily
-from sparsemm.models.geometry import ImageLayout, grid_layout, tiled_layout
+from sparsemm.models.geometry import ImageLayout, Inputs, grid_layout, tiled_layout
 
 if TYPE_CHECKING:
     from transformers import BatchFeature, PretrainedConfig, ProcessorMixin
@@ -44,11 +42,7 @@ class Gemma3(ModelFamily):
         return inputs
 
     def image_layout(
-        self,
-        config: PretrainedConfig,
-        inputs: Mapping[str, Tensor],
-        processor: ProcessorMixin,
-        image_size: tuple[int, int],
+        self, config: PretrainedConfig, inputs: Inputs, processor: ProcessorMixin, image_size: tuple[int, int]
     ) -> ImageLayout:
         side, (width, height) = math.isqrt(config.mm_tokens_per_image), image_size
         options = self.call_options(processor)

@@ -14,6 +14,8 @@ from sparsemm.errors import DataError
 Box = Sequence[float]
 """(x0, y0, x1, y1) in pixels of the original image, both corners included."""
 
+Inputs = Mapping[str, Tensor]
+"""What a processor makes of images and text, by name."""
 
 Region = tuple[float, float, float, float]
 """(left, top, right, bottom) in pixels of the original image; a padded grid reaches beyond it."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
 from sparsemm.models.family import ModelFamily
-from sparsemm.models.geometry import ImageLayout, tiled_layout
+from sparsemm.models.geometry import ImageLayout, Inputs, tiled_layout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, ProcessorMixin
@@ -26,11 +25,7 @@ class Idefics3(ModelFamily):
         return model.model.text_model
 
     def image_layout(
-        self,
-        config: PretrainedConfig,
-        inputs: Mapping[str, Tensor],
-        processor: ProcessorMixin,
-        image_size: tuple[int, int],
+        self, config: PretrainedConfig, inputs: Inputs, processor: ProcessorMixin, image_size: tuple[int, int]
     ) -> ImageLayout:
         width, height = image_size
         # A small image is not cut: no rows, no columns.

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from sparsemm.models.family import ModelFamily
-from sparsemm.models.geometry import ImageLayout, tiled_layout
+from sparsemm.models.geometry import ImageLayout, Inputs, tiled_layout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, ProcessorMixin
@@ -22,11 +19,7 @@ class InternVL(ModelFamily):
     image_tokens = "tiles, then a thumbnail"
 
     def image_layout(
-        self,
-        config: PretrainedConfig,
-        inputs: Mapping[str, Tensor],
-        processor: ProcessorMixin,
-        image_size: tuple[int, int],
+        self, config: PretrainedConfig, inputs: Inputs, processor: ProcessorMixin, image_size: tuple[int, int]
     ) -> ImageLayout:
         from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from sparsemm.models.family import ModelFamily
-from sparsemm.models.geometry import ImageLayout, Region, grid_layout
+from sparsemm.models.geometry import ImageLayout, Inputs, Region, grid_layout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, ProcessorMixin
@@ -36,11 +33,7 @@ class Llava(ModelFamily):
         return processor
 
     def image_layout(
-        self,
-        config: PretrainedConfig,
-        inputs: Mapping[str, Tensor],
-        processor: ProcessorMixin,
-        image_size: tuple[int, int],
+        self, config: PretrainedConfig, inputs: Inputs, processor: ProcessorMixin, image_size: tuple[int, int]
     ) -> ImageLayout:
         rows, cols = (extent // config.vision_config.patch_size for extent in inputs["pixel_values"].shape[-2:])
         return grid_layout(rows, cols, region=_shown(processor.image_processor, image_size))

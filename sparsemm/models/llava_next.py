@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sparsemm.models.geometry import ImageLayout, Region, base_layout
+from sparsemm.models.geometry import ImageLayout, Inputs, Region, base_layout
 from sparsemm.models.llava import Llava
 
 if TYPE_CHECKING:
@@ -24,15 +24,13 @@ class LlavaNext(Llava):
     image_tokens = "base grid, then high-resolution rows with newlines"
     pads_grid = True
 
-    def image_layouts(
-        self, config: PretrainedConfig, inputs: Mapping[str, Tensor], **sources: Any
-    ) -> list[ImageLayout]:
+    def image_layouts(self, config: PretrainedConfig, inputs: Inputs, **sources: Any) -> list[ImageLayout]:
         side = config.vision_config.image_size // config.vision_config.patch_size
         sizes = inputs["image_sizes"].tolist() if "image_sizes" in inputs else []
         return [base_layout(side, *unpadded_grid(config, tuple(size))) for size in sizes]
 
     def exact_layouts(
-        self, config: PretrainedConfig, inputs: Mapping[str, Tensor], layouts: Sequence[ImageLayout]
+        self, config: PretrainedConfig, inputs: Inputs, layouts: Sequence[ImageLayout]
     ) -> list[ImageLayout]:
         return with_shown_regions(config, inputs, layouts)
 
@@ -65,9 +63,7 @@ def unpadded_grid(config: PretrainedConfig, image_size: tuple[int, int]) -> tupl
     return rows, cols
 
 
-def with_shown_regions(
-    config: PretrainedConfig, inputs: Mapping[str, Tensor], layouts: Sequence[ImageLayout]
-) -> list[ImageLayout]:
+def with_shown_regions(config: PretrainedConfig, inputs: Inputs, layouts: Sequence[ImageLayout]) -> list[ImageLayout]:
     """The layouts of a batch, the high-resolution grid of each over the pixels that it shows."""
     sizes = inputs["image_sizes"].tolist() if "image_sizes" in inputs else []
     return [

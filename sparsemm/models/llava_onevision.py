@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from sparsemm.models.family import ModelFamily
-from sparsemm.models.geometry import ImageLayout, base_layout
+from sparsemm.models.geometry import ImageLayout, Inputs, base_layout
 from sparsemm.models.llava_next import unpadded_grid, with_shown_regions
 
 if TYPE_CHECKING:
@@ -23,9 +21,7 @@ class LlavaOnevision(ModelFamily):
     image_tokens = "base grid, then high-resolution rows with newlines, fewer where there are too many"
     pads_grid = True
 
-    def image_layouts(
-        self, config: PretrainedConfig, inputs: Mapping[str, Tensor], **sources: Any
-    ) -> list[ImageLayout]:
+    def image_layouts(self, config: PretrainedConfig, inputs: Inputs, **sources: Any) -> list[ImageLayout]:
         sizes = inputs["image_sizes"].tolist() if "image_sizes" in inputs else []
         # A prompt with several images shows each by its base tokens and one newline.
         counts = inputs["batch_num_images"].tolist() if "batch_num_images" in inputs else [1] * len(sizes)
@@ -42,7 +38,7 @@ class LlavaOnevision(ModelFamily):
         return layouts
 
     def exact_layouts(
-        self, config: PretrainedConfig, inputs: Mapping[str, Tensor], layouts: Sequence[ImageLayout]
+        self, config: PretrainedConfig, inputs: Inputs, layouts: Sequence[ImageLayout]
     ) -> list[ImageLayout]:
         return with_shown_regions(config, inputs, layouts)
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from sparsemm.models.family import ModelFamily
-from sparsemm.models.geometry import ImageLayout, grid_layout
+from sparsemm.models.geometry import ImageLayout, Inputs, grid_layout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -21,9 +18,7 @@ class Mistral3(ModelFamily):
     needs = "torchvision"
     image_tokens = "one grid at the image's own aspect ratio"
 
-    def image_layouts(
-        self, config: PretrainedConfig, inputs: Mapping[str, Tensor], **sources: Any
-    ) -> list[ImageLayout]:
+    def image_layouts(self, config: PretrainedConfig, inputs: Inputs, **sources: Any) -> list[ImageLayout]:
         cell = config.vision_config.patch_size * config.spatial_merge_size
         sizes = inputs["image_sizes"].tolist() if "image_sizes" in inputs else []
         return [grid_layout(height // cell, width // cell) for height, width in sizes]  # sizes after resizing

@@ -1,4 +1,4 @@
-"""Processors for installations without torchvision.
+"""Processors: padding on the left, resizing with Pillow, and what works without torchvision.
 
 The processors of many families ask for a video processor, and those import torchvision, so that without it not even
 still images can be processed. `still_images` makes of such a class one with the same name, behaviour and saved form but
@@ -102,3 +102,22 @@ def still_images(name: str, video_class: str | None = None) -> type[ProcessorMix
 
     members = {"__init__": __init__, "__call__": __call__, "to_dict": to_dict, "__module__": stock.__module__}
     return type(name, (stock, _WithoutVideo), {**members, "__doc__": stock.__doc__})
+
+
+def use_pillow(processor: ProcessorMixin, path: str) -> ProcessorMixin:
+    """Resize images with Pillow where torchvision is present too: the two differ, and so would results."""
+    from transformers import AutoImageProcessor
+    from transformers.utils import is_torchvision_available
+
+    if is_torchvision_available():
+        processor.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", trust_remote_code=False)
+    return processor
+
+
+def pad_left(processor: ProcessorMixin) -> ProcessorMixin:
+    """Set the tokenizer to pad on the left, with the end-of-text token where the checkpoint names no padding."""
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return processor

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sparsemm.errors import ConfigError, DataError
-from sparsemm.models.family import Messages, ModelFamily, media_items, source_of
-from sparsemm.models.geometry import ImageLayout, grid_layout
+from sparsemm.models.family import ModelFamily
+from sparsemm.models.geometry import ImageLayout, Inputs, grid_layout
+from sparsemm.models.messages import Messages, media_items, source_of
 
 if TYPE_CHECKING:
     from transformers import BatchFeature, PretrainedConfig, ProcessorMixin
@@ -59,9 +59,7 @@ class Qwen2VL(ModelFamily):
         images, videos = process_vision_info(conversation)[:2]
         return {"images": images or [], "videos": videos or []}
 
-    def image_layouts(
-        self, config: PretrainedConfig, inputs: Mapping[str, Tensor], **sources: Any
-    ) -> list[ImageLayout]:
+    def image_layouts(self, config: PretrainedConfig, inputs: Inputs, **sources: Any) -> list[ImageLayout]:
         merge = config.vision_config.spatial_merge_size
         grids = inputs["image_grid_thw"].tolist() if "image_grid_thw" in inputs else []
         return [grid_layout(height // merge, width // merge, frames=frames) for frames, height, width in grids]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sparsemm.errors import DataError, UnsupportedModelError
-from sparsemm.models.family import Messages, ModelFamily, pad_left, refuse_pixel_limits
-from sparsemm.models.geometry import ImageLayout
+from sparsemm.models.family import ModelFamily, refuse_pixel_limits
+from sparsemm.models.geometry import ImageLayout, Inputs
+from sparsemm.models.messages import Messages
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, ProcessorMixin
@@ -36,7 +36,7 @@ class TextOnly(ModelFamily):
         self, path: str, *, min_pixels: int | None = None, max_pixels: int | None = None
     ) -> ProcessorMixin:
         """The tokenizer. A checkpoint without a chat template reads prompts as they are."""
-        from sparsemm.models.processing import TextProcessor
+        from sparsemm.models.processing import TextProcessor, pad_left
 
         refuse_pixel_limits(self.name, min_pixels, max_pixels)
         processor = TextProcessor.from_pretrained(path, trust_remote_code=False)
@@ -49,14 +49,7 @@ class TextOnly(ModelFamily):
             raise DataError("a language model without vision reads text only; leave the image out")
         return [{**message, "content": _text_of(message["content"])} for message in conversation], media
 
-    def image_layouts(
-        self, config: PretrainedConfig, inputs: Mapping[str, Tensor], **sources: Any
-    ) -> list[ImageLayout]:
-        return []
-
-    def image_token_layout(
-        self, config: PretrainedConfig, inputs: Mapping[str, Tensor], **sources: Any
-    ) -> list[list[ImageLayout]]:
+    def image_token_layout(self, config: PretrainedConfig, inputs: Inputs, **sources: Any) -> list[list[ImageLayout]]:
         return [[] for _ in inputs["input_ids"]]
 
 
