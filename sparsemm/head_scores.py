@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 import math
 import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparsemm.errors import ConfigError, HeadScoreError
-from sparsemm.io import write_json_atomic
 from sparsemm.models.identity import Identity
+from sparsemm.runs.score_files import ScoreFile, read_scores, write_scores
 
 logger = logging.getLogger(__name__)
-
-FORMAT = "sparsemm-head-scores"
-CALIBRATION_FORMAT = "sparsemm-calibration"
-FORMAT_VERSION = 1
-_KEY = re.compile(r"(0|[1-9][0-9]*)-(0|[1-9][0-9]*)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +61,11 @@ class Curves:
                 f"retrieval scores {list(self.retrieval.shape)} do not fit sensitivities "
                 f"{list(self.sensitivities.shape)}"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, by the names of the fields; what was not measured is left out."""
+        tables = {"sensitivities": self.sensitivities, "distortions": self.distortions, "retrieval": self.retrieval}
+        return {"rows": self.rows, **{name: each.tolist() for name, each in tables.items() if each is not None}}
 
 
 class HeadScores:
@@ -202,21 +199,8 @@ class HeadScores:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write values and provenance as JSON, atomically; `load` returns the same float64 values."""
-        document = {
-            "format": FORMAT if self.curves is None else CALIBRATION_FORMAT,
-            "version": FORMAT_VERSION,
-            "num_layers": self.num_layers,
-            "num_query_heads": self.num_query_heads,
-            "provenance": self.provenance,
-            "values": self.values.tolist(),
-        }
-        if self.curves is not None:
-            document["rows"] = self.curves.rows
-            document["sensitivities"] = self.curves.sensitivities.tolist()
-            document["distortions"] = self.curves.distortions.tolist()
-            if self.curves.retrieval is not None:
-                document["retrieval"] = self.curves.retrieval.tolist()
-        write_json_atomic(path, document, indent=None if self.values.numel() > 4096 or self.curves is not None else 1)
+        curves = None if self.curves is None else self.curves.to_dict()
+        write_scores(path, ScoreFile(self.values.tolist(), self.provenance, curves))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, any_model: bool = False) -> HeadScores:
@@ -228,22 +212,14 @@ class HeadScores:
         Raises:
             HeadScoreError: The file is missing, not JSON, in neither format, or its table is not one of scores.
         """
+        file = read_scores(path)
         try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
-        except FileNotFoundError:
-            raise HeadScoreError(f"head-score file {os.fspath(path)} does not exist; check the path") from None
-        except OSError as error:
-            raise HeadScoreError(f"head-score file {os.fspath(path)} cannot be read ({error})") from error
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise HeadScoreError(f"head-score file {os.fspath(path)} is not valid JSON ({error})") from error
-        except HeadScoreError as error:
-            raise HeadScoreError(f"{os.fspath(path)}: {error}") from None
-        try:
-            ours = isinstance(document, dict) and document.get("format") in (FORMAT, CALIBRATION_FORMAT)
-            scores = _from_document(document) if ours else _from_release(document, source=Path(path).name)
+            scores = cls(file.values, curves=None if file.curves is None else Curves(**file.curves))
         except HeadScoreError as error:
             raise HeadScoreError(f"{os.fspath(path)}: {error}") from error
-        scores.any_model = any_model
+        if file.release:
+            scores = cls(scores.normalised())
+        scores.provenance, scores.any_model = file.provenance, any_model
         return scores
 
 
@@ -277,43 +253,6 @@ def _first_head(bad: Tensor) -> str:
     return f"layer {layer}, head {head}"
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise HeadScoreError(f"key {twice!r} occurs twice")
-    return mapping
-
-
-def _from_document(document: dict[str, Any]) -> HeadScores:
-    version = document.get("version")
-    if version != FORMAT_VERSION:
-        raise HeadScoreError(
-            f"format version {version!r} is not {FORMAT_VERSION}; use the library version that wrote it"
-        )
-    if "values" not in document:
-        raise HeadScoreError("the table 'values' is missing")
-    provenance = document.get("provenance", {})
-    if not isinstance(provenance, dict):
-        raise HeadScoreError("'provenance' is not an object")
-    scores = HeadScores(_numbers(document["values"]), curves=_curves(document))
-    scores.provenance = provenance
-    for name, found in {"num_layers": scores.num_layers, "num_query_heads": scores.num_query_heads}.items():
-        if document.get(name, found) != found:
-            raise HeadScoreError(f"{name} is {document[name]!r}, but the table has {found}")
-    return scores
-
-
-def _curves(document: dict[str, Any]) -> Curves | None:
-    if document["format"] == FORMAT:
-        return None
-    missing = [name for name in ("rows", "sensitivities", "distortions") if not isinstance(document.get(name), list)]
-    if missing:
-        raise HeadScoreError(f"the calibration has no {' and no '.join(missing)}")
-    return Curves(*(document.get(name) for name in ("rows", "sensitivities", "distortions", "retrieval")))
-
-
 def _table(values: Any, what: str) -> Tensor:
     """A float64 table of `values` on the CPU. Raises `HeadScoreError` unless they are numbers, finite and >= 0."""
     try:
@@ -326,54 +265,3 @@ def _table(values: Any, what: str) -> Tensor:
     if (table < 0).any():
         raise HeadScoreError(f"{what} are negative at {_first_head(table < 0)}; they must be >= 0")
     return table
-
-
-def _numbers(rows: Any) -> list[list[float]]:
-    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
-        raise HeadScoreError("'values' is not a list of rows, one per layer")
-    lengths = {len(row) for row in rows}
-    if len(lengths) > 1:
-        raise HeadScoreError(f"layers have different numbers of heads ({sorted(lengths)}); a head is missing")
-    for layer, row in enumerate(rows):
-        for head, value in enumerate(row):
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise HeadScoreError(f"layer {layer}, head {head} is {value!r}, not a number")
-    return rows
-
-
-def _from_release(document: Any, *, source: str) -> HeadScores:
-    if not isinstance(document, dict) or not document:
-        raise HeadScoreError('neither a {"layer-head": [score, ...]} file nor one of this package')
-    means: dict[tuple[int, int], float] = {}
-    for key, samples in document.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise HeadScoreError(f'key {key!r} is not of the form "layer-head", such as "0-31"')
-        means[int(match[1]), int(match[2])] = _mean_score(key, samples)
-    num_layers = max(layer for layer, _ in means) + 1
-    num_heads = max(head for _, head in means) + 1
-    if len(means) != num_layers * num_heads:
-        missing = next(
-            f"{layer}-{head}" for layer in range(num_layers) for head in range(num_heads) if (layer, head) not in means
-        )
-        raise HeadScoreError(
-            f"head {missing!r} is missing ({len(means)} of {num_layers} x {num_heads} heads are there)"
-        )
-    table = torch.zeros(num_layers, num_heads, dtype=torch.float64)
-    for (layer, head), mean in means.items():
-        table[layer, head] = mean
-    raw = HeadScores(table)
-    return HeadScores(raw.normalised(), source=source, source_format="release")
-
-
-def _mean_score(key: str, samples: Any) -> float:
-    if not isinstance(samples, list) or not samples:
-        raise HeadScoreError(f"key {key!r} holds {samples!r}, not a list of one score per sample")
-    for value in samples:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise HeadScoreError(f"key {key!r} holds {value!r}, which is not a number")
-        if not math.isfinite(value):
-            raise HeadScoreError(f"key {key!r} holds NaN or infinity")
-        if value < 0:
-            raise HeadScoreError(f"key {key!r} holds the negative score {value!r}")
-    return math.fsum(samples) / len(samples)
