@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.instance import GenerationResult, Instance
 from lmms_eval.api.model import lmms
-from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
@@ -22,27 +21,10 @@ import sparsemm
 from sparsemm.errors import ConfigError, UnsupportedModelError
 from sparsemm.models.parallel import ALONE, join
 from sparsemm.runs.journal import Journal
+from sparsemm_lmms_eval.answers import RECORD_VERSION, count_tokens, cut, figures_of, log_speed, result_of
 
 DEFAULT_NEW_TOKENS = 1024
-RECORD_VERSION = 2  # of what is noted of an answer
 """Longest answer where a task sets none (TextVQA): its answers end by themselves long before."""
-
-
-@dataclass
-class SampleCounts(TokenCounts):
-    """Token counts of one answer, and what the cache did for it: lmms-eval logs both with the sample.
-
-    Attributes:
-        figures: JSON values: `nominal_budget`, `effective_budget` (this prompt's kept rows per kv head),
-            `cache_bytes` and `full_cache_bytes` (the batch's, divided by its size), `cache_share` (`share_of_full` for
-            as many new tokens as the task allows), `ms_per_token` (one decoding step of the batch; None when nothing
-            was decoded), `prefill_ms` (divided by the batch's size), `config`.
-    """
-
-    figures: dict[str, Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return {**super().to_dict(), **(self.figures or {})}
 
 
 @dataclass(frozen=True)
@@ -186,9 +168,9 @@ class SparseMMModel(lmms):
                         journals[question.task].append(question.document, record)
                         bar.update()
         records = [journals[request.args[4]].records[request.args[3]] for request in requests]
-        self._log(records)
+        log_speed(records)
         config = self.compression.to_dict()
-        return [_result(record, config) for record in records]
+        return [result_of(record, config) for record in records]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         raise NotImplementedError("SparseMM models generate text; choose tasks of type generate_until")
@@ -227,7 +209,6 @@ class SparseMMModel(lmms):
         self, batch: list[_Question], to_messages: dict[str, Callable[[Any], Any]], handle: sparsemm.PatchHandle
     ) -> list[dict[str, Any]]:
         """Text and figures of each question of a batch, as JSON values; `to_messages` of each task."""
-        from sparsemm.cache import share_of_full
         from sparsemm.decoding.generation import generate_greedy
 
         network, processor = self.loaded.network, self.loaded.processor
@@ -247,41 +228,13 @@ class SparseMMModel(lmms):
                 self._warm = True
             tokens, clock = generate_greedy(network, inputs, limit)
         texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        stats, size = handle.stats, len(batch)
         ends = network.generation_config.eos_token_id
-        ends = [] if ends is None else torch.as_tensor(ends, device=tokens.device).flatten()
-        records = []
-        for row, text in enumerate(texts):
-            stops = torch.isin(tokens[row], ends).nonzero() if len(ends) else []
-            records.append(
-                {
-                    "text": _cut(text, settings.get("until")),
-                    "input_tokens": stats.prompt_tokens[row],
-                    "output_tokens": int(stops[0]) + 1 if len(stops) else tokens.shape[1],
-                    "nominal_budget": stats.nominal_budget,
-                    "effective_budget": stats.effective_budgets[row],
-                    "cache_bytes": stats.cache_bytes / size,
-                    "full_cache_bytes": stats.full_cache_bytes / size,
-                    "cache_share": share_of_full(stats.effective_budgets[row], stats.prompt_tokens[row], limit),
-                    "ms_per_token": 1000 * clock.decode_seconds / clock.decode_steps if clock.decode_steps else None,
-                    "prefill_ms": 1000 * clock.prefill_seconds / size,
-                    "batch_size": size,
-                }
-            )
-        return records
-
-    def _log(self, records: list[dict[str, Any]]) -> None:
-        """Hand lmms-eval the figures of this process for the `throughput` part of its results."""
-        timed = [record for record in records if record["ms_per_token"] is not None]
-        seconds = sum(each["ms_per_token"] * each["output_tokens"] / each["batch_size"] for each in timed) / 1000
-        tokens = sum(record["output_tokens"] for record in records)
-        names = ("effective_budget", "cache_bytes", "full_cache_bytes", "cache_share")
-        log_metrics(
-            total_elapsed_time=seconds,
-            total_gen_tokens=tokens,
-            avg_speed=tokens / seconds if seconds else 0.0,
-            additional_metrics={name: sum(record[name] for record in records) / len(records) for name in names},
-        )
+        counts = count_tokens(tokens, [] if ends is None else ends)
+        figures = figures_of(handle.stats, clock, limit)
+        return [
+            {"text": cut(text, settings.get("until")), "output_tokens": count, **own}
+            for text, count, own in zip(texts, counts, figures, strict=True)
+        ]
 
 
 class SparseMMLlavaNext(SparseMMModel):
@@ -294,20 +247,6 @@ class SparseMMQwen2VL(SparseMMModel):
     """Qwen2-VL."""
 
     family = "qwen2_vl"
-
-
-def _result(record: dict[str, Any], config: dict[str, Any]) -> GenerationResult:
-    figures = {name: value for name, value in record.items() if name not in ("text", "input_tokens", "output_tokens")}
-    counts = SampleCounts(record["input_tokens"], record["output_tokens"], figures={**figures, "config": config})
-    return GenerationResult(record["text"], counts)
-
-
-def _cut(text: str, until: str | list[str] | None) -> str:
-    """`text` up to the first of the task's stop strings."""
-    for stop in [until] if isinstance(until, str) else until or []:
-        if stop:
-            text = text.partition(stop)[0]
-    return text.strip()
 
 
 def _whole(name: str, value: Any) -> int:
