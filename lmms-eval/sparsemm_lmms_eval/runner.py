@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import json
 import logging
 import math
@@ -69,20 +70,23 @@ def run_cells(
 
 
 def _check_tasks(tasks: Collection[str]) -> None:
-    known = _task_manager(tasks).all_tasks
+    known = _tasks_for(tasks).all_tasks
     if unknown := sorted(set(tasks) - set(known)):
         close = difflib.get_close_matches(unknown[0], known, n=3)
         hint = f"did you mean {', '.join(close)}?" if close else "check its name"
         raise DataError(f"task {unknown[0]!r} is not one of lmms-eval's or this package's; {hint}")
 
 
-def _task_manager(tasks: Collection[str]) -> TaskManager:
-    """A new one for each cell: a task's module may keep state (OCRBench adds up its scores in one). Reading all of
-    lmms-eval's tasks takes seconds, which the offline ones need not wait for."""
+def _tasks_for(names: Collection[str]) -> TaskManager:
+    """The tasks to choose from; the offline ones need not wait for all of lmms-eval's."""
+    return _task_index(with_theirs=not set(names) <= set(OFFLINE_TASKS))
+
+
+@functools.cache  # reading them takes seconds; a module that keeps state (OCRBench's) is loaded anew with its task
+def _task_index(*, with_theirs: bool) -> TaskManager:
     from lmms_eval.tasks import TaskManager
 
-    own = set(tasks) <= set(OFFLINE_TASKS)
-    return TaskManager("ERROR", include_path=str(TASKS_FOLDER), include_defaults=not own)
+    return TaskManager("ERROR", include_path=str(TASKS_FOLDER), include_defaults=with_theirs)
 
 
 def describe(summary: dict[str, Any]) -> str:
@@ -146,7 +150,7 @@ def load(cell: Cell) -> Any:
 def run_cell(cell: Cell, folder: Path, model: Any) -> None:
     """Evaluate one cell with a loaded model; its files are lmms-eval's, and `cell.json`, written last.
 
-    Under `torchrun` all processes call this; the first one writes.
+    Under `torchrun` all processes call this; the first one writes. Raises `DataError` where lmms-eval wrote no results.
     """
     from lmms_eval import evaluator
     from lmms_eval.loggers import EvaluationTracker
@@ -161,7 +165,7 @@ def run_cell(cell: Cell, folder: Path, model: Any) -> None:
         tasks=[cell.task],
         limit=cell.limit,
         batch_size=model.batch_size,
-        task_manager=_task_manager([cell.task]),
+        task_manager=_tasks_for([cell.task]),
         bootstrap_iters=0,
         log_samples=True,
         # Tasks write their submission files where this says, or into the current folder.

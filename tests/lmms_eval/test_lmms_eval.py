@@ -221,6 +221,15 @@ def test_samples_and_results_carry_settings_and_figures(finished: tuple[Path, li
     assert full["cache_share"] == 1.0 and "100.0 % of full" in runner.describe(full)
 
 
+def test_tokens_are_counted_up_to_the_one_that_ends_an_answer() -> None:
+    from sparsemm_lmms_eval.answers import count_tokens
+
+    tokens = torch.tensor([[5, 2, 2, 7], [5, 6, 7, 8], [9, 1, 2, 1]])
+    assert count_tokens(tokens, []) == [4, 4, 4]
+    assert count_tokens(tokens, 2) == [2, 4, 3]
+    assert count_tokens(tokens, [2, 9]) == [2, 4, 1]
+
+
 def test_only_means_of_what_the_samples_hold_are_scores_of_documents() -> None:
     figures = dict.fromkeys(("input_tokens", "output_tokens", "effective_budget", "cache_bytes", "full_cache_bytes"), 1)
     counts = {**figures, "cache_share": 1.0, "ms_per_token": None, "nominal_budget": None}
@@ -236,7 +245,7 @@ def test_answers_equal_those_of_transformers_alone(finished: tuple[Path, list[gr
     found = answers(cells[0].folder(output))
     for index in range(5):
         own = page("field", index)
-        assert found[index] == reference_answer(checkpoints, "qwen2-vl", own.image, own.prompt, 48)
+        assert found[index] == reference_answer("qwen2-vl", own.image, own.prompt, 48)
 
 
 def test_finished_cells_are_skipped(finished: tuple[Path, list[grid.Cell]], monkeypatch: Any) -> None:
@@ -315,7 +324,7 @@ def test_what_is_wrong_with_a_grid_is_said_before_its_first_cell(
 # -- the benchmarks -------------------------------------------------------------------------------------------------
 
 
-def reference_answer(checkpoints: Path, family: str, image: Any, prompt: str, limit: int) -> str:
+def reference_answer(family: str, image: Any, prompt: str, limit: int) -> str:
     """What the stock model says to the stock template: nothing of this package but the processor class."""
     processor = toy_processor(family)
     model = toy_model(family)
@@ -345,7 +354,7 @@ def test_a_benchmark_from_document_to_score(
     monkeypatch.chdir(tmp_path)
     _, _, _, prompt, limit, metric, expected = COPIES[task]
     family = "llava-mistral"
-    right = reference_answer(checkpoints, family, picture(0), prompt, limit)
+    right = reference_answer(family, picture(0), prompt, limit)
     monkeypatch.setattr("datasets.load_dataset", load_dataset(right))
     cell = shared(checkpoints, family, limit=None).cell(task, "fullkv", None)
     assert runner.run_cells([cell], tmp_path / "out", report=print) == []
