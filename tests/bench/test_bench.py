@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import statistics
 
 import pytest
@@ -226,10 +227,21 @@ def test_the_grid():
         e2e.make_workloads(["hf"], [32], [0], [1], [])
 
 
-def test_finished_cells_are_kept(tiny, tmp_path, monkeypatch):
-    path = tmp_path / "results.json"
-    results = small_run(tiny, path)
-    assert BenchResults.load(path) == results
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """The file of a run that measured all its cells."""
+    path = tmp_path_factory.mktemp("finished") / "results.json"
+    assert small_run(tiny, path) == BenchResults.load(path)
+    return path
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copy(finished, tmp_path / "results.json")
+
+
+def test_finished_cells_are_kept(tiny, copied, monkeypatch):
+    path, results = copied, BenchResults.load(copied)
     assert len(results.runs) == len({cell.key for cell in results.runs}) == 4 * 2 * 2 + 3
     assert {cell.status for cell in results.runs} == {"ok"}
     for cell in results.runs:
@@ -261,33 +273,32 @@ def test_finished_cells_are_kept(tiny, tmp_path, monkeypatch):
 
 def test_what_is_going_to_be_done_is_said_at_once(tiny, tmp_path):
     said = []
-    run = functools.partial(small_run, tiny, tmp_path / "results.json", ("hf", "snapkv"), report=said.append)
+    run = functools.partial(small_run, tiny, tmp_path / "results.json", ("hf",), report=said.append)
     run()
     (plan,) = said
-    assert plan.startswith("10 of 10 cells to measure, about ") and "each on this device, " in plan
+    assert plan.startswith("5 of 5 cells to measure, about ") and "each on this device, " in plan
     run()
-    assert said[1:] == [f"nothing is left to do: {tmp_path / 'results.json'} holds all 10 cells"]
+    assert said[1:] == [f"nothing is left to do: {tmp_path / 'results.json'} holds all 5 cells"]
     assert [duration(each) for each in (0.2, 40, 600, 9000)] == ["1 s", "40 s", "10 min", "2.5 h"]
 
 
-def test_a_noisy_cell_is_measured_again(tiny, tmp_path, monkeypatch):
-    path, said = tmp_path / "results.json", []
-    before = small_run(tiny, path, ("fullkv", "snapkv"))
-    document = json.loads(path.read_text())
+def test_a_noisy_cell_is_measured_again(tiny, copied, monkeypatch):
+    said, before = [], BenchResults.load(copied)
+    document = json.loads(copied.read_text())
     calm = {"median": 1.0, "q25": 0.9, "q75": 1.1, "count": 3}
     for cell in document["cells"]:
         cell["times"] = dict.fromkeys(cell["times"], calm)
     document["cells"][1]["times"]["step"] = {**calm, "q75": 1.5}
-    path.write_text(json.dumps(document))
+    copied.write_text(json.dumps(document))
     monkeypatch.setattr("sparsemm.runs.spread.NOISY", 0.5)
-    assert format_tables(BenchResults.load(path)).count("noisy") == 1
+    assert format_tables(BenchResults.load(copied)).count("noisy") == 1
     real = e2e.measure
     monkeypatch.setattr(e2e, "measure", lambda *a, **k: ({"first_token": [2.0], "step": [2.0, 2.1]}, real(*a, **k)[1]))
-    after = small_run(tiny, path, ("fullkv", "snapkv"), report=said.append)
-    assert said[0].startswith("1 of 10 cells")
+    after = small_run(tiny, copied, report=said.append)
+    assert said[0].startswith("1 of 19 cells")
     assert [cell.key for cell in after.runs] == [cell.key for cell in before.runs]
-    assert [cell.times["step"]["median"] for cell in after.runs] == [1.0, 2.05] + [1.0] * 8
-    assert after == BenchResults.load(path)
+    assert [cell.times["step"]["median"] for cell in after.runs] == [1.0, 2.05] + [1.0] * 17
+    assert after == BenchResults.load(copied)
 
 
 def test_every_cell_is_warmed_up_by_a_short_prompt_and_tells_how_far_it_is(tiny, monkeypatch):
@@ -313,8 +324,8 @@ def test_a_baseline_that_is_missing_does_not_end_the_run(tiny):
     assert cells[1].status == "ok"
 
 
-def test_tables_and_figure(tiny, tmp_path):
-    results = small_run(tiny, None)
+def test_tables_and_figure(finished, tmp_path):
+    results = BenchResults.load(finished)
     text = format_tables(results)
     assert text.count("\n") + 1 == 2 + 16 + 1 + 2 + 3
     assert "paper" not in text

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 from toy_models import TINY_MINIATURE
 
 from sparsemm.cli import main
@@ -37,6 +40,14 @@ class Outcome:
     status: int
     out: str
     err: str
+
+
+@pytest.fixture(scope="module", autouse=True)
+def commands_are_put_together_once() -> Iterator[None]:
+    """Typer makes them anew for every run, which takes longer than most runs of these tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("typer.main.get_command", functools.cache(typer.main.get_command))
+        yield
 
 
 @pytest.fixture

@@ -144,11 +144,9 @@ def test_pictures_are_called_by_what_they_show(run: Any, files: dict[str, Path],
         outcome = run("viz", "budgets", *model, *options)
         assert outcome.out == f"{name}\n", outcome.err
     assert len(list(tmp_path.glob("*.png"))) == 3
-    for budget in (12, 16):
-        outcome = run(
-            *("viz", "all", *model, "--head-scores", files["scores"], "--budget", budget, "--max-new-tokens", 2),
-            *("--top", 1, "--bottom", 1),
-        )
-        assert outcome.status == 0, outcome.err
-    folders = sorted(path.name for path in (tmp_path / "results" / "viz" / "toy").iterdir())
-    assert folders == ["page-sparsemm-12", "page-sparsemm-16"]
+    outcome = run(
+        *("viz", "all", *model, "--head-scores", files["scores"], "--budget", 16, "--max-new-tokens", 2),
+        *("--top", 1, "--bottom", 1),
+    )
+    assert outcome.status == 0, outcome.err
+    assert [path.name for path in (tmp_path / "results" / "viz" / "toy").iterdir()] == ["page-sparsemm-16"]
