@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from greedy_runs import greedy
 from transformers import TextIteratorStreamer, pipeline
 
 import sparsemm
@@ -44,29 +45,15 @@ def configs(name, budget):
         yield sparsemm.CompressionConfig(method=method, budget=budget, head_scores=scores, window_size=4)
 
 
-def run(model, inputs, tokens=12, **kwargs):
-    with torch.no_grad():
-        out = model.generate(
-            **inputs,
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-            **kwargs,
-        )
-    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits)
-
-
 def test_a_budget_that_covers_the_prompt_changes_nothing(miniature):
     name, model, processor = miniature
     for count in (1, 3):
         inputs = inputs_of(model, processor, pages(count))
-        expected_ids, expected = run(model, inputs)
+        expected_ids, expected, _ = greedy(model, inputs, 12)
         limit = TOLERANCE * max(1.0, expected.abs().max().item())
         for settings in configs(name, inputs["input_ids"].shape[1]):
             with sparsemm.patch(model, settings):
-                ids, logits = run(model, inputs)
+                ids, logits, _ = greedy(model, inputs, 12)
             assert torch.equal(ids, expected_ids), settings.method
             assert (logits - expected).abs().max() <= limit, settings.method
 
@@ -79,7 +66,7 @@ def test_small_budgets_hold_what_they_say(miniature):
         if settings.method == "fullkv":
             continue
         with sparsemm.patch(model, settings, reserve=1) as handle:
-            run(model, inputs, tokens=2)
+            greedy(model, inputs, 2)
         stats = handle.stats
         assert stats.kept_rows.sum((1, 2)).tolist() == [16 * text.num_hidden_layers * text.num_key_value_heads] * 3
         assert stats.cache_bytes < 0.15 * stats.full_cache_bytes

@@ -38,22 +38,9 @@ def expected(
 ) -> reference.Kept:
     """The reference for one unpadded prompt, query [Hq, T, D] and key [Hkv, T, D]."""
     scores = Plan(config, NUM_LAYERS, query.shape[0], query.shape[0]).head_scores
-    return reference.kept_positions(
-        query.double().numpy(),
-        key.double().numpy(),
-        method=config.method,
-        budget=config.budget,
-        window=config.window_size,
-        kernel=config.kernel_size,
-        rounding=config.rounding,
-        layer_idx=layer_idx,
-        num_layers=NUM_LAYERS,
-        scores=None if scores is None else scores.values.numpy(),
-        ratio=config.ratio,
-        floor=config.adakv_floor,
-        beta=config.pyramid_beta,
-        scaling=scaling,
-    )
+    table = None if scores is None else scores.values.numpy()
+    more = {"layer_idx": layer_idx, "num_layers": NUM_LAYERS, "scores": table, "scaling": scaling}
+    return reference.kept_by(config, query, key, **more)
 
 
 def as_lists(kept: list[list[Tensor]]) -> list[list[list[int]]]:

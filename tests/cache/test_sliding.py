@@ -41,14 +41,6 @@ def windows(cache):
     return [(layer.keys, layer.values, layer.seen) for layer in cache.layers if layer.is_sliding]
 
 
-def same_windows(one, other):
-    return all(
-        torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-        for layers in zip(one, other, strict=True)
-        for a, b in zip(*layers, strict=True)
-    )
-
-
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("length", [3, WINDOW - 1, WINDOW, WINDOW + 1, 40])
 def test_windows_that_fill_and_move_are_those_of_the_stock_model(name, length):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from reference import kept_positions
+from reference import kept_by
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -47,22 +47,8 @@ class MaskedTwin:
         return (logits.softmax(-1) @ value).transpose(1, 2).contiguous(), None
 
     def _choose(self, layer_idx, query, key, scaling):
-        settings = self.settings
-        kept = kept_positions(
-            query.double().numpy(),
-            key.double().numpy(),
-            method=settings.method,
-            budget=settings.budget,
-            window=settings.window_size,
-            kernel=settings.kernel_size,
-            rounding=settings.rounding,
-            layer_idx=layer_idx,
-            num_layers=self.num_layers,
-            scores=self.table,
-            curves=self.curves,
-            ratio=settings.ratio,
-            scaling=scaling,
-        )
+        more = {"num_layers": self.num_layers, "scores": self.table, "curves": self.curves, "scaling": scaling}
+        kept = kept_by(self.settings, query, key, layer_idx=layer_idx, **more)
         self.margin = min(self.margin, kept.margin)
         self.kept[layer_idx] = [len(positions) for positions in kept.positions]
         dropped = torch.ones(key.shape[:2], dtype=torch.bool)

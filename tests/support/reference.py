@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -265,3 +266,11 @@ def kept_positions(
         rows = [length] * num_kv_heads
     kept = top_positions(pooled, rows, window, length)
     return Kept(kept.positions, min(margin, kept.margin))
+
+
+def kept_by(settings: Any, query: Any, key: Any, **more: Any) -> Kept:
+    """`kept_positions` of tensors, with the settings of a compression configuration and what they do not say."""
+    named = {"window": "window_size", "kernel": "kernel_size", "floor": "adakv_floor", "beta": "pyramid_beta"}
+    named |= {name: name for name in ("method", "budget", "rounding", "ratio")}
+    given = {name: getattr(settings, attribute) for name, attribute in named.items()}
+    return kept_positions(query.double().numpy(), key.double().numpy(), **given, **more)
