@@ -188,11 +188,17 @@ class HeadScores:
         return torch.cat([ranked.new_zeros(1), ranked.cumsum(0)])
 
     def top_share(self, fraction: float) -> float:
-        """Share of the whole score held by the top `fraction` of the heads (`heads_of_share` of them)."""
+        """Share of the whole score held by the top `fraction` of the heads (`heads_of_share` of them).
+
+        Raises `ConfigError` for a fraction outside of 0 to 1.
+        """
         return float(self.held_by_top()[heads_of_share(fraction, self.values.numel())])
 
     def num_heads_holding(self, share: float) -> int:
-        """The smallest number of heads that together hold `share` of the whole score."""
+        """The smallest number of heads that together hold `share` of the whole score, above 0 and at most 1.
+
+        Raises `HeadScoreError` for any other share.
+        """
         if not 0.0 < share <= 1.0:
             raise HeadScoreError(f"share={share} must lie above 0 and at most 1")
         return min(int((self.held_by_top() < share - 1e-12).sum()), self.values.numel())

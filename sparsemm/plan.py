@@ -19,7 +19,7 @@ from sparsemm.errors import ConfigError, HeadScoreError
 from sparsemm.head_scores import HeadScores
 from sparsemm.methods import BudgetRequest, Method, get_method
 from sparsemm.models.parallel import ALONE, TensorParallel
-from sparsemm.runs.results import environment
+from sparsemm.runs.results import versions
 
 GROWTH_ROWS = 64
 """Slots behind every head's prompt rows, and the least number that a full cache grows by."""
@@ -122,7 +122,7 @@ class Plan:
     def describe(self) -> dict[str, Any]:
         """What all processes that hold a model have to have alike, as JSON values."""
         scores = None if self.head_scores is None else self.head_scores.describe()["sha256"]
-        found = environment()
+        found = versions()
         return {
             **self.config.to_dict(),
             "head_scores": scores,

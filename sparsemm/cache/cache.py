@@ -212,6 +212,7 @@ class SparseCache(Cache):
 
         Such a forward can be captured in a CUDA graph and replayed. It needs `room`, and `count_steps` once it has run.
         `watched` is for steps that are not captured: the layers' accounts are then right while a step still runs.
+        Raises `CacheError` before the first prompt.
         """
         self._check()
         if self.columns.count == 0:
@@ -266,11 +267,15 @@ class SparseCache(Cache):
             record.prompt_tokens = [min(pair) for pair in zip(record.prompt_tokens, tokens, strict=True)]
 
     def reset(self) -> None:
+        """Empty the cache, a broken one too."""
         super().reset()
         self._forget()
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the batch rows `indices` (repeats allowed). Raises `IndexError` for a row that is not there."""
+        """Keep the batch rows `indices` (repeats allowed).
+
+        Raises `IndexError` for a row that is not there, `CacheError` where none would be left.
+        """
         self._check()
         rows = torch.arange(self.columns.batch)[indices.cpu()]
         if self.columns.count == 0:

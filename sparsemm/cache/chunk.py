@@ -48,6 +48,7 @@ class Chunk:
 
     @classmethod
     def of(cls, mask: Tensor | None, batch: int, columns: int, *, needs_lengths: bool) -> Chunk:
+        """Columns by their `mask`; without `needs_lengths` nothing of a mask on a GPU is waited for."""
         if mask is not None and (needs_lengths or mask.device.type == "cpu") and bool(mask.all()):
             mask = None
         if mask is None:
@@ -117,6 +118,7 @@ class Columns:
         return Chunk.of(mask, batch, columns, needs_lengths=needs_lengths)
 
     def followed_by(self, chunk: Chunk, times: int = 1) -> Columns:
+        """These, and the chunk's behind them, so many times over."""
         count = self.count + times * chunk.columns
         if self.mask is None and chunk.mask is None:
             return Columns(chunk.batch, count)
@@ -128,9 +130,11 @@ class Columns:
         return Columns(chunk.batch, count, torch.cat(parts, dim=1))
 
     def first(self, count: int) -> Columns:
+        """The first `count` of them."""
         return Columns(self.batch, count, None if self.mask is None else self.mask[:, :count].clone())
 
     def select(self, indices: Tensor) -> Columns:
+        """Those of the batch rows `indices`, int64."""
         mask = None if self.mask is None else self.mask[indices.to(self.mask.device)]
         return Columns(len(indices), self.count, mask)
 

@@ -45,6 +45,7 @@ class SparseLayer(RowLists):
         self.waiting: tuple[Tensor, Tensor] | None = None  # what `score_layer` found, until the last layer has run
 
     def restore(self, columns: Columns, fed: Columns) -> None:
+        """As `RowLists.restore`; what waited to be chosen among is forgotten."""
         self.waiting = None
         super().restore(columns, fed)
 

@@ -35,6 +35,7 @@ class RowLists(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
+        """Let go of every row."""
         self.is_initialized = False
         self.key_buffer: Tensor | None = None
         self.value_buffer: Tensor | None = None
@@ -120,6 +121,7 @@ class RowLists(CacheLayerMixin):
         self.record.layer_bytes[self.layer_idx] = self.memory_bytes()
 
     def _append(self, key: Tensor, value: Tensor, chunk: Chunk) -> None:
+        """Put the chunk's tokens, key and value `[B, Hkv, n, D]`, behind the rows of their lists."""
         if chunk.counted and chunk.columns > self.room:
             self.grow(chunk.columns)
         operators(key.device, key.dtype, key.shape[-1]).append(
@@ -129,7 +131,10 @@ class RowLists(CacheLayerMixin):
             self.seen += chunk.columns
 
     def grow(self, rows: int) -> None:
-        """Give every list at least `rows` more slots behind its slack. The buffers move."""
+        """Give every list at least `rows` more slots behind its slack. The buffers move.
+
+        Raises `CacheError` where an earlier append found no slot.
+        """
         if bool(self.overflow.item()):
             raise CacheError(
                 "rows were lost because a list of the cache was full; this is a bug in the cache's accounting"

@@ -19,7 +19,7 @@ from sparsemm.models import family_of
 from sparsemm.models.identity import identity_of
 from sparsemm.models.parallel import tensor_parallel_of
 from sparsemm.runs.finished import make_once
-from sparsemm.runs.results import environment
+from sparsemm.runs.results import versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -137,7 +137,6 @@ def _collect(records: list[dict[str, Any]], settings: dict[str, Any]) -> HeadSco
     least = distortion[..., :1]
     relative = torch.where(least > 0, distortion / least, 0.0)
     needles = [record for record in used if record["retrieval"] is not None]
-    found = environment()
     provenance = {
         **settings,
         "num_pages": len(used),
@@ -145,7 +144,7 @@ def _collect(records: list[dict[str, Any]], settings: dict[str, Any]) -> HeadSco
         "tasks": {task: len(tasks[task]) for task in sorted(tasks)},
         "num_tokens": sum(record["answer_tokens"] for record in used),
         "num_needles": len(needles),
-        "versions": {name: found[name] for name in ("sparsemm", "torch", "transformers", "python")},
+        "versions": versions(),
     }
     curves = Curves(rows, sensitivity, relative, _stack(needles, "retrieval").mean(0) if needles else None)
     return HeadScores((-_mean(gradients)).clamp(min=0), curves=curves, **provenance)

@@ -18,7 +18,7 @@ from sparsemm.models import family_of
 from sparsemm.models.identity import identity_of
 from sparsemm.models.layers import ragged_layers
 from sparsemm.runs.finished import make_once
-from sparsemm.runs.results import environment
+from sparsemm.runs.results import versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -180,7 +180,6 @@ def _collect(
         flaws.update(record["flaws"])
         for layer, head, score in record["scores"]:
             total[layer, head] += score
-    found = environment()
     provenance = {
         **{key: value for key, value in settings.items() if key != "shape"},
         "num_images": len(read),
@@ -190,7 +189,7 @@ def _collect(
             for key in ("tokens", "matchable", "matched", "hits", "cut")
         },
         "num_flaws": dict(flaws),
-        "versions": {name: found[name] for name in ("sparsemm", "torch", "transformers", "python")},
+        "versions": versions(),
     }
     # HeadScores refuses a table of zeros: "chase again with more images".
     mean = HeadScores(total / len(read))

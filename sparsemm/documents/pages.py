@@ -82,7 +82,7 @@ def page_generator(index: int, *, split: str, task: str, num_words: int | None, 
 def page_layout(
     index: int, *, split: str, task: str = "read", num_words: int | None = None, seed: int = 0, size: int = 224
 ) -> tuple[Layout, np.random.Generator]:
-    """The layout of page `index`, and the generator that goes on to draw it."""
+    """The layout of page `index`, and the generator that goes on to draw it. Raises `DataError` as `make_page`."""
     if index < 0 or seed < 0:
         raise DataError(f"index={index} and seed={seed} must not be negative")
     if size % CELL:

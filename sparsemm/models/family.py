@@ -161,7 +161,10 @@ class ModelFamily:
         return inputs
 
     def read_media(self, conversation: Messages) -> dict[str, list[Any]]:
-        """The "images" (and "videos") of a conversation in order, ready for the processor."""
+        """The "images" (and "videos") of a conversation in order, ready for the processor.
+
+        Raises `DataError` for an image that cannot be read, and for a video.
+        """
         images = []
         for item in media_items(conversation):
             if item.get("type") == "video":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,11 @@ Inputs = Mapping[str, Tensor]
 
 Region = tuple[float, float, float, float]
 """(left, top, right, bottom) in pixels of the original image; a padded grid reaches beyond it."""
+
+
+def entries(inputs: Inputs, name: str) -> list[Any]:
+    """What the inputs say of each image under `name`, as Python numbers; nothing where there is no image."""
+    return inputs[name].tolist() if name in inputs else []
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,8 @@ def cells_of_box(
     """First column, first row, last column, last row of the cells of a (rows, columns) `grid` that `box` touches.
 
     `region` is what the grid covers, by default the whole image, whose outermost cells also take what reaches beyond
-    it. None when the box lies outside a given region.
+    it. None when the box lies outside a given region. Raises `DataError` for a box that is not four finite, ordered
+    numbers, or a size that is not positive.
     """
     if len(box) != 4 or not all(math.isfinite(value) for value in box):
         raise DataError(f"box {tuple(box)!r} is not four finite numbers (x0, y0, x1, y1)")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sparsemm.models.geometry import ImageLayout, Inputs, Region, base_layout
+from sparsemm.models.geometry import ImageLayout, Inputs, Region, base_layout, entries
 from sparsemm.models.llava import Llava
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class LlavaNext(Llava):
 
     def image_layouts(self, config: PretrainedConfig, inputs: Inputs, **sources: Any) -> list[ImageLayout]:
         side = config.vision_config.image_size // config.vision_config.patch_size
-        sizes = inputs["image_sizes"].tolist() if "image_sizes" in inputs else []
+        sizes = entries(inputs, "image_sizes")
         return [base_layout(side, *unpadded_grid(config, tuple(size))) for size in sizes]
 
     def exact_layouts(
@@ -65,7 +65,7 @@ def unpadded_grid(config: PretrainedConfig, image_size: tuple[int, int]) -> tupl
 
 def with_shown_regions(config: PretrainedConfig, inputs: Inputs, layouts: Sequence[ImageLayout]) -> list[ImageLayout]:
     """The layouts of a batch, the high-resolution grid of each over the pixels that it shows."""
-    sizes = inputs["image_sizes"].tolist() if "image_sizes" in inputs else []
+    sizes = entries(inputs, "image_sizes")
     return [
         replace(layout, regions={"high_res": shown_region(config, tuple(size))})
         for layout, size in zip(layouts, sizes, strict=True)

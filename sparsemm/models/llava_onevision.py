@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsemm.models.family import ModelFamily
-from sparsemm.models.geometry import ImageLayout, Inputs, base_layout
+from sparsemm.models.geometry import ImageLayout, Inputs, base_layout, entries
 from sparsemm.models.llava_next import unpadded_grid, with_shown_regions
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class LlavaOnevision(ModelFamily):
     pads_grid = True
 
     def image_layouts(self, config: PretrainedConfig, inputs: Inputs, **sources: Any) -> list[ImageLayout]:
-        sizes = inputs["image_sizes"].tolist() if "image_sizes" in inputs else []
+        sizes = entries(inputs, "image_sizes")
         # A prompt with several images shows each by its base tokens and one newline.
         counts = inputs["batch_num_images"].tolist() if "batch_num_images" in inputs else [1] * len(sizes)
         alone = [count == 1 for count in counts for _ in range(count)]

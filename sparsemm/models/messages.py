@@ -15,6 +15,7 @@ Messages = list[dict[str, Any]]
 
 
 def is_conversation(value: Any) -> bool:
+    """Whether `value` is a list of messages, each of which has a role."""
     return isinstance(value, list) and bool(value) and all(isinstance(item, dict) and "role" in item for item in value)
 
 

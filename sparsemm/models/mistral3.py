@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sparsemm.models.family import ModelFamily
-from sparsemm.models.geometry import ImageLayout, Inputs, grid_layout
+from sparsemm.models.geometry import ImageLayout, Inputs, entries, grid_layout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -20,7 +20,7 @@ class Mistral3(ModelFamily):
 
     def image_layouts(self, config: PretrainedConfig, inputs: Inputs, **sources: Any) -> list[ImageLayout]:
         cell = config.vision_config.patch_size * config.spatial_merge_size
-        sizes = inputs["image_sizes"].tolist() if "image_sizes" in inputs else []
+        sizes = entries(inputs, "image_sizes")
         return [grid_layout(height // cell, width // cell) for height, width in sizes]  # sizes after resizing
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.models.family import ModelFamily
-from sparsemm.models.geometry import ImageLayout, Inputs, grid_layout
+from sparsemm.models.geometry import ImageLayout, Inputs, entries, grid_layout
 from sparsemm.models.messages import Messages, media_items, source_of
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Qwen2VL(ModelFamily):
 
     def image_layouts(self, config: PretrainedConfig, inputs: Inputs, **sources: Any) -> list[ImageLayout]:
         merge = config.vision_config.spatial_merge_size
-        grids = inputs["image_grid_thw"].tolist() if "image_grid_thw" in inputs else []
+        grids = entries(inputs, "image_grid_thw")
         return [grid_layout(height // merge, width // merge, frames=frames) for frames, height, width in grids]
 
     def random_image(self, config: PretrainedConfig, dtype: torch.dtype, limit: int) -> dict[str, Tensor]:

@@ -54,7 +54,10 @@ class Recorder:
         self.result: Any = None
 
     def run(self, module: nn.Module, projections: Projections, config: Any) -> None:
-        """Call the layer's own forward as decoder layers do; `config` names the recorder as its attention function."""
+        """Call the layer's own forward as decoder layers do; `config` names the recorder as its attention function.
+
+        Raises `UnsupportedModelError` where it cannot be called so.
+        """
         undo = set_on_instance(module, "config", config)
         projections.interface[NAME] = self._attend
         try:
@@ -86,7 +89,7 @@ class Recorder:
         return EARLIER
 
     def check(self, layer_idx: int) -> None:
-        """Refuse what attention over kept rows would not honour."""
+        """Refuse (`UnsupportedModelError`) what attention over kept rows would not honour."""
         if len(self.states) != 1:
             raise UnsupportedModelError("it does not attend once, through transformers' attention interface")
         (states,) = self.states
@@ -95,7 +98,7 @@ class Recorder:
             raise UnsupportedModelError("it does not put the keys and values that it attends to into its cache, once")
 
     def check_arguments(self) -> None:
-        """Refuse what came with them and attention over kept rows cannot honour."""
+        """Refuse (`UnsupportedModelError`) what came with them and attention over kept rows cannot honour."""
         for name, value in self.arguments.items():
             if not self._is_honoured(name, value):
                 unknown = f"it hands {name} to its attention function, which attention over kept rows does not know"
@@ -109,7 +112,10 @@ class Recorder:
         )
 
     def proved(self, module: nn.Module, read: Projections) -> Projections:
-        """The projections as read, with or without rotation, that give what was recorded."""
+        """The projections as read, with or without rotation, that give what was recorded.
+
+        Raises `UnsupportedModelError` where neither does; says by how much.
+        """
         scaling = self.arguments.get("scaling")
         read = dataclasses.replace(
             read,

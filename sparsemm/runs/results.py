@@ -134,20 +134,29 @@ class RunFile(Generic[AnyRun]):
         return {"format": self.FORMAT, "version": self.VERSION, "settings": self.settings, self.LISTED: runs}
 
 
-def environment(device: Any = "cpu") -> dict[str, Any]:
-    """Versions and hardware a measurement belongs to, as JSON values."""
+def versions() -> dict[str, str]:
+    """Of this package and what it stands on, by name."""
     import torch
     import transformers
 
     import sparsemm
 
-    device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return {
         "sparsemm": sparsemm.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+    }
+
+
+def environment(device: Any = "cpu") -> dict[str, Any]:
+    """Versions and hardware a measurement belongs to, as JSON values."""
+    import torch
+
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return {
+        **versions(),
         "device": device.type,
         "hardware": name,
         "threads": torch.get_num_threads(),

@@ -184,7 +184,10 @@ def draw_head_rows(changes: Mapping[str, Tensor], *, title: str | None = None) -
 
 
 def kv_heads_of(scores: HeadScores, given: int | None) -> int | None:
-    """The number of kv heads to mark: given, else what the score file says it was chased on, if it does."""
+    """The number of kv heads to mark: given, else what the score file says it was chased on, if it does.
+
+    Raises `HeadScoreError` for what is no number of heads.
+    """
     number = scores.provenance.get("num_kv_heads") if given is None else given
     if number is not None and (not isinstance(number, int) or number < 1):
         raise HeadScoreError(f"num_kv_heads={number!r} is not a number of heads")
