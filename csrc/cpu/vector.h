@@ -106,6 +106,9 @@ inline void store_as(BFloat16* p, Vec<float> v) {
 }
 
 template <class C>
+constexpr C kMinusInfinity = -std::numeric_limits<C>::infinity();
+
+template <class C>
 inline Vec<C> splat(C x) {
   return Vec<C>{} + x;
 }
