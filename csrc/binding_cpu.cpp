@@ -8,11 +8,10 @@
 #include "checks.h"
 #include "cpu/kernels.h"
 #include "registration.h"
+#include "tensors.h"
 
 namespace sparsemm {
 namespace {
-
-using cpu::Dtype;
 
 const cpu::KernelTable& kernels() {
 #if defined(SPARSEMM_X86_LEVELS)
@@ -27,7 +26,7 @@ const cpu::KernelTable& kernels() {
 #endif
 }
 
-Dtype dtype_of(const Tensor& t) {
+Dtype dtype_of(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return Dtype::kFloat32;
     case ScalarType::Double: return Dtype::kFloat64;
@@ -35,17 +34,13 @@ Dtype dtype_of(const Tensor& t) {
     case ScalarType::BFloat16: return Dtype::kBFloat16;
     default: break;
   }
-  STD_TORCH_CHECK(false, "rows must be floating point of 16 to 64 bits, got ",
+  STD_TORCH_CHECK(false, name, ": rows must be floating point of 16 to 64 bits, got ",
                   torch::headeronly::toString(t.scalar_type()));
   return Dtype::kFloat32;
 }
 
-const int32_t* ints(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
-
-Tensor empty_cpu(torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) {
-  return torch::stable::empty(shape, dtype, std::nullopt,
-                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
-}
+// Rows of any size may lie anywhere.
+void check_vectors(const char*, const Tensor&) {}
 
 // Work below this is not worth a second thread, which may have to wait for a busy core.
 constexpr int64_t kGrainBytes = 256 * 1024;
@@ -57,7 +52,7 @@ int64_t grain_for(int64_t row_bytes) { return std::max<int64_t>(1, kGrainBytes /
 void compact(Tensor key, Tensor value, Tensor positions, Tensor cu_kept, Tensor offsets, Tensor key_buffer,
              Tensor value_buffer) {
   check_compact(key, value, positions, cu_kept, offsets, key_buffer, value_buffer);
-  dtype_of(key);
+  dtype_of("compact", key);
   const int64_t num_kv_heads = key.size(1), num_columns = key.size(2), lists = key.size(0) * num_kv_heads;
   const int64_t total = positions.size(0), slots = key_buffer.size(0);
   const int64_t element = static_cast<int64_t>(key.element_size()), row_bytes = key.size(3) * element;
@@ -100,7 +95,7 @@ void compact(Tensor key, Tensor value, Tensor positions, Tensor cu_kept, Tensor 
 void append(Tensor key, Tensor value, Tensor offsets, Tensor lens, Tensor key_buffer, Tensor value_buffer,
             Tensor overflow, std::optional<Tensor> mask) {
   check_append(key, value, offsets, lens, key_buffer, value_buffer, overflow, mask);
-  dtype_of(key);
+  dtype_of("append", key);
   const int64_t num_kv_heads = key.size(1), n = key.size(2), lists = key.size(0) * num_kv_heads;
   const int64_t element = static_cast<int64_t>(key.element_size()), row_bytes = key.size(3) * element;
   const int64_t slots = key_buffer.size(0);
@@ -215,9 +210,9 @@ std::tuple<Tensor, Tensor> varlen_decode(Tensor query, Tensor key_buffer, Tensor
   check_varlen_decode(query, key_buffer, value_buffer, offsets, lens, num_later);
   const int64_t batch = query.size(0), num_query_heads = query.size(1), n = query.size(2), head_dim = query.size(3);
   const int64_t lists = lens.size(0), slots = key_buffer.size(0);
-  Tensor out = empty_cpu({batch, num_query_heads, n, head_dim}, query.scalar_type());
-  Tensor lse = empty_cpu({batch, num_query_heads, n}, ScalarType::Float);
-  cpu::DecodeArgs a{dtype_of(query), query.const_data_ptr(), key_buffer.const_data_ptr(),
+  Tensor out = empty_beside(query, {batch, num_query_heads, n, head_dim}, query.scalar_type());
+  Tensor lse = empty_beside(query, {batch, num_query_heads, n}, ScalarType::Float);
+  cpu::DecodeArgs a{dtype_of("varlen_decode", query), query.const_data_ptr(), key_buffer.const_data_ptr(),
                     value_buffer.const_data_ptr(), ints(offsets), ints(lens),
                     num_later.has_value() ? ints(*num_later) : nullptr, out.mutable_data_ptr(),
                     static_cast<float*>(lse.mutable_data_ptr()), lists / batch, num_query_heads, n, head_dim,
@@ -239,8 +234,8 @@ std::tuple<Tensor, Tensor> varlen_decode(Tensor query, Tensor key_buffer, Tensor
 Tensor window_scores(Tensor query, Tensor key, Tensor starts, Tensor num_queries, double scale) {
   check_window_scores(query, key, starts, num_queries);
   const int64_t batch = key.size(0), num_kv_heads = key.size(1), num_columns = key.size(2);
-  Tensor scores = empty_cpu({batch, num_kv_heads, num_columns}, ScalarType::Float);
-  const cpu::WindowArgs a{dtype_of(query), query.const_data_ptr(), key.const_data_ptr(), ints(starts),
+  Tensor scores = empty_beside(key, {batch, num_kv_heads, num_columns}, ScalarType::Float);
+  const cpu::WindowArgs a{dtype_of("window_scores", query), query.const_data_ptr(), key.const_data_ptr(), ints(starts),
                           ints(num_queries), static_cast<float*>(scores.mutable_data_ptr()), num_kv_heads,
                           query.size(1), query.size(2), num_columns, key.size(3), query.stride(0), query.stride(1),
                           query.stride(2), key.stride(0), key.stride(1), key.stride(2), scale};
@@ -265,7 +260,7 @@ Tensor select_rows(Tensor scores, Tensor starts, Tensor counts, int64_t window, 
     STD_TORCH_CHECK(begin[r] >= 0 && begin[r + 1] - begin[r] == expected && begin[r + 1] <= total, "cu_kept gives ",
                     begin[r + 1] - begin[r], " items to row list ", r, ", which keeps ", expected);
   }
-  Tensor positions = empty_cpu({total}, ScalarType::Int);
+  Tensor positions = empty_beside(scores, {total}, ScalarType::Int);
   int32_t* out = static_cast<int32_t*>(positions.mutable_data_ptr());
   const float* values = static_cast<const float*>(scores.const_data_ptr());
   torch::stable::parallel_for(0, lists, grain_for(16 * num_columns), [&](int64_t first, int64_t last) {
@@ -278,10 +273,31 @@ Tensor select_rows(Tensor scores, Tensor starts, Tensor counts, int64_t window, 
   return positions;
 }
 
+void launch(const NormArgs& a, const Tensor& x) {
+  torch::stable::parallel_for(0, a.rows, grain_for(a.size * static_cast<int64_t>(x.element_size())),
+                              [&](int64_t first, int64_t last) { kernels().norm_rows(a, first, last); });
+}
+
+void launch(const RopeArgs& a, const Tensor& key) {
+  const int64_t lists = int64_t{a.batch} * a.num_kv_heads, heads = lists + int64_t{a.batch} * a.num_query_heads;
+  for (int64_t r = 0; r < lists; ++r) {
+    STD_TORCH_CHECK(a.lens[r] >= 0 && a.offsets[r] >= 0 && a.offsets[r + 1] <= a.slots, "the rows of list ", r,
+                    " lie outside the buffers of ", a.slots, " slots");
+  }
+  const int64_t head_bytes = int64_t{a.columns} * a.head_dim * static_cast<int64_t>(key.element_size());
+  torch::stable::parallel_for(0, heads, grain_for(2 * head_bytes),
+                              [&](int64_t first, int64_t last) { kernels().rope_heads(a, first, last); });
+}
+
+void launch(const GatedArgs& a, const Tensor& gate) {  // a row alone is shared among threads, too
+  torch::stable::parallel_for(0, a.rows * a.size, grain_for(4 * static_cast<int64_t>(gate.element_size())),
+                              [&](int64_t first, int64_t last) { kernels().gated_elements(a, first, last); });
+}
+
 }  // namespace
 }  // namespace sparsemm
 
-#include "binding_cpu_fused.h"
+#include "binding_fused.h"
 
 namespace sparsemm {
 namespace {

@@ -9,6 +9,7 @@
 #include "checks.h"
 #include "cuda/args.h"
 #include "registration.h"
+#include "tensors.h"
 
 namespace sparsemm {
 namespace {
@@ -49,16 +50,16 @@ void check_launch(const char* name, const char* status) {
   STD_TORCH_CHECK(status == nullptr, name, ": ", status ? status : "");
 }
 
-cuda::Dtype dtype_of(const char* name, const Tensor& t) {
+Dtype dtype_of(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return cuda::Dtype::kFloat32;
-    case ScalarType::Half: return cuda::Dtype::kFloat16;
-    case ScalarType::BFloat16: return cuda::Dtype::kBFloat16;
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::Half: return Dtype::kFloat16;
+    case ScalarType::BFloat16: return Dtype::kBFloat16;
     default: break;
   }
   STD_TORCH_CHECK(false, name, " on a GPU takes float32, float16 or bfloat16, got ",
                   torch::headeronly::toString(t.scalar_type()), "; cast the model, or use the reference backend");
-  return cuda::Dtype::kFloat32;
+  return Dtype::kFloat32;
 }
 
 // Rows are moved 16 bytes at a time.
@@ -74,12 +75,6 @@ void check_vectors(const char* name, const Tensor& t) {
 void check_head_dim(int64_t head_dim) {
   STD_TORCH_CHECK(head_dim % 8 == 0 && head_dim >= 8 && head_dim <= cuda::kMaxHeadDim, "head_dim ", head_dim,
                   " must be a multiple of 8 up to ", cuda::kMaxHeadDim);
-}
-
-const int32_t* ints(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
-
-Tensor empty_like_device(const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef shape, ScalarType dtype) {
-  return torch::stable::empty(shape, dtype, std::nullopt, t.device());
 }
 
 float* floats(const Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
@@ -145,8 +140,8 @@ std::tuple<Tensor, Tensor> varlen_decode(Tensor query, Tensor key_buffer, Tensor
   check_vectors("key_buffer", key_buffer);
   check_vectors("value_buffer", value_buffer);
   const int64_t batch = query.size(0), num_query_heads = query.size(1), n = query.size(2), head_dim = query.size(3);
-  Tensor out = empty_like_device(query, {batch, num_query_heads, n, head_dim}, query.scalar_type());
-  Tensor lse = empty_like_device(query, {batch, num_query_heads, n}, ScalarType::Float);
+  Tensor out = empty_beside(query, {batch, num_query_heads, n, head_dim}, query.scalar_type());
+  Tensor lse = empty_beside(query, {batch, num_query_heads, n}, ScalarType::Float);
   cuda::DecodeArgs a{};
   a.dtype = dtype_of("varlen_decode", query);
   if (out.numel() == 0) return {out, lse};
@@ -173,9 +168,9 @@ std::tuple<Tensor, Tensor> varlen_decode(Tensor query, Tensor key_buffer, Tensor
   int resident = 0;
   check_launch("varlen_decode", cuda::decode_resident_ctas(a.dtype, a.head_dim, &resident));
   cuda::set_decode_grid(a, key_buffer.size(0), resident);
-  Tensor tile_begin = empty_like_device(query, {a.lists + int64_t{1}}, ScalarType::Int);
-  Tensor stats = empty_like_device(query, {cuda::partial_stats_size(a)}, ScalarType::Float);
-  Tensor partial = empty_like_device(query, {cuda::partial_out_size(a)}, ScalarType::Float);
+  Tensor tile_begin = empty_beside(query, {a.lists + int64_t{1}}, ScalarType::Int);
+  Tensor stats = empty_beside(query, {cuda::partial_stats_size(a)}, ScalarType::Float);
+  Tensor partial = empty_beside(query, {cuda::partial_out_size(a)}, ScalarType::Float);
   a.tile_begin = static_cast<int32_t*>(tile_begin.mutable_data_ptr());
   a.partial_stats = floats(stats);
   a.partial_out = floats(partial);
@@ -198,7 +193,7 @@ Tensor window_scores(Tensor query, Tensor key, Tensor starts, Tensor num_queries
   a.head_dim = static_cast<int>(key.size(3));
   STD_TORCH_CHECK(int64_t{a.batch} * a.num_kv_heads <= 65535, "batch times kv heads must be at most 65535, got ",
                   int64_t{a.batch} * a.num_kv_heads);
-  Tensor scores = empty_like_device(key, {key.size(0), key.size(1), key.size(2)}, ScalarType::Float);
+  Tensor scores = empty_beside(key, {key.size(0), key.size(1), key.size(2)}, ScalarType::Float);
   if (scores.numel() == 0) return scores;
   if (a.window == 0) return torch::stable::fill_(scores, 0.0);
   a.query = query.const_data_ptr();
@@ -213,8 +208,8 @@ Tensor window_scores(Tensor query, Tensor key, Tensor starts, Tensor num_queries
   a.key_stride_h = key.stride(1);
   a.key_stride_t = key.stride(2);
   a.scale = static_cast<float>(scale);
-  Tensor stats = empty_like_device(key, {cuda::window_stats_size(a)}, ScalarType::Float);
-  Tensor lse = empty_like_device(key, {cuda::window_lse_size(a)}, ScalarType::Float);
+  Tensor stats = empty_beside(key, {cuda::window_stats_size(a)}, ScalarType::Float);
+  Tensor lse = empty_beside(key, {cuda::window_lse_size(a)}, ScalarType::Float);
   a.stats = floats(stats);
   a.lse = floats(lse);
   const DeviceScope scope(key);
@@ -224,7 +219,7 @@ Tensor window_scores(Tensor query, Tensor key, Tensor starts, Tensor num_queries
 
 Tensor select_rows(Tensor scores, Tensor starts, Tensor counts, int64_t window, Tensor cu_kept, int64_t total) {
   check_select_rows(scores, starts, counts, window, cu_kept, total);
-  Tensor positions = empty_like_device(scores, {total}, ScalarType::Int);
+  Tensor positions = empty_beside(scores, {total}, ScalarType::Int);
   const cuda::SelectArgs a{static_cast<const float*>(scores.const_data_ptr()), ints(starts), ints(counts),
                            ints(cu_kept), static_cast<int32_t*>(positions.mutable_data_ptr()), total,
                            static_cast<int>(scores.size(0)), static_cast<int>(scores.size(1)),
@@ -234,10 +229,25 @@ Tensor select_rows(Tensor scores, Tensor starts, Tensor counts, int64_t window, 
   return positions;
 }
 
+void launch(const NormArgs& a, const Tensor& x) {
+  const DeviceScope scope(x);
+  check_launch("add_rms_norm", cuda::launch_norm(a, scope.stream()));
+}
+
+void launch(const RopeArgs& a, const Tensor& key) {
+  const DeviceScope scope(key);
+  check_launch("rope_append", cuda::launch_rope(a, scope.stream()));
+}
+
+void launch(const GatedArgs& a, const Tensor& gate) {
+  const DeviceScope scope(gate);
+  check_launch("a gated activation", cuda::launch_gated(a, scope.stream()));
+}
+
 }  // namespace
 }  // namespace sparsemm
 
-#include "binding_cuda_fused.h"
+#include "binding_fused.h"
 
 namespace sparsemm {
 namespace {

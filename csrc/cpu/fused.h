@@ -8,16 +8,20 @@
 namespace sparsemm::cpu {
 namespace {
 
-// What is done to one element before it is stored as T, and T's own rounding of a value that is used further.
+// A value rounded to what T holds.
 template <class T>
-inline Vec<float> rounded(Vec<float> v) {
-  T narrow[kLanes];
-  store_as(narrow, v);
-  return load(narrow);
+inline Vec<Compute<T>> rounded(Vec<Compute<T>> v) {
+  if constexpr (sizeof(T) < 4) {
+    T narrow[kLanes];
+    store_as(narrow, v);
+    return load(narrow);
+  }
+  return v;
 }
 template <>
-inline Vec<float> rounded<float>(Vec<float> v) {
-  return v;
+inline Vec<float> rounded<BFloat16>(Vec<float> v) {
+  const VecU32 bits = rounded_bits(v) & 0xffff0000u;
+  return load_raw<Vec<float>>(&bits);
 }
 template <class T>
 inline float rounded(float x) {
@@ -193,13 +197,11 @@ void gated_block(Activation activation, const T* gate, const T* up, T* out) {
   const Vec<C> y = activation == Activation::kSilu
                        ? x
                        : (x + x * x * x * static_cast<C>(kGeluCubic)) * static_cast<C>(kGeluFactor);
-  T activated[kLanes];
-  store_as(activated, x * sigmoid<C>(y));
-  store_as(out, load(activated) * load(up));
+  store_as(out, rounded<T>(x * sigmoid<C>(y)) * load(up));
 }
 
 template <class T>
-void gated_row_typed(Activation activation, const T* gate, const T* up, int64_t size, T* out) {
+void gated_row(Activation activation, const T* gate, const T* up, int64_t size, T* out) {
   int64_t i = 0;
   for (; i + kLanes <= size; i += kLanes) gated_block(activation, gate + i, up + i, out + i);
   if (i == size) return;
@@ -208,6 +210,17 @@ void gated_row_typed(Activation activation, const T* gate, const T* up, int64_t 
   std::memcpy(rest[1], up + i, (size - i) * sizeof(T));
   gated_block(activation, rest[0], rest[1], rest[2]);
   std::memcpy(out + i, rest[2], (size - i) * sizeof(T));
+}
+
+template <class T>
+void gated_elements_typed(const GatedArgs& a, int64_t begin, int64_t end) {
+  while (begin < end) {
+    const int64_t row = begin / a.size, first = begin % a.size;
+    const int64_t count = a.size - first < end - begin ? a.size - first : end - begin;
+    gated_row(a.activation, static_cast<const T*>(a.gate) + row * a.gate_stride + first,
+              static_cast<const T*>(a.up) + row * a.up_stride + first, count, static_cast<T*>(a.out) + begin);
+    begin += count;
+  }
 }
 
 }  // namespace

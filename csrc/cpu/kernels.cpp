@@ -41,16 +41,15 @@ void rope_heads(const RopeArgs& a, int64_t begin, int64_t end) {
   SPARSEMM_DISPATCH(a.dtype, rope_heads_typed<T>(a, begin, end));
 }
 
-void gated_row(Dtype dtype, Activation activation, const void* gate, const void* up, int64_t size, void* out) {
-  SPARSEMM_DISPATCH(dtype, gated_row_typed<T>(activation, static_cast<const T*>(gate), static_cast<const T*>(up), size,
-                                              static_cast<T*>(out)));
+void gated_elements(const GatedArgs& a, int64_t begin, int64_t end) {
+  SPARSEMM_DISPATCH(a.dtype, gated_elements_typed<T>(a, begin, end));
 }
 
 }  // namespace
 
 const KernelTable& SPARSEMM_TABLE() {
   static const KernelTable table = {decode_piece, decode_finish, window_list, window_scratch,
-                                    select_list,  norm_rows,     rope_heads,  gated_row};
+                                    select_list,  norm_rows,     rope_heads,  gated_elements};
   return table;
 }
 

@@ -1,11 +1,9 @@
 // CPU kernels over ragged rows: plain pointers in, no torch. Layout and semantics: sparsemm/ops/schemas.py.
 #pragma once
 
-#include <cstdint>
+#include "../fused_args.h"
 
 namespace sparsemm::cpu {
-
-enum class Dtype { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
 // One varlen_decode call. Strides count elements; the last dimension of every tensor is contiguous.
 struct DecodeArgs {
@@ -43,45 +41,6 @@ struct WindowArgs {
   double scale;
 };
 
-// One add_rms_norm call over contiguous rows of `size` values.
-struct NormArgs {
-  Dtype dtype;
-  const void* x;
-  const void* residual;  // or null
-  const void* weight;    // [size]
-  void* out;
-  void* sum;             // null without residual
-  int64_t size;
-  double eps;
-  bool unit_offset;
-};
-
-// One rope_append call. Strides [b, h, n] count elements; the last dimension of every tensor is contiguous.
-struct RopeArgs {
-  Dtype dtype;
-  const void* query;         // [B, Hq, n, D]
-  const void* key;           // [B, Hkv, n, D]
-  const void* value;         // [B, Hkv, n, D]
-  const void* cos;           // [B or 1, n, width], strides below
-  const void* sin;
-  const void* query_weight;  // [D] or null
-  const void* key_weight;
-  const int32_t* offsets;    // [B * Hkv + 1]
-  const bool* mask;          // [B, n] or null
-  void* out;                 // [B, Hq, n, D] contiguous
-  int32_t* lens;             // [B * Hkv]
-  void* key_buffer;          // [slots, D]
-  void* value_buffer;
-  int32_t* overflow;         // [1]
-  int64_t query_stride[3], key_stride[3], value_stride[3];
-  int64_t cos_stride_b, cos_stride_n, sin_stride_b, sin_stride_n, mask_stride_b, mask_stride_n;
-  int64_t num_query_heads, num_kv_heads, columns, head_dim, width;
-  double eps;
-  bool unit_offset, interleaved;
-};
-
-enum class Activation { kSilu, kGeluTanh };
-
 // The kernels built for one instruction set.
 struct KernelTable {
   // Values of the compute type (float, or double for float64) that one query's record holds.
@@ -98,7 +57,8 @@ struct KernelTable {
   void (*norm_rows)(const NormArgs&, int64_t begin, int64_t end);
   // Heads begin .. end - 1 of B * (Hq + Hkv): of each batch row the query heads, then the kv heads.
   void (*rope_heads)(const RopeArgs&, int64_t begin, int64_t end);
-  void (*gated_row)(Dtype, Activation, const void* gate, const void* up, int64_t size, void* out);
+  // Elements begin .. end - 1 of all rows together.
+  void (*gated_elements)(const GatedArgs&, int64_t begin, int64_t end);
 };
 
 constexpr int64_t kDecodeTile = 32;     // rows whose weights are held at a time

@@ -97,11 +97,14 @@ inline void store_as(_Float16* p, Vec<float> v) {
   const VecF16 narrow = __builtin_convertvector(v, VecF16);
   std::memcpy(p, &narrow, sizeof(narrow));
 }
-inline void store_as(BFloat16* p, Vec<float> v) {
+// The float32 bits of a value whose upper half is its nearest bfloat16, ties to even. A NaN stays one as long as it
+// comes from bfloat16 numbers, or from the processor: its lower half is 0.
+inline VecU32 rounded_bits(Vec<float> v) {
   const VecU32 bits = load_raw<VecU32>(&v);
-  VecU32 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  rounded = (bits & 0x7fffffffu) > 0x7f800000u ? VecU32{} + 0x7fc0u : rounded;
-  const VecU16 narrow = __builtin_convertvector(rounded, VecU16);
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+inline void store_as(BFloat16* p, Vec<float> v) {
+  const VecU16 narrow = __builtin_convertvector(rounded_bits(v) >> 16, VecU16);
   std::memcpy(p, &narrow, sizeof(narrow));
 }
 

@@ -125,7 +125,7 @@ def append_calls(work: Workspace) -> tuple[Calls, int]:
                 pieces += [buffer[begin : begin + length], flat[r]]
             torch.cat(pieces)
 
-    own = lambda: torch.ops.sparsemm.append(new, new, **rows, overflow=overflow)  # noqa: E731
+    own = lambda: torch.ops.sparsemm.append.default(new, new, **rows, overflow=overflow)  # noqa: E731
     return {"sparsemm": own, "original": original}, 2 * len(work.counts) * work.row_bytes
 
 
@@ -142,7 +142,7 @@ def compact_calls(work: Workspace) -> tuple[Calls, int]:
         for states in (key, value):
             torch.cat([states[r // heads, r % heads].index_select(0, index) for r, index in enumerate(lists)])
 
-    own = lambda: torch.ops.sparsemm.compact(*arguments)  # noqa: E731
+    own = lambda: torch.ops.sparsemm.compact.default(*arguments)  # noqa: E731
     return {"sparsemm": own, "original": original}, 2 * work.held_bytes
 
 
@@ -153,7 +153,7 @@ def window_calls(work: Workspace) -> tuple[Calls, int]:
     num_queries = torch.full((work.batch,), work.window, dtype=torch.int32, device=work.device)
     arguments = (query, key, starts, num_queries, work.shape.head_dim**-0.5)
     calls = {
-        "sparsemm": lambda: torch.ops.sparsemm.window_scores(*arguments),
+        "sparsemm": lambda: torch.ops.sparsemm.window_scores.default(*arguments),
         "reference": lambda: reference.window_scores(*arguments),
     }
     return calls, key.nbytes + query.nbytes + 4 * starts.numel() * work.prompt
@@ -173,7 +173,7 @@ def select_calls(work: Workspace) -> tuple[Calls, int]:
             torch.cat([scores[r].topk(count - window).indices.sort().values, recent])
 
     calls = {
-        "sparsemm": lambda: torch.ops.sparsemm.select_rows(*arguments),
+        "sparsemm": lambda: torch.ops.sparsemm.select_rows.default(*arguments),
         "reference": lambda: reference.select_rows(*arguments),
         "original": original,
     }
@@ -188,7 +188,7 @@ def norm_calls(work: Workspace) -> tuple[Calls, int]:
     def pytorch() -> None:
         torch.nn.functional.rms_norm(states + residual, (hidden_size,), weight, 1e-6)
 
-    own = lambda: torch.ops.sparsemm.add_rms_norm(states, residual, weight, 1e-6)  # noqa: E731
+    own = lambda: torch.ops.sparsemm.add_rms_norm.default(states, residual, weight, 1e-6)  # noqa: E731
     return {"sparsemm": own, "pytorch": pytorch}, 4 * states.nbytes + weight.nbytes
 
 
@@ -206,16 +206,16 @@ def rotate_calls(work: Workspace) -> tuple[Calls, int]:
 
     def pytorch() -> None:
         rotated(query)
-        torch.ops.sparsemm.append(rotated(key), key, **rows, overflow=overflow)
+        torch.ops.sparsemm.append.default(rotated(key), key, **rows, overflow=overflow)
 
-    own = lambda: torch.ops.sparsemm.rope_append(query, key, key, cos, sin, **rows, overflow=overflow)  # noqa: E731
+    own = lambda: torch.ops.sparsemm.rope_append.default(query, key, key, cos, sin, **rows, overflow=overflow)  # noqa: E731
     return {"sparsemm": own, "pytorch": pytorch}, 2 * query.nbytes + 4 * key.nbytes + 2 * cos.nbytes
 
 
 def gated_calls(work: Workspace) -> tuple[Calls, int]:
     """The gated activation of one token's MLP: at once, and in PyTorch."""
     gate, up = (work.random(work.batch, work.intermediate_size) for _ in range(2))
-    own = lambda: torch.ops.sparsemm.silu_mul(gate, up)  # noqa: E731
+    own = lambda: torch.ops.sparsemm.silu_mul.default(gate, up)  # noqa: E731
     return {"sparsemm": own, "pytorch": lambda: torch.nn.functional.silu(gate).mul_(up)}, 3 * gate.nbytes
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[2]
-KERNELS = ROOT / "csrc" / "cuda"
+CSRC = ROOT / "csrc"
+KERNELS = CSRC / "cuda"
 _PARTS = {"rows": "emulated.cpp", "fused": "emulated_fused.cpp"}
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -57,6 +58,7 @@ def compile_emulation(
             if old not in sources[name]:
                 raise ValueError(f"{name} has no {old!r} to plant a fault in")
             sources[name] = sources[name].replace(old, new)
+    shared = {p.name: p.read_text(encoding="utf-8") for p in sorted(CSRC.glob("*_args.h"))}
     own = {p.name: p.read_text(encoding="utf-8") for p in sorted(FOLDER.iterdir()) if p.suffix in {".h", ".cpp"}}
     flags = ["-std=c++20", "-O0" if small else "-O1", "-fno-strict-aliasing", "-fPIC", "-shared", "-w",
              "-DSPARSEMM_EMULATION"]  # fmt: skip
@@ -64,20 +66,22 @@ def compile_emulation(
         flags.append("-DSPARSEMM_EMULATION_SMALL")
     if sanitize:
         flags += ["-fsanitize=address", "-g1"]
-    key = hashlib.sha256(repr((compiler(), flags, parts, sources, own)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((compiler(), flags, parts, sources, shared, own)).encode()).hexdigest()[:16]
     library = target_dir / f"emulated-{key}.so"
     if library.exists():
         return library
-    folder = target_dir / f"{key}.{os.getpid()}"  # several test processes may compile at once
+    whole = target_dir / f"{key}.{os.getpid()}"  # several test processes may compile at once
+    folder = whole / "cuda"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in {**sources, **own}.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    for place, texts in ((folder, {**sources, **own}), (whole, shared)):
+        for name, text in texts.items():
+            (place / name).write_text(text, encoding="utf-8")
     partial = library.with_suffix(f".{os.getpid()}.so")
     subprocess.run(
         [compiler(), *flags, *(str(folder / _PARTS[part]) for part in parts), "-o", str(partial)], check=True
     )
     os.replace(partial, library)
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(whole, ignore_errors=True)
     return library
 
 

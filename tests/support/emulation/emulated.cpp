@@ -11,6 +11,7 @@
 
 namespace {
 
+using namespace sparsemm;
 using namespace sparsemm::cuda;
 
 // As dispatch_rows; with SPARSEMM_EMULATION_SMALL only head_dim <= 64 and no float16, for quick compilation.

@@ -2,6 +2,7 @@
 #include "guarded.h"
 #include "fused.cuh"
 
+using namespace sparsemm;
 using namespace sparsemm::cuda;
 
 extern "C" const char* emulated_norm(int dtype, const void* x, const void* residual, const void* weight, void* out,

@@ -1,13 +1,12 @@
-// The operators around attention on CUDA; part of binding_cuda.cpp.
+// The operators around attention; part of both bindings, which define `dtype_of`, `check_vectors` and `launch`.
 #pragma once
 
 #include "checks_fused.h"
-#include "cuda/args.h"
+#include "fused_args.h"
+#include "tensors.h"
 
 namespace sparsemm {
 namespace {
-
-const void* pointer(const std::optional<Tensor>& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
 
 std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, std::optional<Tensor> residual, Tensor weight, double eps,
                                         bool unit_offset) {
@@ -15,11 +14,11 @@ std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, std::optional<Tensor> residual
   check_vectors("x", x);
   check_vectors("weight", weight);
   if (residual.has_value()) check_vectors("residual", *residual);
-  Tensor out = empty_like_device(x, x.sizes(), x.scalar_type());
-  Tensor sum = residual.has_value() ? empty_like_device(x, x.sizes(), x.scalar_type())
-                                    : empty_like_device(x, {0}, x.scalar_type());
-  cuda::NormArgs a{};
+  NormArgs a{};
   a.dtype = dtype_of("add_rms_norm", x);
+  Tensor out = empty_beside(x, x.sizes(), x.scalar_type());
+  Tensor sum = residual.has_value() ? empty_beside(x, x.sizes(), x.scalar_type())
+                                    : empty_beside(x, {0}, x.scalar_type());
   a.x = x.const_data_ptr();
   a.residual = pointer(residual);
   a.weight = weight.const_data_ptr();
@@ -30,8 +29,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, std::optional<Tensor> residual
   a.eps = static_cast<float>(eps);
   a.unit_offset = unit_offset;
   STD_TORCH_CHECK(a.rows <= INT32_MAX, "add_rms_norm: ", a.rows, " rows; at most 2^31 - 1 are normalised at once");
-  const DeviceScope scope(x);
-  check_launch("add_rms_norm", cuda::launch_norm(a, scope.stream()));
+  launch(a, x);
   return {out, sum};
 }
 
@@ -41,9 +39,9 @@ Tensor rope_append(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor si
                    bool interleaved) {
   check_rope_append(query, key, value, cos, sin, offsets, lens, key_buffer, value_buffer, overflow, mask, query_weight,
                     key_weight);
-  Tensor out = empty_like_device(query, query.sizes(), query.scalar_type());
-  cuda::RopeArgs a{};
+  RopeArgs a{};
   a.dtype = dtype_of("rope_append", query);
+  Tensor out = empty_beside(query, query.sizes(), query.scalar_type());
   a.query = query.const_data_ptr();
   a.key = key.const_data_ptr();
   a.value = value.const_data_ptr();
@@ -81,35 +79,33 @@ Tensor rope_append(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor si
   a.eps = static_cast<float>(eps);
   a.unit_offset = unit_offset;
   a.interleaved = interleaved;
-  const DeviceScope scope(key);
-  check_launch("rope_append", cuda::launch_rope(a, scope.stream()));
+  launch(a, key);
   return out;
 }
 
-Tensor gated(const char* name, cuda::Activation activation, const Tensor& gate, const Tensor& up) {
+Tensor gated(const char* name, Activation activation, const Tensor& gate, const Tensor& up) {
   check_gated(gate, up);
   check_vectors("gate", gate);
   check_vectors("up", up);
-  cuda::GatedArgs a{};
+  GatedArgs a{};
+  a.dtype = dtype_of(name, gate);
+  a.activation = activation;
   a.gate_stride = row_stride(gate);
   a.up_stride = row_stride(up);
   STD_TORCH_CHECK(a.gate_stride >= 0 && a.up_stride >= 0,
                   "gate and up must have a contiguous last dimension and evenly spaced rows; call .contiguous()");
-  Tensor out = empty_like_device(gate, gate.sizes(), gate.scalar_type());
-  a.dtype = dtype_of(name, gate);
-  a.activation = activation;
+  Tensor out = empty_beside(gate, gate.sizes(), gate.scalar_type());
   a.gate = gate.const_data_ptr();
   a.up = up.const_data_ptr();
   a.out = out.mutable_data_ptr();
   a.size = gate.size(gate.dim() - 1);
   a.rows = a.size > 0 ? gate.numel() / a.size : 0;
-  const DeviceScope scope(gate);
-  check_launch(name, cuda::launch_gated(a, scope.stream()));
+  launch(a, gate);
   return out;
 }
 
-Tensor silu_mul(Tensor gate, Tensor up) { return gated("silu_mul", cuda::Activation::kSilu, gate, up); }
-Tensor gelu_tanh_mul(Tensor gate, Tensor up) { return gated("gelu_tanh_mul", cuda::Activation::kGeluTanh, gate, up); }
+Tensor silu_mul(Tensor gate, Tensor up) { return gated("silu_mul", Activation::kSilu, gate, up); }
+Tensor gelu_tanh_mul(Tensor gate, Tensor up) { return gated("gelu_tanh_mul", Activation::kGeluTanh, gate, up); }
 
 }  // namespace
 }  // namespace sparsemm
