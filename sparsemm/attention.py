@@ -49,19 +49,30 @@ def sparse_attention(
     Returns:
         Output `[batch, columns, hidden_size]`, and the prefill's attention weights where its implementation has them.
     """
-    query, key, value = projections.project(module, hidden_states, position_embeddings)
+    layer = None if past_key_values is None else past_key_values.layers[module.layer_idx]
+    chunk, scaling = None if layer is None else past_key_values.chunk, projections.scaling
+    # One operator rotates and appends a decoded token. It has no gradient.
+    fused = projections.interleaved is not None and not torch.is_grad_enabled()
+    fused = fused and layer is not None and layer.seen > 0 and chunk.columns == 1
+    if fused:
+        query, key, value = projections.before_rotation(module, hidden_states)
+        turn = (None, None, 0.0, False, projections.interleaved)
+        query = layer.append_rotated(query, key, value, *position_embeddings, rotation=turn, chunk=chunk)
+    else:
+        query, key, value = projections.project(module, hidden_states, position_embeddings)
     if head_mask is not None and mask_mode == "zero_query":
         query = query * head_mask[:, None, None]
 
-    layer = None if past_key_values is None else past_key_values.layers[module.layer_idx]
     rotation = {} if layer is None else _rotation(projections, query, position_embeddings, past_key_values)
     weights = None
-    if layer is None or layer.get_seq_length() == 0:
+    if fused:
+        out = layer.decode(query, scaling, None)[0].transpose(1, 2)
+    elif layer is None or layer.seen == 0:
         out, weights = projections.attend(module, query, key, value, attention_mask, **kwargs)
         if layer is not None:
-            layer.store_prompt(query, key, value, past_key_values.chunk, projections.scaling, **rotation)
+            layer.store_prompt(query, key, value, chunk, scaling, **rotation)
     else:
-        out = layer.attend(query, key, value, past_key_values.chunk, projections.scaling, **rotation).transpose(1, 2)
+        out = layer.attend(query, key, value, chunk, scaling, **rotation).transpose(1, 2)
     if observer is not None and layer is not None:
         observer(layer.layer_idx, query, layer)
     del query, key, value, rotation  # a long prompt's are as large as the largest activations that follow

@@ -17,6 +17,7 @@ from toy_vlms import toy_vlm
 from transformers import QuantizedCache, StaticCache
 
 import sparsemm
+from sparsemm.bench.operators import count_operators
 from sparsemm.errors import CacheError, ConfigError, HeadScoreError, PatchError, UnsupportedModelError
 from sparsemm.models import family_of
 
@@ -203,6 +204,28 @@ def test_bf16_and_attention_with_gradients_enabled():
         assert handle.stats.effective_budget == 12
         out = model(**inputs, use_cache=True)  # no torch.no_grad: nothing of the graph may stay in the cache
         assert all(not layer.key_buffer.requires_grad for layer in out.past_key_values.layers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decoded_row_is_that_of_the_models_own_rotation(family):
+    model = toy_model(family)
+    inputs, token, found = toy_inputs(model, 2), torch.tensor([[5], [9]]), []
+    settings = config("mask", None, head_scores=scores(model), mask_ratio=0.4, mask_mode="zero_query")
+    with sparsemm.patch(model, settings) as handle:
+        assert all(each.interleaved is not None for each in handle.projections)
+        for operator, gradients in (("rope_append", False), ("append", True)):  # the first has no gradient
+            with torch.no_grad():
+                cache = model(**inputs, use_cache=True).past_key_values
+            with torch.set_grad_enabled(gradients):
+                count = count_operators(lambda: found.append(model(input_ids=token, past_key_values=cache)))  # noqa: B023
+            assert count.names[f"sparsemm.{operator}.default"] == len(cache.layers)
+    one, other = found
+    torch.testing.assert_close(one.logits, other.logits, check_device=False)
+    for layer, expected in zip(one.past_key_values.layers, other.past_key_values.layers, strict=True):
+        assert torch.equal(layer.lens, expected.lens)
+        newest = (layer.offsets[:-1] + layer.lens - 1).long()
+        torch.testing.assert_close(layer.key_buffer[newest], expected.key_buffer[newest])
+        torch.testing.assert_close(layer.value_buffer[newest], expected.value_buffer[newest])
 
 
 class Int8Linear(torch.nn.Module):

@@ -83,10 +83,10 @@ class SparseLayer(RowLists):
         query, key, value = query.detach(), key.detach(), value.detach()
         if chunk.columns <= MAX_DECODE_QUERIES:
             self._append(key, value, chunk)
-            out, _ = self._decode(query, scale, chunk.num_later)
+            out, _ = self.decode(query, scale, chunk.num_later)
         else:
             none_later = torch.zeros(chunk.batch, chunk.columns, dtype=torch.int32, device=query.device)
-            kept = self._decode(query, scale, none_later)
+            kept = self.decode(query, scale, none_later)
             out = merge_attention(kept, causal_attention(query, key, value, scale, chunk.mask))
             self._append(key, value, chunk)
         if chunk.prompt_lengths is not None:
@@ -105,31 +105,26 @@ class SparseLayer(RowLists):
         rows = keep_best(key, starts, window, budgets, lambda _: scores[..., -max(1, key.shape[2] - window) :])
         self._keep(key, value, starts, rows, chunk)
 
-    def rotate_and_attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        scale: float,
-        num_later: Tensor | None,
-        rotation: tuple[Any, ...],
-    ) -> Tensor:
-        """`attend` for one token of every sequence before its rotation, in steps that are counted afterwards.
+    def append_rotated(self, *states: Tensor, rotation: tuple[Any, ...], chunk: Chunk | None = None) -> Tensor:
+        """Append one token of every sequence that is not rotated yet; its query `[B, Hq, 1, D]`, rotated.
 
-        `rotation`: The last arguments of `rope_append`, from the weights of its norms on.
+        Args:
+            states: Query `[B, Hq, 1, D]`, key and value `[B, Hkv, 1, D]`, cos and sin `[B or 1, 1, dimensions]`.
+            rotation: The last arguments of `rope_append`, from the weights of its norms on.
+            chunk: The token's column; None in steps that are counted afterwards.
         """
-        place = (query.device, query.dtype, query.shape[-1])
-        rope_append, decode = _rope_append(*place), _varlen_decode(self.plan.decode_backend, *place)
-        key_buffer, value_buffer, offsets, lens = self.key_buffer, self.value_buffer, self.offsets, self.lens
-        query = rope_append(
-            query, key, value, cos, sin, offsets, lens, key_buffer, value_buffer, self.overflow, None, *rotation
-        )
-        out, _ = decode(query, key_buffer, value_buffer, offsets, lens, scale, num_later)
-        return out
+        query = states[0]
+        counted, mask = (False, None) if chunk is None else (chunk.counted, chunk.to(query.device).mask)
+        if counted and self.room < 1:
+            self.grow(1)
+        rope_append = _rope_append(query.device, query.dtype, query.shape[-1])
+        buffers = self.offsets, self.lens, self.key_buffer, self.value_buffer, self.overflow
+        query = rope_append(*states, *buffers, mask, *rotation)
+        self.seen += counted
+        return query
 
-    def _decode(self, query: Tensor, scale: float, num_later: Tensor | None) -> tuple[Tensor, Tensor]:
+    def decode(self, query: Tensor, scale: float, num_later: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`varlen_decode` of the queries `[B, Hq, n, D]` over all rows."""
         decode = _varlen_decode(self.plan.decode_backend, query.device, query.dtype, query.shape[-1])
         return decode(query, self.key_buffer, self.value_buffer, self.offsets, self.lens, scale, num_later)
 

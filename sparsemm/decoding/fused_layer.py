@@ -17,6 +17,7 @@ from sparsemm.cache import SparseLayer
 from sparsemm.models.instances import as_built
 from sparsemm.models.merged import joined
 from sparsemm.models.projections import Projections
+from sparsemm.models.rotation import nearly_equal
 from sparsemm.ops.backends import operators, overload
 
 ACTIVATIONS = {"silu_mul": nn.functional.silu, "gelu_tanh_mul": lambda x: nn.functional.gelu(x, approximate="tanh")}
@@ -116,7 +117,8 @@ class FusedLayer:
         batch = normed.shape[0]
         query, key, value = [part.view(batch, -1, 1, self.head_dim) for part in parts]
         cos, sin = factors if self.rotates else [each[..., :0] for each in factors]
-        out = self.rows.rotate_and_attend(query, key, value, cos, sin, self.scaling, num_later, self.rotation)
+        query = self.rows.append_rotated(query, key, value, cos, sin, rotation=self.rotation)
+        out, _ = self.rows.decode(query, self.scaling, num_later)
         normed, residual = self.before_mlp(linear(out.view(batch, -1), *self.output), residual)
         if len(self.gates) == 1:
             gate, up = linear(normed, *self.gates[0]).chunk(2, dim=-1)
@@ -175,16 +177,6 @@ def norm_rule(module: nn.Module) -> NormRule:
         if nearly_equal(found, module(x)):
             return rule
     raise NotRecognisedError(f"{type(module).__name__} normalises otherwise")
-
-
-def nearly_equal(found: Tensor, expected: Tensor) -> bool:
-    """Whether two results differ by rounding alone: a fraction of the last place of 16-bit numbers on average, some of
-    them of float32, where sums are taken in another order."""
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return False
-    eps = torch.finfo(expected.dtype).eps
-    difference, size = (found.double() - expected.double()).norm(), expected.double().norm()
-    return bool(difference <= (64 if eps < 1e-5 else 0.5) * eps * size)
 
 
 def _activation(mlp: nn.Module) -> str:

@@ -33,6 +33,7 @@ class Projections:
         fused: Widths of query, key and value in the output of one `qkv_proj`; None where they have their own.
         norms: Whether `q_norm` and `k_norm` take one head at a time ("head"), all of them ("width"), or are not there.
         rotary: The rotary function of the module's source file, or None for a layer without rotary embedding.
+        interleaved: Whether it rotates neighbours together, or halves, where `rope_append` can do it as well; else None.
         interface: The attention functions that the source file chooses from.
         eager: Its own attention function, for `attn_implementation="eager"`.
         scaling: Factor of the attention logits.
@@ -47,6 +48,7 @@ class Projections:
     eager: Callable[..., tuple[Tensor, Tensor | None]]
     scaling: float
     num_kv_heads: int
+    interleaved: bool | None = None
 
     @classmethod
     def of(cls, module: nn.Module) -> Projections:
@@ -77,13 +79,8 @@ class Projections:
         Norms and rotation of a long prompt work in place and in tiles: all at once they would hold several more tensors
         of its size. The values are the same.
         """
-        if self.fused is None:
-            query, key, value = (getattr(module, name)(hidden_states) for name in ("q_proj", "k_proj", "v_proj"))
-        else:
-            query, key, value = module.qkv_proj(hidden_states).split(self.fused, dim=-1)
-        columns = hidden_states.shape[1]
-        query, key = (states.view(*states.shape[:2], -1, self.head_dim) for states in (query, key))
-        value = value.view(*value.shape[:2], -1, self.head_dim).transpose(1, 2)
+        query, key, value = self._apart(module, hidden_states)
+        columns, value = hidden_states.shape[1], value.transpose(1, 2)
         if self.norms is None and self.rotary is None:
             return query.transpose(1, 2), key.transpose(1, 2), value
         tile = columns if torch.is_grad_enabled() else ROTARY_TILE
@@ -95,16 +92,35 @@ class Projections:
             query[:, part], key[:, part] = new_query.transpose(1, 2), new_key.transpose(1, 2)
         return query.transpose(1, 2), key.transpose(1, 2), value
 
+    def before_rotation(self, module: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `project` gives, but not rotated yet."""
+        query, key, value = self._apart(module, hidden_states)
+        query, key = self._normed(module, query, key)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+    def _apart(self, module: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value `[batch, columns, heads, head_dim]` as the projections give them."""
+        if self.fused is None:
+            parts = module.q_proj(hidden_states), module.k_proj(hidden_states), module.v_proj(hidden_states)
+        else:
+            parts = module.qkv_proj(hidden_states).split(self.fused, dim=-1)
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
+        query, key, value = parts
+        return query.view(shape), key.view(shape), value.view(shape)
+
+    def _normed(self, module: nn.Module, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """`[batch, columns, heads, head_dim]`, normalised."""
+        if self.norms == "head":
+            return module.q_norm(query), module.k_norm(key)
+        if self.norms == "width":
+            return module.q_norm(query.flatten(2)).view(query.shape), module.k_norm(key.flatten(2)).view(key.shape)
+        return query, key
+
     def _finish(
         self, module: nn.Module, query: Tensor, key: Tensor, position_embeddings: tuple[Tensor, Tensor], part: slice
     ) -> tuple[Tensor, Tensor]:
         """`[batch, columns, heads, head_dim]` of some columns -> normalised, rotated, heads before columns."""
-        if self.norms == "head":
-            query, key = module.q_norm(query), module.k_norm(key)
-        elif self.norms == "width":
-            query = module.q_norm(query.flatten(2)).view(query.shape)
-            key = module.k_norm(key.flatten(2)).view(key.shape)
-        query, key = query.transpose(1, 2), key.transpose(1, 2)
+        query, key = (states.transpose(1, 2) for states in self._normed(module, query, key))
         if self.rotary is None:
             return query, key
         cos, sin = position_embeddings

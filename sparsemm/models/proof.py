@@ -20,6 +20,7 @@ from sparsemm.models.layers import rotary_embeddings, sliding_windows
 from sparsemm.models.parallel import TensorParallel, tensor_parallel_of
 from sparsemm.models.projections import Projections
 from sparsemm.models.recorder import EARLIER, NAME, WINDOW, Recorder
+from sparsemm.models.rotation import with_rotation
 
 _COLUMNS = 4
 _LAYER_TYPES = {
@@ -107,7 +108,8 @@ def _prove(
                     parallel.together(lambda: recorder.check(layer_idx))  # noqa: B023 - called here
                     if proved[layer_idx] is not None:
                         parallel.together(recorder.check_arguments)
-                        proved[layer_idx] = recorder.proved(module, read[layer_idx])
+                        found = recorder.proved(module, read[layer_idx])
+                        proved[layer_idx] = with_rotation(found, columns["position_embeddings"], *recorder.states)
     if len({projections.num_kv_heads for projections in proved if projections is not None}) > 1:
         raise UnsupportedModelError("some layers have all kv heads in every process, others a part of them")
     return tuple(proved)

@@ -156,14 +156,14 @@ def test_other_processors_run_behind_the_step():
 def test_sequences_that_have_ended_cost_no_attention(monkeypatch):
     model = toy_model("llava-mistral")
     model.generation_config.eos_token_id = ENDS
-    seen, original = [], sparsemm.cache.SparseLayer.rotate_and_attend
+    seen, original = [], sparsemm.cache.SparseLayer.decode
 
-    def note(self, *args):
+    def note(self, query, scale, num_later):
         if self.layer_idx == 0:
-            seen.append([] if args[-2] is None else args[-2].flatten().bool().tolist())
-        return original(self, *args)
+            seen.append([] if num_later is None else num_later.flatten().bool().tolist())
+        return original(self, query, scale, num_later)
 
-    monkeypatch.setattr(sparsemm.cache.SparseLayer, "rotate_and_attend", note)
+    monkeypatch.setattr(sparsemm.cache.SparseLayer, "decode", note)
     inputs = toy_inputs(model, 3)
     output = sparsemm.generate(model, inputs, config("snapkv", 12), max_new_tokens=60)
     ended = torch.isin(output.new_tokens, torch.tensor(ENDS)).int().cummax(1).values.bool()

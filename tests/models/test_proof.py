@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sparsemm.errors import UnsupportedModelError
 from sparsemm.models import projections, proof
 from sparsemm.models.proof import proved_projections
+from sparsemm.models.rotation import with_rotation
 
 SMALL: dict[str, Any] = dict(
     vocab_size=64,
@@ -86,6 +87,31 @@ def test_what_is_served(kind: str) -> None:
     assert (found[0].fused == (64, 32, 32)) == (kind == "phi3")
     rotated = {"smollm3": [True, True, True, False], "cohere2": [False, False]}.get(kind, [True] * len(found))
     assert [each.rotary is not None for each in found] == rotated
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind, interleaved", [("qwen3", False), ("glm4", True), ("cohere", None), ("cohere2", None)])
+def test_the_operator_of_a_rotation_is_known_by_its_results(
+    kind: str, interleaved: bool | None, dtype: torch.dtype
+) -> None:
+    found = proved_projections(language_model(kind, **SERVED.get(kind, {})).to(dtype))
+    assert {each.interleaved for each in found} == {interleaved}
+
+
+@pytest.mark.parametrize("changed", [0, 7, 15])
+def test_a_rotation_that_differs_in_one_dimension_has_no_operator(changed: int) -> None:
+    (found, _), generator = proved_projections(language_model("llama")), torch.Generator().manual_seed(0)
+
+    def rotary(query: torch.Tensor, key: torch.Tensor, *factors: torch.Tensor) -> Any:
+        query, key = found.rotary(query, key, *factors)
+        key[..., changed] *= 1.001
+        return query, key
+
+    query, key = (torch.randn(1, heads, 3, 16, generator=generator) for heads in (4, 2))
+    factors = torch.ones(1, 3, 16), torch.zeros(1, 3, 16)
+    for one, interleaved in ((found.rotary, False), (rotary, None)):
+        read = dataclasses.replace(found, rotary=one, interleaved=None)
+        assert with_rotation(read, factors, {"query": query, "key": key}).interleaved is interleaved
 
 
 REFUSED = {
