@@ -23,7 +23,7 @@ from sparsemm.ops.backends import operators, overload
 ACTIVATIONS = {"silu_mul": nn.functional.silu, "gelu_tanh_mul": lambda x: nn.functional.gelu(x, approximate="tanh")}
 """The gated activations that have an operator."""
 
-_ROW = 8  # a head_dim that every kernel takes: norms know none
+ANY_ROW = 8  # a head_dim that every kernel takes: norms know none
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
@@ -70,7 +70,7 @@ class Norm:
     def __init__(self, module: nn.Module, rule: NormRule) -> None:
         weight = module.weight
         self.weight, self.eps, self.unit_offset = weight, rule.eps, rule.unit_offset
-        self.operator = overload(operators(weight.device, weight.dtype, _ROW).add_rms_norm)
+        self.operator = overload(operators(weight.device, weight.dtype, ANY_ROW).add_rms_norm)
 
     def __call__(self, states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """The normalised sum, and the sum, of contiguous `[batch, hidden_size]`."""
@@ -158,7 +158,7 @@ def read_layer(layer: nn.Module, projections: Projections | None) -> LayerRule:
             raise NotRecognisedError("queries and keys are normalised by different rules")
     elif projections.norms is not None:
         raise NotRecognisedError("its norms of queries and keys take all heads at once")
-    return LayerRule(tuple(norm_rule(parts[name]) for name in _NORMS), head_norm, _activation(mlp), interleaved=False)
+    return LayerRule(tuple(norm_rule(parts[name]) for name in _NORMS), head_norm, activation_of(mlp), interleaved=False)
 
 
 def norm_rule(module: nn.Module) -> NormRule:
@@ -179,7 +179,8 @@ def norm_rule(module: nn.Module) -> NormRule:
     raise NotRecognisedError(f"{type(module).__name__} normalises otherwise")
 
 
-def _activation(mlp: nn.Module) -> str:
+def activation_of(mlp: nn.Module) -> str:
+    """The name in `ACTIVATIONS` of the one that a gated MLP has. Raises `NotRecognisedError` for another."""
     others = [part for _, part in mlp.named_children() if not isinstance(part, (nn.Linear, nn.Dropout, nn.Identity))]
     x = torch.linspace(-12, 12, 64)
     if len(others) == 1 and not any(True for _ in others[0].parameters()):

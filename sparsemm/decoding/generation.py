@@ -70,6 +70,7 @@ def generate(
     reserve: int | None = None,
     graph: bool | None = None,
     prompt_tile: int = PROMPT_TILE,
+    exact_prompt: bool = False,
     decode_backend: str | None = None,
     streamer: BaseStreamer | Callable[[LongTensor], None] | None = None,
     **options: Any,
@@ -78,9 +79,10 @@ def generate(
 
     Gives the tokens of `model.generate` under the same patch, whose preparation, logits processors and stopping
     criteria it uses. The prompt goes through the layers one at a time, each layer's keys and values freed once it is
-    compressed, norms and MLPs in tiles; logits exist for its last column only. The host waits for the device once a
-    token, for the stop check of the step before; never for a layer. Decoder layers that are recognised and proved run
-    in a dozen kernels. A sequence that has ended attends to nothing: what is cached of its padding means nothing.
+    compressed, norms and MLPs in tiles and by fused operators; logits exist for its last column only. The host waits
+    for the device once a token, for the stop check of the step before; never for a layer. Decoder layers that are
+    recognised and proved run in a dozen kernels. A sequence that has ended attends to nothing: what is cached of its
+    padding means nothing.
 
     Args:
         model: A supported model; patched for the duration of the call when `config` is given.
@@ -90,6 +92,8 @@ def generate(
             buffers grow and the graph is captured anew.
         graph: True insists on a CUDA graph, False does without; by default one is used where possible.
         prompt_tile: Prompt tokens that norms and MLPs take at a time; 0 for all at once.
+        exact_prompt: Run the prompt through the model's own norms and MLPs, all at once: logits of an uncompressed one
+            are then the stock model's bit for bit, not but for rounding. Costs time and memory.
         decode_backend: As for `sparsemm.patch`, when `config` is given; otherwise the patch has it.
         streamer: A transformers streamer, or a function that is called with the tokens `[batch]` of every step, on the
             CPU. On a GPU tokens come one step late.
@@ -118,7 +122,8 @@ def generate(
         raise ConfigError("decode_backend belongs to the patch: give it to sparsemm.patch, or a config here")
     made = nullcontext(active) if config is None else patch(model, config, decode_backend=decode_backend or "auto")
     with made as handle:
-        loop = DecodeLoop(handle, reserve=reserve, graph=graph, prompt_tile=prompt_tile, streamer=streamer)
+        tile = None if exact_prompt else prompt_tile
+        loop = DecodeLoop(handle, reserve=reserve, graph=graph, prompt_tile=tile, streamer=streamer)
         device = handle.text_model.embed_tokens.weight.device
         device = model.device if device.type == "meta" else device
         if device.type == "meta" and not hasattr(model, "hf_device_map"):  # accelerate brings no weights at need

@@ -56,11 +56,12 @@ class DecodeLoop:
         *,
         reserve: int | None = None,
         graph: bool | None = None,
-        prompt_tile: int = PROMPT_TILE,
+        prompt_tile: int | None = PROMPT_TILE,
         streamer: Any = None,
         time_steps: bool = False,
     ) -> None:
-        """Arguments as for `sparsemm.generate`; `time_steps` notes when each step ended.
+        """Arguments as for `sparsemm.generate`, whose `exact_prompt` is `prompt_tile=None`; `time_steps` notes when
+        each step ended.
 
         Raises `ConfigError` when a graph is insisted on and cannot be had.
         """

@@ -1,56 +1,108 @@
-"""Long prompts in less memory: what works on each token by itself runs in tiles over the sequence."""
+"""Prompts in less memory and time: what works on each token by itself runs in tiles, and by the fused operators."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparsemm.models.instances import forward_name, set_on_instance
+from sparsemm.decoding.fused_layer import (
+    ANY_ROW,
+    Norm,
+    NormRule,
+    NotRecognisedError,
+    activation_of,
+    norm_rule,
+)
+from sparsemm.models.instances import Findings, as_built, forward_name, set_on_instance
+from sparsemm.models.rotation import nearly_equal
+from sparsemm.ops.backends import operators
 
 PROMPT_TILE = 2048
 """Tokens at a time: enough for full matrix throughput, and 1/16 of the MLP's activations of a 32K prompt."""
 
 _TOKEN_BY_TOKEN = ("norm", "mlp", "feed_forward", "feedforward", "moe")  # in the names of a decoder layer's parts
+_PROVED_ON = 4  # random tokens
+
+_found: Findings[list[NormRule | str | None]] = Findings()
 
 
 @contextmanager
-def tiled_prompt(text_model: nn.Module, tile: int = PROMPT_TILE) -> Iterator[None]:
+def tiled_prompt(text_model: nn.Module, tile: int | None = PROMPT_TILE) -> Iterator[None]:
     """Run norms and feed-forward parts of the decoder layers over `tile` tokens at a time while the context lasts.
 
     The MLP's intermediate activations and the norms' float32 copies are the largest tensors of a long prompt once
     attention holds no matrix. (Norms of queries and keys are tiled with their rotation, see `Projections.project`.)
-    Results agree within float error (matrix products of other heights round differently). Only instances are touched,
-    and put back at the end. `tile=0` changes nothing.
+    Norms that are shown to be those of `add_rms_norm` run by it, all at once: it makes no copies. MLPs that are shown
+    to be gated by an activation of `ACTIVATIONS` have it in one pass. Results agree within float error (matrix products
+    of other heights round differently, sums in another order). Only instances are touched, and put back at the end.
+    `tile=0`: all tokens at once. `tile=None` changes nothing.
     """
+    if tile is None:
+        yield
+        return
+    named = [each for layer in text_model.layers for each in layer.named_children()]
+    parts = [part for name, part in named if any(kind in name for kind in _TOKEN_BY_TOKEN)] + [text_model.norm]
+    rules = _found.about(text_model, parts, lambda: [_rule_of(module) for module in parts])
     with ExitStack() as stack:
-        if tile > 0:
-            for layer in text_model.layers:
-                for part, module in layer.named_children():
-                    if any(name in part for name in _TOKEN_BY_TOKEN):
-                        stack.enter_context(_tiled(module, tile))
-            stack.enter_context(_tiled(text_model.norm, tile))
+        for module, rule in zip(parts, rules, strict=True):
+            stack.enter_context(_in_place(module, rule, tile))
         yield
 
 
+@torch.no_grad()
+def _rule_of(module: nn.Module) -> NormRule | str | None:
+    """How a norm is computed, the operator that gates an MLP, or None for what runs as it is."""
+    try:
+        if not any(True for _ in module.children()):
+            return norm_rule(module)
+        rule, weight = activation_of(module), module.down_proj.weight
+        if not as_built(module) or not weight.is_floating_point():
+            return None
+        states = torch.randn(1, _PROVED_ON, weight.shape[0], generator=torch.Generator().manual_seed(0))
+        states = states.to(weight.device, weight.dtype)
+        same = nearly_equal(_forward_by(module, rule)(states), module(states))
+    except (NotRecognisedError, AttributeError, TypeError, RuntimeError):  # other parts, or sizes that kernels refuse
+        return None
+    return rule if same else None
+
+
+def _forward_by(module: nn.Module, rule: NormRule | str) -> Callable[[Tensor], Tensor]:
+    if isinstance(rule, NormRule):
+        norm = Norm(module, rule)
+        return lambda states: norm(states, None)[0]
+
+    def gated(states: Tensor) -> Tensor:
+        multiply = getattr(operators(states.device, states.dtype, ANY_ROW), rule)
+        if hasattr(module, "gate_up_proj"):
+            return module.down_proj(multiply(*module.gate_up_proj(states).chunk(2, dim=-1)))
+        return module.down_proj(multiply(module.gate_proj(states), module.up_proj(states)))
+
+    return gated
+
+
 @contextmanager
-def _tiled(module: nn.Module, tile: int) -> Iterator[None]:
-    """A forward from `[batch, seq_len, size]` to the same shape, in tiles; all at once where it is another."""
+def _in_place(module: nn.Module, rule: NormRule | str | None, tile: int) -> Iterator[None]:
+    """A forward from `[batch, seq_len, size]` to the same shape, by its rule and in tiles; as it is on other states."""
     name = forward_name(module)
     original = getattr(module, name)
+    by_rule = original if rule is None else _forward_by(module, rule)
 
     @functools.wraps(original)
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if hidden_states.dim() != 3 or hidden_states.shape[1] <= tile or args or kwargs or torch.is_grad_enabled():
+        cast = rule is not None and hidden_states.dtype != next(module.parameters()).dtype
+        if hidden_states.dim() != 3 or cast or args or kwargs or torch.is_grad_enabled():
             return original(hidden_states, *args, **kwargs)
+        if isinstance(rule, NormRule) or not 0 < tile < hidden_states.shape[1]:
+            return by_rule(hidden_states.contiguous())
         out = None
         for begin in range(0, hidden_states.shape[1], tile):
             part = hidden_states[:, begin : begin + tile].contiguous()
-            done = original(part)
+            done = by_rule(part)
             if not isinstance(done, Tensor) or done.shape != part.shape:
                 return original(hidden_states)
             out = done.new_empty(hidden_states.shape) if out is None else out

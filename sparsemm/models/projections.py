@@ -33,7 +33,7 @@ class Projections:
         fused: Widths of query, key and value in the output of one `qkv_proj`; None where they have their own.
         norms: Whether `q_norm` and `k_norm` take one head at a time ("head"), all of them ("width"), or are not there.
         rotary: The rotary function of the module's source file, or None for a layer without rotary embedding.
-        interleaved: Whether it rotates neighbours together, or halves, where `rope_append` can do it as well; else None.
+        interleaved: Whether neighbours are rotated together, or halves; None where `rope_append` cannot.
         interface: The attention functions that the source file chooses from.
         eager: Its own attention function, for `attn_implementation="eager"`.
         scaling: Factor of the attention logits.

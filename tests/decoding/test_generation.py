@@ -587,6 +587,26 @@ def test_tiles_change_nothing_but_rounding(family, monkeypatch):
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_is_exact_where_that_is_asked_for(family, exact):
+    model = toy_model(family)
+    inputs = toy_inputs(model, 2)
+    stock = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True, output_logits=True)
+    options = dict(max_new_tokens=1, return_dict_in_generate=False)
+    with sparsemm.patch(model, config("fullkv", None)) as handle:
+        run = DecodeLoop(handle, prompt_tile=None if exact else 8)
+        for _ in range(2):  # the first one proves the operators
+            count = count_operators(lambda: model.generate(**inputs, **options, custom_generate=run))
+        found = sparsemm.generate(model, inputs, max_new_tokens=2, exact_prompt=exact)
+    layers, tiles = len(handle.projections), -(-inputs["input_ids"].shape[1] // 8)
+    assert count.names["sparsemm.add_rms_norm.default"] == (0 if exact else 2 * layers + 1)
+    assert count.names["sparsemm.silu_mul.default"] == (0 if exact else tiles * layers)
+    assert_close(run.step.logits, stock.logits[0])
+    assert torch.equal(run.step.logits, stock.logits[0]) or not exact
+    assert torch.equal(found.sequences, stock.sequences)
+
+
 @pytest.mark.parametrize("kind", ["glm4", "olmo2", "qwen3_moe"])
 def test_every_norm_and_feed_forward_part_works_in_tiles(kind):
     """Four norms a layer, norms behind attention and MLP only, a mixture of experts."""
