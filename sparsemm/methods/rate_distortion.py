@@ -16,6 +16,7 @@ from torch import LongTensor
 from sparsemm.errors import ConfigError
 from sparsemm.head_scores import Curves
 from sparsemm.methods.method import BudgetRequest, Method
+from sparsemm.methods.mixkv import importance_and_diversity
 
 
 @dataclass(frozen=True)
@@ -105,3 +106,14 @@ def split_equally(total: int, rooms: list[int]) -> list[int]:
 RATE_DISTORTION = Method(
     name="rate_distortion", model_budgets=rate_distortion_budgets, head_scores="calibrated", paper_rounding=False
 )
+
+RATE_DISTORTION_MIXKV = Method(
+    name="rate_distortion_mixkv",
+    model_budgets=rate_distortion_budgets,
+    head_scores="calibrated",
+    score_positions=importance_and_diversity,
+    sees=("value",),
+    paper_rounding=False,
+)
+"""The same budgets, and rows ranked as MixKV ranks them: how many and which are two questions. The calibration is the
+same, too, its curves those of SnapKV's ranking."""
