@@ -47,8 +47,8 @@ class Pair:
 def pair_with_best(cells: Sequence[Cell], method: str, *, metric: str = "accuracy") -> list[Pair]:
     """`method` in every task and at every budget, beside the best other method that drops rows.
 
-    The documents of a run are the same for every cell, in one order, so scores are paired. A method with the same
-    budgets, which differs in the ranking of rows alone, is no other method.
+    The documents of a run are the same for every cell, in one order, so scores are paired. Two
+    methods whose budgets follow the curves of a calibration are no others to one another.
 
     Raises:
         DataError: The method was not run at any budget, or no other one was.
@@ -63,7 +63,7 @@ def pair_with_best(cells: Sequence[Cell], method: str, *, metric: str = "accurac
             rivals = [
                 each
                 for each in cells
-                if each.nominal_budget == cell.nominal_budget and not _same_budgets(method, each.method)
+                if each.nominal_budget == cell.nominal_budget and not _same_kind(method, each.method)
             ]
             if not rivals:
                 raise DataError(f"no other method was run at budget {cell.nominal_budget}; compare needs one")
@@ -72,9 +72,9 @@ def pair_with_best(cells: Sequence[Cell], method: str, *, metric: str = "accurac
     return pairs
 
 
-def _same_budgets(first: str, second: str) -> bool:
-    calibrated = [name in METHODS and METHODS[name].head_scores == "calibrated" for name in (first, second)]
-    return first == second or all(calibrated)
+def _same_kind(first: str, second: str) -> bool:
+    ours = ("calibrated", "calibrated_mixkv")
+    return first == second or all(name in METHODS and METHODS[name].head_scores in ours for name in (first, second))
 
 
 def _pair(cell: Cell, rival: Cell, task: str, metric: str) -> Pair:

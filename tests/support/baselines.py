@@ -161,7 +161,7 @@ class BaselineTwin:
             retrieval = self.curves.retrieval.numpy()
             rows = head_kv_rows(retrieval, num_kv_heads, settings.budget, window, self.length).tolist()
         elif settings.method == "rate_distortion_mixkv":
-            tables = self.curves.sensitivities.numpy(), self.curves.distortions.numpy(), self.curves.rows
+            tables = self.curves.sensitivities.numpy(), self.curves.distortions_mixkv.numpy(), self.curves.rows
             rows = rate_distortion_budgets(*tables, num_kv_heads, settings.budget, window, self.length).tolist()
         else:
             rows = alike
