@@ -415,6 +415,9 @@ def test_the_command_writes_tables_and_figure(tmp_path):
 def test_the_host_command(tmp_path, monkeypatch):
     small = {**steps.SMALL, "num_hidden_layers": 2}
     monkeypatch.setattr(steps, "MIDDLE", small)
+    monkeypatch.setattr(steps, "LANGUAGE_MODELS", ("llama",))
+    short = functools.partial(token_overhead, prompt_tokens=40, tokens=4, budget=16)
+    monkeypatch.setattr("sparsemm.bench.host.token_overhead", short)
     arguments = ["bench", "host", "--model", "tiny", "--rounds", "1", "--prompt-tokens", "128", "--budget", "48"]
     result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "host.json")], catch_exceptions=False)
     assert result.exit_code == 0, result.output

@@ -8,8 +8,7 @@ from pathlib import Path
 import calibrate_job
 import numpy as np
 import pytest
-import torch
-from long_jobs import killed_and_resumed, same_files, shared_by_two
+from long_jobs import killed_and_resumed, run_here, same_files, shared_by_two
 from toy_models import toy_model, toy_processor
 
 from sparsemm import CompressionConfig, HeadScores
@@ -22,14 +21,7 @@ from sparsemm.plan import head_budgets
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("undisturbed") / "scores.json"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("OMP_NUM_THREADS", "1")
-            calibrate_job.run(str(output))
-    finally:
-        torch.set_num_threads(threads)
+    run_here(calibrate_job, output)
     return output
 
 
@@ -45,15 +37,14 @@ def test_the_file_is_the_mean_over_pages_and_tasks(undisturbed: Path) -> None:
     plain = np.maximum(0, -sum(task.mean(0) for task in gradients) / 2)
     longest = max(each["prompt_tokens"] for each in used)
     rows = row_grid(4, longest)
-    for name in ("distortions", "distortions_mixkv"):
-        lost = np.zeros((*sensitivities.shape, len(rows)))
-        for task in tasks:
-            for each in task:
-                curves = np.array(each[name])
-                lost[..., : curves.shape[-1]] += curves / len(task) / 2
-        np.testing.assert_allclose(getattr(scores.curves, name), lost / lost[..., :1], rtol=1e-12)
+    lost = np.zeros((*sensitivities.shape, len(rows)))
+    for task in tasks:
+        for each in task:
+            curves = np.array(each["distortions"])
+            lost[..., : curves.shape[-1]] += curves / len(task) / 2
     np.testing.assert_allclose(scores.values, plain, rtol=1e-12)
     np.testing.assert_allclose(scores.curves.sensitivities, sensitivities, rtol=1e-12)
+    np.testing.assert_allclose(scores.curves.distortions, lost / lost[..., :1], rtol=1e-12)
     assert scores.curves.rows == rows and (scores.curves.distortions[..., -1] == 0).all()
     figures = scores.provenance
     assert (figures["model"], figures["num_pages"], figures["num_skipped"], figures["window_size"]) == ("toy", 5, 1, 4)
@@ -82,13 +73,13 @@ def test_it_is_a_calibration_of_this_model(undisturbed: Path) -> None:
 
 def test_a_killed_calibration_goes_on_and_gives_the_same_files(undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "scores.json"
-    killed_and_resumed("calibrate_job.py", output, journal_path(output), calibrate_job.PAGES)
+    killed_and_resumed(calibrate_job, output, journal_path(output))
     same_files((output, undisturbed), (journal_path(output), journal_path(undisturbed)))
 
 
 def test_two_processes_give_the_files_of_one(undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "scores.json"
-    shared_by_two("calibrate_job.py", output)
+    shared_by_two(calibrate_job, output)
     same_files((output, undisturbed), (journal_path(output), journal_path(undisturbed)))
 
 
@@ -132,7 +123,6 @@ def test_bad_settings_and_pages() -> None:
         ({"sensitivities": [[1.0]]}, "do not fit"),
         ({"distortions": [[[1.0, float("inf"), 0.0]] * 2]}, "distortions hold NaN or infinity at layer 0, head 0"),
         ({"distortions": "x"}, "no distortions"),
-        ({"distortions_mixkv": [[[1.0, 0.0]] * 2]}, "distortions_mixkv .* do not fit"),
         ({"values": [[1.0, 2.0, 3.0]]}, "curves are of"),
         ({"retrieval": [[1.0]]}, "retrieval scores .* do not fit"),
         ({"retrieval": [[1.0, -2.0]]}, "retrieval are negative"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import chase_job
 import pytest
 import torch
-from long_jobs import killed_and_resumed, same_files, shared_by_two
+from long_jobs import killed_and_resumed, run_here, same_files, shared_by_two
 from PIL import Image
 from toy_models import toy_model, toy_processor
 
@@ -26,22 +26,20 @@ from sparsemm.runs.processes import Workers, workers
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("undisturbed") / "scores.json"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        chase_job.run(str(output))
+    run_here(chase_job, output)
     return output
 
 
 def test_a_killed_chase_goes_on_and_gives_the_same_files(undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "scores.json"
-    killed_and_resumed("chase_job.py", output, journal_path(output), chase_job.PAGES)
+    killed_and_resumed(chase_job, output, journal_path(output))
     same_files((output, undisturbed), (journal_path(output), journal_path(undisturbed)))
     assert HeadScores.load(output).provenance["num_skipped"] == 1
 
 
 def test_processes_of_accelerate_launch_share_the_pages(undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "scores.json"
-    shares = re.findall(r"\d/2:\[[\d,]*\]", shared_by_two("chase_job.py", output))
+    shares = re.findall(r"\d/2:\[[\d,]*\]", shared_by_two(chase_job, output))
     assert sorted(shares) == ["0/2:[0,2,4]", "1/2:[1,3,5]"], "each process opens its own pages"
     same_files((output, undisturbed), (journal_path(output), journal_path(undisturbed)))
 

@@ -132,8 +132,7 @@ def methods(models):
     for name, heads in (("llava-vicuna", None), ("qwen2-vl", None)):
         whole = toy_model(name, num_kv_heads=heads)
         model, inputs = models(name, whole), toy_inputs(whole, 2, [30, 45])
-        kinds = ("calibrated", "calibrated_mixkv", "retrieval")
-        tables = {"given": scores(whole)} | dict.fromkeys(kinds, calibration(whole))
+        tables = {"given": scores(whole), "calibrated": calibration(whole), "retrieval": calibration(whole)}
         for (method, row), turns in itertools.product(METHODS.items(), ("first", "every")):
             if turns == "every" and method not in ("adakv", "sparsemm"):
                 continue
