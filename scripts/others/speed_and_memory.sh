@@ -17,9 +17,11 @@
 #   DECODE_BACKEND auto, cuda, fa3, flash_attn, torch_varlen, cpu, reference      (auto)
 #   OUTPUT         folder of the results                                          (results/speed_and_memory)
 #   FRESH          1 measures again what OUTPUT holds
+#   TENSOR_PARALLEL processes (GPUs) that divide every layer                      (none: one has the whole model)
 #   DEVICE, DTYPE  where and how precisely to compute                             (cuda and bfloat16, or cpu and float32)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
-options_from MODEL METHODS BUDGETS PROMPTS BATCHES STEPS HEAD_SCORES ATTN_IMPLEMENTATION DECODE_BACKEND OUTPUT DEVICE DTYPE FRESH
+options_from MODEL METHODS BUDGETS PROMPTS BATCHES STEPS HEAD_SCORES ATTN_IMPLEMENTATION DECODE_BACKEND OUTPUT \
+    DEVICE DTYPE TENSOR_PARALLEL FRESH
 run_sparsemm bench e2e ${options[@]+"${options[@]}"} "$@"

@@ -16,13 +16,14 @@ def step_bytes(model: nn.Module, batch: int, size: int) -> int:
     """Bytes that one process hands to the collectives of a decode step, by the plans of transformers.
 
     Two all-reduces a layer (behind `o_proj` and `down_proj`) and one more where the embedding is divided by tokens,
-    each of `[batch, hidden_size]`; the gather of this process's part of the logits, `[batch, vocab_size / size]`.
+    each of `[batch, hidden_size]`; the gather of this process's part of the logits, `[batch, vocab_size / size]`, as
+    many in each process (rounded up).
     """
     text = family_of(model).text_model(model)
     divided = hasattr(text.embed_tokens.weight, "to_local")
     reduces = 2 * len(text.layers) + int(divided)
     head = model.get_output_embeddings()
-    gathered = head.weight.shape[0] // size if hasattr(head.weight, "to_local") else 0
+    gathered = -(-head.weight.shape[0] // size) if hasattr(head.weight, "to_local") else 0
     return batch * (reduces * text.config.hidden_size + gathered) * model.dtype.itemsize
 
 

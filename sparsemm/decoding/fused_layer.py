@@ -1,7 +1,8 @@
 """A decoder layer over one token of every sequence in a dozen kernels, with what is read off its modules.
 
 What a layer must look like: a norm, attention with `Projections`, a residual addition, a norm, a gated MLP, a residual
-addition. `fused_proof` shows that it computes just that; any other layer runs as it is.
+addition. `fused_proof` shows that it computes just that; any other layer runs as it is. Where a layer is divided among
+processes by whole heads, each computes its part, and the parts are added up behind `o_proj` and `down_proj`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from sparsemm.cache import SparseLayer
+from sparsemm.errors import SparseMMError
 from sparsemm.models.instances import as_built
 from sparsemm.models.merged import joined
+from sparsemm.models.parallel import Product, own
 from sparsemm.models.projections import Projections
 from sparsemm.models.rotation import nearly_equal
 from sparsemm.ops.backends import operators, overload
@@ -27,7 +29,7 @@ ANY_ROW = 8  # a head_dim that every kernel takes: norms know none
 _NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
-class NotRecognisedError(Exception):
+class NotRecognisedError(SparseMMError):
     """A layer is built otherwise; says how."""
 
 
@@ -68,7 +70,7 @@ class Norm:
     """An RMS norm of the sum of a residual and what is added to it."""
 
     def __init__(self, module: nn.Module, rule: NormRule) -> None:
-        weight = module.weight
+        weight = own(module.weight)
         self.weight, self.eps, self.unit_offset = weight, rule.eps, rule.unit_offset
         self.operator = overload(operators(weight.device, weight.dtype, ANY_ROW).add_rms_norm)
 
@@ -88,18 +90,18 @@ class FusedLayer:
         self.before_attention, self.before_mlp = (
             Norm(getattr(layer, name), each) for name, each in zip(_NORMS, rule.norms, strict=True)
         )
-        self.projections, self.widths = _weights(attention, ("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
+        self.projections, self.widths = _products(attention, ("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
         if projections.fused is not None:
             self.widths = list(projections.fused)
-        self.output = _weight_and_bias(attention.o_proj)
-        self.gates, _ = _weights(mlp, ("gate_proj", "up_proj"), ("gate_up_proj",))
-        self.down = _weight_and_bias(mlp.down_proj)
-        weight = attention.o_proj.weight
+        self.output = _product(attention.o_proj)
+        self.gates, _ = _products(mlp, ("gate_proj", "up_proj"), ("gate_up_proj",))
+        self.down = _product(mlp.down_proj)
+        weight = self.output.weight
         place = (weight.device, weight.dtype, projections.head_dim)
         self.activate = overload(getattr(operators(*place), rule.activation))
         self.rotation: tuple[Any, ...] = (None, None, 0.0, False, rule.interleaved)
         if rule.head_norm is not None:
-            weights, norm = (attention.q_norm.weight, attention.k_norm.weight), rule.head_norm
+            weights, norm = (own(attention.q_norm.weight), own(attention.k_norm.weight)), rule.head_norm
             self.rotation = (*weights, norm.eps, norm.unit_offset, rule.interleaved)
 
     def __call__(
@@ -111,20 +113,20 @@ class FusedLayer:
         """
         normed, residual = self.before_attention(states, residual)
         if len(self.projections) == 1:
-            parts = linear(normed, *self.projections[0]).split(self.widths, dim=-1)
+            parts = self.projections[0](normed).split(self.widths, dim=-1)
         else:
-            parts = [linear(normed, weight, bias) for weight, bias in self.projections]
+            parts = [project(normed) for project in self.projections]
         batch = normed.shape[0]
         query, key, value = [part.view(batch, -1, 1, self.head_dim) for part in parts]
         cos, sin = factors if self.rotates else [each[..., :0] for each in factors]
         query = self.rows.append_rotated(query, key, value, cos, sin, rotation=self.rotation)
         out, _ = self.rows.decode(query, self.scaling, num_later)
-        normed, residual = self.before_mlp(linear(out.view(batch, -1), *self.output), residual)
+        normed, residual = self.before_mlp(self.output(out.view(batch, -1)), residual)
         if len(self.gates) == 1:
-            gate, up = linear(normed, *self.gates[0]).chunk(2, dim=-1)
+            gate, up = self.gates[0](normed).chunk(2, dim=-1)
         else:
-            gate, up = [linear(normed, weight, bias) for weight, bias in self.gates]
-        return linear(self.activate(gate, up), *self.down), residual
+            gate, up = [project(normed) for project in self.gates]
+        return self.down(self.activate(gate, up)), residual
 
 
 def read_layer(layer: nn.Module, projections: Projections | None) -> LayerRule:
@@ -141,16 +143,16 @@ def read_layer(layer: nn.Module, projections: Projections | None) -> LayerRule:
     for part in layer.modules():
         if not as_built(part):
             raise NotRecognisedError(f"its {type(part).__name__} has hooks or another forward")
-    tensors = (*layer.parameters(), *layer.buffers())
+    tensors = [own(each) for each in (*layer.parameters(), *layer.buffers())]
     if any(type(each) not in (nn.Parameter, Tensor) or each.is_meta for each in tensors):
         raise NotRecognisedError("its weights are no ordinary tensors")
     if len({(each.device, each.dtype) for each in tensors}) != 1:
         raise NotRecognisedError("its weights are of several dtypes or on several devices")
     attention, mlp = parts["self_attn"], parts["mlp"]
-    _weights(attention, ("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
-    _weights(mlp, ("gate_proj", "up_proj"), ("gate_up_proj",))
-    for linear_layer in (attention.o_proj, mlp.down_proj):
-        _weight_and_bias(linear_layer)
+    _products(attention, ("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
+    _products(mlp, ("gate_proj", "up_proj"), ("gate_up_proj",))
+    for linear in (attention.o_proj, mlp.down_proj):
+        _product(linear)
     head_norm = None
     if projections.norms == "head":
         head_norm, other = (norm_rule(getattr(attention, name)) for name in ("q_norm", "k_norm"))
@@ -166,7 +168,7 @@ def norm_rule(module: nn.Module) -> NormRule:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if [name for name, _ in module.named_parameters()] != ["weight"] or eps is None or not as_built(module):
         raise NotRecognisedError(f"{type(module).__name__} is no RMS norm as it reads")
-    weight = module.weight
+    weight = own(module.weight)
     x = torch.randn(8, weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(weight.device, weight.dtype)
     for unit_offset in (False, True):
         rule = NormRule(float(eps), unit_offset)
@@ -190,21 +192,19 @@ def activation_of(mlp: nn.Module) -> str:
     raise NotRecognisedError("its activation has no operator")
 
 
-def _weights(
-    module: nn.Module, apart: tuple[str, ...], together: tuple[str, ...]
-) -> tuple[list[tuple[Tensor, Tensor | None]], list[int]]:
-    """Weight and bias of the projections, one pair where one product computes them all; and their widths."""
+def _products(module: nn.Module, apart: tuple[str, ...], together: tuple[str, ...]) -> tuple[list[Product], list[int]]:
+    """The projections of one input, a single one where one product computes them all; and their widths."""
     names = apart if all(hasattr(module, name) for name in apart) else together
-    found = [_weight_and_bias(getattr(module, name, None)) for name in names]
-    widths = [weight.shape[0] for weight, _ in found]
-    weight, bias = (joined(each) for each in zip(*found, strict=True))
-    if weight is not None and (bias is not None or found[0][1] is None):
-        found = [(weight, bias)]
+    found = [_product(getattr(module, name, None)) for name in names]
+    widths = [each.weight.shape[0] for each in found]
+    weight, bias = joined([each.weight for each in found]), joined([each.bias for each in found])
+    if weight is not None and (bias is not None or found[0].bias is None):
+        found = [Product(weight, bias)]
     return found, widths
 
 
-def _weight_and_bias(module: Any) -> tuple[Tensor, Tensor | None]:
+def _product(module: Any) -> Product:
     if type(module) is not nn.Linear:
         found = "missing" if module is None else f"a {type(module).__name__}"
         raise NotRecognisedError(f"one of its projections is {found}")
-    return module.weight, module.bias
+    return Product.of(module)

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 @torch.no_grad()
 def prove_rules(step: DecodeStep, projections: tuple[Projections | None, ...]) -> StepRules:
     """The rules of the layers of `step.model` that are recognised, each shown to give the layer's own output and rows
-    on random hidden states; what runs as it is is said in the log.
+    on random hidden states; what runs as it is is said in the log. The processes that hold the model agree on them.
 
     To be called between `cache.begin_steps` and taking the columns back, with room for a token.
     """
@@ -48,33 +48,42 @@ def prove_rules(step: DecodeStep, projections: tuple[Projections | None, ...]) -
         )  # fmt: skip
     norm = None
     with contextlib.suppress(NotRecognisedError):
-        norm = norm_rule(step.text_model.norm)
+        norm = step.cache.plan.parallel.together(lambda: norm_rule(step.text_model.norm))
     return StepRules(tuple(layers), norm)
 
 
 def _prove(
     step: DecodeStep, layer_idx: int, projections: Projections | None, factors: tuple[Tensor, Tensor]
 ) -> LayerRule:
-    layer, rows = step.text_model.layers[layer_idx], step.cache.layers[layer_idx]
-    read = read_layer(layer, projections)
-    weight = layer.self_attn.o_proj.weight
+    layer, rows, parallel = step.text_model.layers[layer_idx], step.cache.layers[layer_idx], step.cache.plan.parallel
+    read = parallel.together(lambda: read_layer(layer, projections))
+    norm = layer.input_layernorm.weight
     states = torch.randn(
         step.batch, step.text_model.config.hidden_size, generator=torch.Generator().manual_seed(layer_idx)
-    ).to(weight.device, weight.dtype)
+    ).to(norm.device, norm.dtype)
     lens = rows.lens.clone()
     expected = step.own_layer(layer, states, factors)
     expected_rows = _last_rows(rows)
-    for candidate in (read, dataclasses.replace(read, interleaved=True)):
+
+    def difference(candidate: LayerRule) -> str | None:
         rows.lens.copy_(lens)
         residual = states / 4  # an exact quarter: the sum of both is what the layer was given
         try:
             found = torch.add(*FusedLayer(layer, candidate, projections, rows)(states - residual, residual, factors))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # sizes or strides that the kernels refuse
-            raise NotRecognisedError(str(error)) from error
+            return str(error)
         pairs = zip((found, *_last_rows(rows)), (expected, *expected_rows), strict=True)
         if all(nearly_equal(ours, theirs) for ours, theirs in pairs):
+            return None
+        return "its output, or the rows that it stores, are not those of norm, attention, norm and MLP"
+
+    for candidate in (read, dataclasses.replace(read, interleaved=True)):
+        reason = parallel.first_of(difference(candidate))
+        if reason is None:
             return candidate
-    raise NotRecognisedError("its output, or the rows that it stores, are not those of norm, attention, norm and MLP")
+    raise NotRecognisedError(reason)
 
 
 def _last_rows(rows: SparseLayer) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,7 @@ def generate(
     compressed, norms and MLPs in tiles and by fused operators; logits exist for its last column only. The host waits
     for the device once a token, for the stop check of the step before; never for a layer. Decoder layers that are
     recognised and proved run in a dozen kernels. A sequence that has ended attends to nothing: what is cached of its
-    padding means nothing.
+    padding means nothing. Where several processes hold the model, all of them call this alike and get the same tokens.
 
     Args:
         model: A supported model; patched for the duration of the call when `config` is given.

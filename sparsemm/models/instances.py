@@ -69,12 +69,18 @@ class Replacement:
 
 
 def as_built(module: nn.Module) -> bool:
-    """Whether nothing but this package's patch stands between a call of `module` and its class's forward."""
+    """Whether nothing but this package's patch, and transformers' division of weights among processes, stands between a
+    call of `module` and its class's forward."""
     forward = vars(module).get("forward")
     while isinstance(forward, Replacement):
         forward = forward.original
-    own = forward is None or getattr(forward, "__func__", None) is type(module).forward
+    own = forward is None or getattr(forward, "__func__", None) is type(module).forward or _divides(forward)
     return own and not (module._forward_hooks or module._forward_pre_hooks or "_old_forward" in vars(module))
+
+
+def _divides(forward: Any) -> bool:
+    """Whether `forward` is what transformers sets on a module of a tensor-parallel plan."""
+    return getattr(forward, "__name__", "") == "tp_forward" and forward.__module__.startswith("transformers.")
 
 
 class Findings(Generic[T]):

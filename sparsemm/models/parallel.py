@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from sparsemm.errors import ConfigError, SparseMMError, UnsupportedModelError
 
@@ -112,11 +113,14 @@ def tensor_parallel_of(model: nn.Module) -> TensorParallel:
         return ALONE
     from torch.distributed.tensor import DTensor
 
-    mesh = next((each.device_mesh for each in model.parameters() if isinstance(each, DTensor)), None)
-    if mesh is None:
-        return ALONE
-    mesh = mesh["tp"] if mesh.ndim > 1 else mesh
-    return TensorParallel(mesh.get_local_rank(), mesh.size(), mesh.get_group())
+    mesh = next((_mesh_of(each) for each in model.parameters() if isinstance(each, DTensor)), None)
+    return ALONE if mesh is None else TensorParallel(mesh.get_local_rank(), mesh.size(), mesh.get_group())
+
+
+def _mesh_of(weight: Any) -> DeviceMesh:
+    """The processes that have a part of a weight each."""
+    mesh = weight.device_mesh
+    return mesh["tp"] if mesh.ndim > 1 else mesh
 
 
 def own(tensor: Tensor) -> Tensor:
@@ -127,6 +131,36 @@ def own(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """All of a weight of which each process has a part; another tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@dataclass(frozen=True)
+class Product:
+    """A linear layer by the part of its weight that this process has, without the bookkeeping of DTensors: one product
+    and, where each process has some of the weight's columns, one all-reduce behind it.
+
+    Attributes:
+        weight: `[out_features, in_features]`, or a part of its rows or columns.
+        bias: `[out_features]`, a part of it, or None.
+        group: Over which results are summed, in place, as a CUDA graph can hold it; None where they are not.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    group: ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, module: nn.Linear) -> Product:
+        by_columns = any(each.is_shard(1) for each in getattr(module.weight, "placements", ()))
+        group = _mesh_of(module.weight).get_group() if by_columns else None
+        return cls(own(module.weight), None if module.bias is None else own(module.bias), group)
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """`[..., its part of in_features]` to `[..., its part of out_features]`, or all of them where it is summed."""
+        if self.group is None:
+            return linear(states, self.weight, self.bias)
+        out = linear(states, self.weight)
+        dist.all_reduce(out, group=self.group)
+        return out if self.bias is None else out.add_(self.bias)  # once, not once a process
 
 
 # -- processes of a launcher -------------------------------------------------------------------------------------------

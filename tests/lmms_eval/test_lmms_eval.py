@@ -385,15 +385,16 @@ def test_a_second_cell_of_ocrbench_starts_from_zero(
 
 @pytest.mark.parametrize(
     ("device", "sharing"),
-    [("cpu", "NUM_PROCESSES"), ("", "NUM_PROCESSES"), ("", "TENSOR_PARALLEL")],
+    [("cpu", ["NUM_PROCESSES"]), ("", ["NUM_PROCESSES"]), ("", ["NUM_PROCESSES", "TENSOR_PARALLEL"])],
     ids=["named", "default", "divided"],
 )
-def test_two_processes_answer_like_one(
-    device: str, sharing: str, finished: tuple[Path, list[grid.Cell]], checkpoints: Path, tmp_path: Path
+def test_processes_answer_like_one(
+    device: str, sharing: list[str], finished: tuple[Path, list[grid.Cell]], checkpoints: Path, tmp_path: Path
 ) -> None:
-    """Through the script; five documents, so that one process is padded with a document of its own."""
-    if not device and 0 < torch.cuda.device_count() < 2:
-        pytest.skip("two processes want two GPUs, or none")
+    """Through the script; five documents, so that one process is padded with a document of its own. Two processes, or
+    two models on two each."""
+    if not device and 0 < torch.cuda.device_count() < 2 ** len(sharing):
+        pytest.skip("each process wants a GPU of its own, where there are any")
     output, cells = finished
     settings = {
         "MODEL": str(checkpoints / "qwen2-vl"),
@@ -405,7 +406,7 @@ def test_two_processes_answer_like_one(
         "ROUNDING": "exact",
         "LIMIT": "5",
         "BATCH_SIZE": "4",
-        sharing: "2",
+        **dict.fromkeys(sharing, "2"),
         "DEVICE": device,
         "OUTPUT": str(tmp_path / "out"),
     }
@@ -413,7 +414,7 @@ def test_two_processes_answer_like_one(
     command = ["bash", str(ROOT / "scripts" / "eval" / "qwen.sh")]
     assert "(exact rounding)" in run_program(command, tmp_path, **settings, PATH=path)
     (folder,) = (tmp_path / "out" / "qwen2-vl" / "sparsemm_field").iterdir()
-    assert json.loads((folder / "cell.json").read_text())["processes"] == 2
+    assert json.loads((folder / "cell.json").read_text())["processes"] == 2 ** len(sharing)
     assert answers(folder) == answers(cells[-1].folder(output))
 
 

@@ -22,6 +22,8 @@ class _Recorder(TorchDispatchMode):
         self.fresh = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not all(map(_is_plain, types)):
+            return NotImplemented  # a DTensor, say, which is taken apart first
         kwargs = kwargs or {}
         for index, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -32,6 +34,8 @@ class _Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         results = out if isinstance(out, (tuple, list)) else (out,)
         outputs = [each for each in results if isinstance(each, torch.Tensor)]
+        if not all(_is_plain(type(each)) for each in outputs):
+            return out  # wrapped, which is no work
         aliases = [result.alias_info for result in func._schema.returns if result.alias_info is not None]
         if not aliases:
             self.fresh |= {each.untyped_storage().data_ptr() for each in outputs}
@@ -42,6 +46,18 @@ class _Recorder(TorchDispatchMode):
     def undo(self):
         for storage, content in self.before.values():
             storage.copy_(content)
+
+
+def _is_plain(kind):
+    return kind in (torch.Tensor, torch.nn.Parameter)
+
+
+def _wait_for(func, results):
+    """On a GPU a collective is one more kernel of the graph; on the CPU it is waited for."""
+    if func.namespace == "_c10d_functional" and "wait" not in func.name():
+        torch.ops._c10d_functional.wait_tensor(results[0])
+    elif func.namespace == "c10d":
+        results[-1].wait()
 
 
 class EmulatedGraphs:
@@ -64,6 +80,7 @@ class EmulatedGraphs:
             for func, args, kwargs, outputs in recorder.calls:
                 again = func(*args, **kwargs)
                 again = again if isinstance(again, (tuple, list)) else (again,)
+                _wait_for(func, again)
                 for old, new in zip(outputs, again, strict=False):
                     old.copy_(new)
 

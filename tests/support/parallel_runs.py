@@ -16,23 +16,29 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from chase_job import PAGES, SlowPage
+from graph_emulation import EmulatedGraphs
 from greedy_runs import calibration, config, greedy, reachable_bytes, scores, text_inputs
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy_models import TINY_MINIATURE, toy_inputs, toy_model, toy_processor
 from toy_vlms import LANGUAGE_MODELS, TOYS, toy_vlm
 
 import sparsemm
+from sparsemm.bench.e2e import make_workloads
+from sparsemm.bench.e2e import run as run_e2e
 from sparsemm.bench.memory import weight_bytes
 from sparsemm.bench.sent import sent_bytes, step_bytes
+from sparsemm.bench.shapes import divided_model, random_model
 from sparsemm.cache import layer as cache_layer
 from sparsemm.calibration import calibrate
 from sparsemm.chase import chase
 from sparsemm.chase.page import read_page
-from sparsemm.decoding import DecodeLoop
+from sparsemm.decoding import DecodeLoop, loop
 from sparsemm.errors import ConfigError, PatchError, SparseMMError, UnsupportedModelError
 from sparsemm.experiments.evaluate import evaluate
 from sparsemm.experiments.session import PageReader, heldout_pages
@@ -79,7 +85,7 @@ def toy(name):
 
 
 def families(models):
-    """Full budget, by every family that can be divided: tokens and logits."""
+    """Full budget, by every family that can be divided: tokens of both loops and logits."""
     found = {}
     for name in FAMILIES:
         whole, inputs = toy(name)
@@ -96,7 +102,8 @@ def families(models):
         for rounding in ("exact", "paper"):
             with sparsemm.patch(model, config("snapkv", 2000, rounding=rounding)):
                 tokens, logits, _ = greedy(model, inputs, 4)
-            found[f"{name} {rounding}"] = [tokens.tolist(), logits.tolist()]
+                own = sparsemm.generate(model, inputs, max_new_tokens=4, do_sample=False)
+            found[f"{name} {rounding}"] = [tokens.tolist(), own.new_tokens.tolist(), logits.tolist()]
     return found
 
 
@@ -127,68 +134,118 @@ def noting_rows(noted):
 
 
 def methods(models):
-    """Every method: kept positions of this process's heads, tokens of both loops, statistics, bytes."""
+    """Every method: what `compressed` finds."""
     found = {}
-    for name, heads in (("llava-vicuna", None), ("qwen2-vl", None)):
-        whole = toy_model(name, num_kv_heads=heads)
+    for name in ("llava-vicuna", "qwen2-vl"):
+        whole = toy_model(name)
         model, inputs = models(name, whole), toy_inputs(whole, 2, [30, 45])
-        tables = {"given": scores(whole), "calibrated": calibration(whole), "retrieval": calibration(whole)}
-        for (method, row), turns in itertools.product(METHODS.items(), ("first", "every")):
+        for method, turns in itertools.product(METHODS, ("first", "every")):
             if turns == "every" and method not in ("adakv", "sparsemm"):
                 continue
-            budget = BUDGET if row.compresses else None
-            settings = config(
-                method, budget, head_scores=tables.get(row.head_scores), mask_ratio=0.25, compress_turns=turns
-            )
-            noted = []
-            with sparsemm.patch(model, settings, reserve=8) as handle, noting_rows(noted):
-                tokens, _, cache = greedy(model, inputs, 4)
-                if turns == "every":
-                    more = text_inputs(20, 2)["input_ids"]
-                    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 23, dtype=torch.long)], 1)
-                    model(input_ids=torch.cat([tokens[:, -1:], more], 1)[:, -20:], attention_mask=mask,
-                          past_key_values=cache)  # fmt: skip
-                stats = handle.stats
-                own = sparsemm.generate(model, inputs, max_new_tokens=5, do_sample=False)
-            found[f"{name} {method} {turns}"] = {
-                "positions": noted[: len(noted) if turns == "every" else 2],
-                "tokens": tokens.tolist(),
-                "own loop": own.new_tokens.tolist(),
-                "kept": stats.kept_rows.tolist(),
-                "full bytes": stats.full_cache_bytes,
-                "bytes": stats.bytes_by_rank,
-                "held": own.cache.memory_bytes(),
-                "reachable": reachable_bytes(own.cache),
-                "rows": int(sum(layer.offsets[-1] for layer in own.cache.layers)),
-                "masked": handle.plan.masked_heads.tolist(),
-            }
+            found[f"{name} {method} {turns}"] = compressed(model, inputs, settings_of(whole, method, turns))
     return found
 
 
+def settings_of(whole, method, turns="first"):
+    tables = {"given": scores(whole), "calibrated": calibration(whole), "retrieval": calibration(whole)}
+    row = METHODS[method]
+    budget, table = BUDGET if row.compresses else None, tables.get(row.head_scores)
+    return config(method, budget, head_scores=table, mask_ratio=0.25, compress_turns=turns)
+
+
+def compressed(model, inputs, settings):
+    """Kept positions of this process's heads, tokens of both loops, statistics, bytes."""
+    turns, noted = settings.compress_turns, []
+    with sparsemm.patch(model, settings, reserve=8) as handle, noting_rows(noted):
+        tokens, logits, cache = greedy(model, inputs, 4)
+        if turns == "every":
+            more = text_inputs(20, 2)["input_ids"]
+            mask = torch.cat([inputs["attention_mask"], torch.ones(2, 23, dtype=torch.long)], 1)
+            model(input_ids=torch.cat([tokens[:, -1:], more], 1)[:, -20:], attention_mask=mask, past_key_values=cache)
+        stats = handle.stats
+        own = sparsemm.generate(model, inputs, max_new_tokens=5, do_sample=False)
+    return {
+        "positions": noted[: len(noted) if turns == "every" else 2],
+        "tokens": tokens.tolist(),
+        "logits": logits.tolist(),
+        "own loop": own.new_tokens.tolist(),
+        "kept": stats.kept_rows.tolist(),
+        "full bytes": stats.full_cache_bytes,
+        "bytes": stats.bytes_by_rank,
+        "held": own.cache.memory_bytes(),
+        "reachable": reachable_bytes(own.cache),
+        "rows": int(sum(layer.offsets[-1] for layer in own.cache.layers)),
+        "masked": handle.plan.masked_heads.tolist(),
+    }
+
+
 def sampling(models):
-    """Tokens drawn with other seeds in each process."""
+    """Tokens drawn with other seeds in each process, by steps that run and by steps that are captured and replayed."""
     whole = toy_model("llava-mistral")
     model, inputs = models("llava-mistral", whole), toy_inputs(whole)
     limited = _said(lambda: sparsemm.generate(model, inputs, config(), max_new_tokens=6, max_time=1.0))
     assert models.divided == (limited is not None and "max_time=1.0 would end each process" in limited)
-    torch.manual_seed(5 + joined().rank)
-    output = sparsemm.generate(model, inputs, config(), max_new_tokens=6, do_sample=True, temperature=1.5)
-    return output.new_tokens.tolist()
+    found = {}
+    graphs = mock.patch.multiple(loop, CudaGraphs=EmulatedGraphs, why_no_graph=lambda *_: None)
+    for name, context in {"run": contextlib.nullcontext(), "replayed": graphs}.items():
+        torch.manual_seed(5 + joined().rank)
+        with context:
+            output = sparsemm.generate(model, inputs, config(), max_new_tokens=6, do_sample=True, temperature=1.5)
+        assert output.graph == (name == "replayed")
+        found[name] = output.new_tokens.tolist()
+    return found
 
 
 def sending(models):
-    """Bytes handed to collectives in a decode step of each family, by formula and as seen."""
-    found = {}
-    for name in ("llava-vicuna", "qwen2-vl"):
-        whole = toy_model(name)
-        model, size = models(name, whole), joined().size
-        with sparsemm.patch(model, config()) as handle:
-            loop = DecodeLoop(handle, reserve=8)
-            inputs = toy_inputs(whole, 2, [30, 45])
-            model.generate(**inputs, max_new_tokens=3, do_sample=False, custom_generate=loop)
-            loop.cache.begin_steps()
-            found[name] = [step_bytes(model, 2, size), sent_bytes(loop.step), weight_bytes(model)]
-    return found
+    """What a decode step of each family hands to collectives: by formula, as counted, and as the profiler lists it."""
+    return {name: sent(models(name, toy_model(name)), 2) for name in ("llava-vicuna", "qwen2-vl")}
+
+
+def sent(model, size):
+    """Of a step: `step_bytes`, `sent_bytes`, the collectives that the profiler saw with the shapes of what they were
+    handed, the operators on DTensors, and how many layers are fused."""
+    with sparsemm.patch(model, config()) as handle, torch.no_grad():
+        decoding = DecodeLoop(handle, reserve=8)
+        model.generate(**toy_inputs(model, 2, [30, 45]), max_new_tokens=3, do_sample=False, custom_generate=decoding)
+        decoding.cache.begin_steps()
+        step = decoding.step
+        counted = sent_bytes(step)
+        with torch.profiler.profile(record_shapes=True) as profile:
+            step()
+        with _OnDTensors() as on_dtensors:
+            step()
+    collectives = [[each.name, each.input_shapes[0]] for each in profile.events() if each.name.startswith("gloo:")]
+    return {
+        "formula": step_bytes(model, 2, size),
+        "counted": counted,
+        "collectives": collectives,
+        "on dtensors": on_dtensors.names,
+        "fused": sum(fused is not None for _, fused in step.layers),
+        "weights": weight_bytes(model),
+    }
+
+
+class _OnDTensors(TorchDispatchMode):
+    """Notes the names of operators that DTensors have to take apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any("DTensor" in kind.__name__ for kind in types):
+            self.names.append(func._schema.name)
+            return NotImplemented
+        return func(*args, **(kwargs or {}))
+
+
+def benchmark(models):
+    """Figures of `bench e2e`, with random weights that are divided as they are made."""
+    options = {"device": torch.device("cpu"), "dtype": torch.float32}
+    model = divided_model("tiny", joined(), **options) if models.divided else random_model("tiny", **options)
+    workloads = make_workloads(["hf", "fullkv", "sparsemm"], [16], [64], [2], [])
+    results = run_e2e(model, workloads, model_name="tiny", window_size=8, steps=2, warmup=0, progress=False)
+    return {cell.place["method"]: {**cell.figures, "status": cell.status} for cell in results.runs}
 
 
 def reading(models):
@@ -262,6 +319,19 @@ def refusals(models):
     return {**found, "tokens": tokens.tolist()}
 
 
+def three(models):
+    """Three processes, among which heads and tokens divide: what `compressed` and `sent` find."""
+    found = {}
+    shapes = {"llava-mistral": {"num_heads": 6, "num_kv_heads": 3}, "qwen2-vl": {"num_heads": 12, "num_kv_heads": 6}}
+    for name, heads in shapes.items():
+        whole = toy_model(name, **heads, vocab_size=129)
+        model, inputs = models(name, whole), toy_inputs(whole, 2, [30, 45])
+        for method in ("fullkv", "adakv", "sparsemm", "mask"):
+            found[f"{name} {method} first"] = compressed(model, inputs, settings_of(whole, method))
+        found[f"{name} sent"] = sent(model, 3)
+    return found
+
+
 def many(models):
     """Four processes: a model on all of them; heads that do not divide; two models on two each."""
     whole = toy_model("llava-vicuna")
@@ -274,7 +344,9 @@ def many(models):
         noted = []
         with sparsemm.patch(model, settings), noting_rows(noted):
             tokens, logits, _ = greedy(model, toy_inputs(whole, 2, [30, 45]), 4)
-        found[str(size)] = {"positions": noted, "tokens": tokens.tolist(), "logits": logits.tolist()}
+            own = sparsemm.generate(model, toy_inputs(whole, 2, [30, 45]), max_new_tokens=4, do_sample=False)
+        assert own.new_tokens.tolist() == tokens.tolist()
+        found[str(size)] = {"positions": noted[:2], "tokens": tokens.tolist(), "logits": logits.tolist()}
         if models.divided and size == 4:
             found["uneven"] = _said(lambda: sparsemm.patch(models("qwen2-vl", toy_model("qwen2-vl")), settings))
             found["plan"] = _said(lambda: check_plan(toy_model("qwen2-vl").config, 4))
@@ -290,7 +362,11 @@ def _said(call) -> str | None:
     return None
 
 
-GROUPS = {"two": (families, methods, sampling, sending, reading, pictures, answers, refusals), "four": (many,)}
+GROUPS = {
+    "two": (families, methods, sampling, sending, benchmark, reading, pictures, answers, refusals),
+    "three": (three,),
+    "four": (many,),
+}
 
 
 def in_processes(count: int, folder: Path, group: str) -> list[dict]:

@@ -59,20 +59,22 @@ def toy_model(
     num_layers: int = 2,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    num_heads: int = 4,
     num_kv_heads: int | None = None,
+    vocab_size: int = VOCAB_SIZE,
     attn_implementation: str = "sdpa",
 ) -> PreTrainedModel:
-    """A random model in eval mode: hidden size 64, 4 query heads of dimension 16, 128 tokens.
+    """A random model in eval mode: query heads of dimension 16, 4 of them (hidden size 64), 128 tokens.
 
     `num_kv_heads` defaults to 4 (MHA) for "llava-vicuna" and to 2 (GQA) for the others. Weights are larger than
     transformers' defaults, so that attention is far from uniform and greedy text varies; no token ends the text.
     """
     text: dict = dict(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
+        vocab_size=vocab_size,
+        hidden_size=16 * num_heads,
         intermediate_size=96,
         num_hidden_layers=num_layers,
-        num_attention_heads=4,
+        num_attention_heads=num_heads,
         num_key_value_heads=num_kv_heads or (4 if family == "llava-vicuna" else 2),
         max_position_embeddings=4096,
         initializer_range=0.15,
@@ -104,7 +106,9 @@ def toy_model(
                 **text,
                 "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
             },
-            vision_config=dict(depth=2, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2, patch_size=4),
+            vision_config=dict(
+                depth=2, embed_dim=32, hidden_size=16 * num_heads, num_heads=2, mlp_ratio=2, patch_size=4
+            ),
             image_token_id=IMAGE_ID,
             video_token_id=VIDEO_ID,
             vision_start_token_id=VISION_START_ID,
