@@ -114,6 +114,23 @@ def test_two_short_runs_are_a_passage_where_little_is_between_them(misread: str,
     assert align(generated, truth) == expected
 
 
+def test_one_passage_stays_one_whatever_follows_it() -> None:
+    """The text that it begins with, inside of a word, stands behind its end once more, and a word follows there."""
+    truth = "alpha beta gamma delta, the second passage of a textpha rest"
+    starts = {place for place in range(len(truth)) if place == 0 or truth[place - 1] == " "}
+    read = truth[2 : truth.index("pha rest")]
+    assert align(read, truth, starts) == [*range(2, 2 + len(read))]
+
+
+@pytest.mark.parametrize(("between", "is_read"), [(199, True), (200, False)])
+def test_what_lies_between_passages_is_read_where_it_is_short(between: int, is_read: bool) -> None:
+    first, last = "abcdefghijklmnopqrstuvwx", "ABCDEFGHIJKLMNOPQRSTUVWX"
+    generated, truth = first + ("#" * 90 + "z").ljust(between, "#") + last, f"{first}z{last}"
+    expected = [*range(24), *[None] * between, *range(25, 49)]
+    expected[24 + 90] = 24 if is_read else None
+    assert align(generated, truth) == expected
+
+
 def test_short_texts_are_aligned_as_wholes() -> None:
     assert align("abc", "abc") == [0, 1, 2]
     assert align("axc", "abc") == [0, None, 2]

@@ -209,6 +209,16 @@ def test_nearly_equal_tells_rounding_from_another_value():
         assert not nearly_equal(exact.double(), exact)
 
 
+@pytest.mark.parametrize(("dtype", "places"), [(torch.float32, 64), (torch.bfloat16, 0.5)])
+def test_how_nearly_is_nearly_equal(dtype, places):
+    """In units of the last place, over the norm: of ones, some are off by whole units."""
+    eps, exact, off = torch.finfo(dtype).eps, torch.ones(400, dtype=dtype), torch.ones(400, dtype=dtype)
+    off[: 400 if places >= 1 else 100] += max(places, 1) * eps
+    assert nearly_equal(off, exact)
+    off[-1] += 2 * eps
+    assert not nearly_equal(off, exact)
+
+
 def storages(model):
     return {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in model.parameters()}
 

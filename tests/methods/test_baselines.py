@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -144,6 +145,30 @@ def test_scores_of_mixkv_and_expected_attention_are_the_papers() -> None:
         rotation = states.ahead[row].double().numpy()
         wanted = baselines.expected(own["unrotated"], own["key"], own["value"], rotation, 0.3)[:, :-WINDOW]
         np.testing.assert_allclose(expected[row, :, first:].double().numpy(), wanted, rtol=1e-4)
+
+
+def test_expected_attention_of_a_later_turn_asks_all_its_queries() -> None:
+    states, firsts = padded_batch(3)
+    states = dataclasses.replace(
+        states, query=states.query[:, :, 25:], unrotated=states.unrotated[:, :, 25:], num_queries=torch.tensor([15, 15])
+    )
+    found = METHODS["expected_attention"].score_positions(None, states)
+    for row, first in enumerate(firsts):
+        key, value = (getattr(states, name)[row, :, first:].double().numpy() for name in ("key", "value"))
+        asked, rotation = (getattr(states, name)[row].double().numpy() for name in ("unrotated", "ahead"))
+        wanted = baselines.expected(asked, key, value, rotation, 0.3, left_out=0)[:, : found.shape[-1] - first]
+        np.testing.assert_allclose(found[row, :, first:].double().numpy(), wanted, rtol=1e-4)
+
+
+def test_vl_cache_asks_the_last_token_where_an_image_ends_just_before_it() -> None:
+    states, firsts = padded_batch(4)
+    states.image[:, 38] = True
+    scores, density = METHODS["vl_cache"].score_layer(None, states)
+    for row, first in enumerate(firsts):
+        own, image = of_row(states, row, first), states.image[row, first:].numpy()
+        sums, dense = baselines.behind_the_image(own["query"], own["key"], image, 0.3)
+        np.testing.assert_allclose(scores[row, :, first:].double().numpy(), sums[:, :-WINDOW], rtol=1e-4)
+        assert float(density[row].mean()) == pytest.approx(dense, abs=1e-12)
 
 
 @pytest.mark.parametrize("images", [True, False])

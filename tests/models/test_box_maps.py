@@ -17,6 +17,7 @@ from toy_models import toy_processor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, Qwen2VLConfig
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -58,6 +59,31 @@ def test_a_picture_is_shown_from_its_middle(size: tuple[int, int], shown: tuple[
     before, inside, outside = (image_processor(each, return_tensors="pt") for each in (plain, painted, beside))
     assert (before["pixel_values"] == outside["pixel_values"])[..., 8:-8, 8:-8].all()  # resampling blurs an edge
     assert (before["pixel_values"] != inside["pixel_values"]).all()
+    config = LlavaConfig(vision_config=LLAVA.vision_config, text_config=LLAVA.text_config)
+    layout = LLAVA_15.image_layout(config, before, SimpleNamespace(image_processor=image_processor), size)
+    assert layout.grids == {"grid": (24, 24)} and layout.regions == {"grid": shown}
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [((672, 336), (0, -168, 672, 504)), ((100, 201), (-50, 0, 151, 201)), ((336, 336), (0, 0, 336, 336))],
+)
+def test_a_padded_picture_stands_in_the_middle(size: tuple[int, int], shown: tuple[int, int, int, int]) -> None:
+    """LLaVA-1.5 with padding to a square: all that the picture covers of the square changes with it, nothing else."""
+    image_processor = LlavaImageProcessorPil(
+        size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, do_pad=True
+    )
+    before, after = (
+        image_processor(Image.new("RGB", size, colour), return_tensors="pt") for colour in ("black", "white")
+    )
+    left, top, right, bottom = shown
+    scale = 336 / (right - left)
+    x0, y0 = round(-left * scale), round(-top * scale)
+    x1, y1 = round((size[0] - left) * scale), round((size[1] - top) * scale)
+    changed = (before["pixel_values"] != after["pixel_values"])[0].all(0)
+    assert changed[y0 + 4 : y1 - 4, x0 + 4 : x1 - 4].all()  # resampling blurs an edge
+    changed[max(y0 - 4, 0) : y1 + 4, max(x0 - 4, 0) : x1 + 4] = False
+    assert not changed.any()
     config = LlavaConfig(vision_config=LLAVA.vision_config, text_config=LLAVA.text_config)
     layout = LLAVA_15.image_layout(config, before, SimpleNamespace(image_processor=image_processor), size)
     assert layout.grids == {"grid": (24, 24)} and layout.regions == {"grid": shown}

@@ -48,14 +48,14 @@ def mean_rotation(head_dim: int, theta: float, begin: int, count: int = 512) -> 
 
 
 def expected(
-    unrotated: np.ndarray, key: np.ndarray, value: np.ndarray, rotation: np.ndarray, scaling: float
+    unrotated: np.ndarray, key: np.ndarray, value: np.ndarray, rotation: np.ndarray, scaling: float, left_out: int = 4
 ) -> np.ndarray:
-    """`unrotated` [Hq, T, D]: the queries before RoPE."""
+    """`unrotated` [Hq, T, D]: the queries before RoPE, of which the first are sinks and left out."""
     (num_kv_heads, length, _), group = key.shape, len(unrotated) // len(key)
     scores = np.full((num_kv_heads, length), math.inf)
     for head in range(num_kv_heads):
         weights = np.zeros(length - 4)
-        for query in unrotated[head * group : (head + 1) * group, 4:]:
+        for query in unrotated[head * group : (head + 1) * group, left_out:]:
             mean = rotation @ query.mean(0)
             covariance = rotation @ np.cov(query.T, bias=True) @ rotation.T
             exponents = np.array(
