@@ -5,7 +5,7 @@
 #
 # Variables:
 #   MODEL          miniature, checkpoint folder or hub id      (llava-vicuna)
-#   METHODS        methods, or METHOD for a single one; or all (the paper's eight, and rate_distortion)
+#   METHODS        methods, or METHOD for a single one; or all (the paper's eight, and rate_distortion_mixkv)
 #   BUDGETS        rows per kv head, or BUDGET for one value   (miniatures: 8 12 16 24 32 64 128)
 #   RATIO          share of the budget all heads get alike     (0.1)
 #   MASK_RATIO     share of heads masked by mask, mask_random  (0.1)

@@ -30,7 +30,7 @@ class CompressionConfig:
         budget: Mean number of prompt rows kept per (layer, kv head), the window included. May be None for
             the methods that keep every row (`fullkv`, `mask`, `mask_random`), which ignore it.
         head_scores: Visual-head scores, or the path of a file of them. Needed by `sparsemm`, `mask`, `mask_random`;
-            `rate_distortion` and `head_kv` need a calibration.
+            `rate_distortion`, `rate_distortion_mixkv` and `head_kv` need a calibration.
         window_size: Last prompt tokens, always kept, whose queries score the others (SnapKV's observation window).
         kernel_size: Odd width of the average pooling of position scores.
         ratio: Share of the budget beyond the window that every head gets alike (rho of the paper, Table 1).

@@ -32,6 +32,8 @@ class Curves:
             alone, 0 from the longest prompt on.
         retrieval: `[num_layers, num_query_heads]`, how much each head looks at the place of the answer that it
             predicts; None where no page said where that is.
+        distortions_mixkv: As `distortions`, which are those of SnapKV's ranking of rows, for that of MixKV; None where
+            it was not measured.
 
     Raises:
         HeadScoreError: The tables do not fit together, or hold values that are not finite or negative.
@@ -41,31 +43,44 @@ class Curves:
     sensitivities: Tensor
     distortions: Tensor
     retrieval: Tensor | None = None
+    distortions_mixkv: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name in ("sensitivities", "distortions", "retrieval"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, _table(getattr(self, name), name))
+        for name, table in self.tables.items():
+            object.__setattr__(self, name, _table(table, name))
         if len(self.rows) < 1 or any(
             isinstance(row, bool) or not isinstance(row, int) or row <= before
             for before, row in zip([0, *self.rows], self.rows, strict=False)
         ):
             raise HeadScoreError(f"rows={self.rows} of the curves are not ascending whole numbers")
-        if self.sensitivities.ndim != 2 or self.distortions.shape != (*self.sensitivities.shape, len(self.rows)):
-            raise HeadScoreError(
-                f"distortions {list(self.distortions.shape)} do not fit sensitivities "
-                f"{list(self.sensitivities.shape)} and {len(self.rows)} numbers of rows"
-            )
+        shape = (*self.sensitivities.shape, len(self.rows))
+        for name in ("distortions", "distortions_mixkv"):
+            table = self.tables.get(name)
+            if table is not None and (len(shape) != 3 or table.shape != shape):
+                raise HeadScoreError(
+                    f"{name} {list(table.shape)} do not fit sensitivities {list(self.sensitivities.shape)} and "
+                    f"{len(self.rows)} numbers of rows"
+                )
         if self.retrieval is not None and self.retrieval.shape != self.sensitivities.shape:
             raise HeadScoreError(
                 f"retrieval scores {list(self.retrieval.shape)} do not fit sensitivities "
                 f"{list(self.sensitivities.shape)}"
             )
 
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        """Those that are there, by name."""
+        names = ("sensitivities", "distortions", "retrieval", "distortions_mixkv")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    @functools.cached_property
+    def ranked_by_mixkv(self) -> Curves:
+        """The same with MixKV's distortions for SnapKV's."""
+        return Curves(self.rows, self.sensitivities, self.distortions_mixkv)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, by the names of the fields; what was not measured is left out."""
-        tables = {"sensitivities": self.sensitivities, "distortions": self.distortions, "retrieval": self.retrieval}
-        return {"rows": self.rows, **{name: each.tolist() for name, each in tables.items() if each is not None}}
+        return {"rows": self.rows, **{name: table.tolist() for name, table in self.tables.items()}}
 
 
 class HeadScores:
@@ -116,9 +131,8 @@ class HeadScores:
         digest = hashlib.sha256(self.values.contiguous().numpy().tobytes())
         if self.curves is not None:
             digest.update(repr(self.curves.rows).encode())
-            for table in (self.curves.sensitivities, self.curves.distortions, self.curves.retrieval):
-                if table is not None:
-                    digest.update(table.contiguous().numpy().tobytes())
+            for table in self.curves.tables.values():
+                digest.update(table.contiguous().numpy().tobytes())
         return {"shape": list(self.values.shape), "sha256": digest.hexdigest(), "provenance": self.provenance}
 
     def check_shape(self, num_layers: int, num_query_heads: int) -> None:

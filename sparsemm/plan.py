@@ -192,4 +192,9 @@ def _head_scores(config: CompressionConfig, method: Method, shape: tuple[int, in
             f"method={method.name!r} follows retrieval scores, and none of the pages that {config.head_scores} was "
             "calibrated on said where its answer stands; calibrate again with such pages (those of the miniatures do)"
         )
+    if method.head_scores == "calibrated_mixkv" and scores.curves.distortions_mixkv is None:
+        raise HeadScoreError(
+            f"method={method.name!r} needs the curves of MixKV's ranking, which {config.head_scores} does not hold; "
+            "calibrate again"
+        )
     return scores

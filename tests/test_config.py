@@ -45,7 +45,7 @@ def test_is_immutable() -> None:
 
 ALL_METHODS = (
     "adakv, expected_attention, fullkv, head_kv, keydiff, knorm, mask, mask_random, mixkv, pyramidkv, random, "
-    "rate_distortion, snapkv, sparsemm, streaming_llm, vl_cache"
+    "rate_distortion, rate_distortion_mixkv, snapkv, sparsemm, streaming_llm, vl_cache"
 )
 
 

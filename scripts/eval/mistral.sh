@@ -15,7 +15,7 @@
 #   ROUNDING       paper or exact                                    (paper, miniatures: exact)
 #   MASK_RATIO     share of heads masked by mask, mask_random        (0.1)
 #   HEAD_SCORES    score file                                        (head_scores/<name of the model>.json)
-#                  for rate_distortion and head_kv a calibration     (head_scores/calibrations/<name of the model>.json)
+#                  for rate_distortion*, head_kv a calibration       (head_scores/calibrations/<name of the model>.json)
 #   LIMIT          documents a cell                                  (all, miniatures: 200)
 #   NUM_PROCESSES  data-parallel processes, one a GPU                (1)
 #   TENSOR_PARALLEL processes (GPUs) that divide every layer     (none: each has a whole model)

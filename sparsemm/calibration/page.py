@@ -17,7 +17,7 @@ from sparsemm.calibration.curves import distortions, head_columns, row_grid
 from sparsemm.calibration.taps import Attend, constant_weights, fixed_prompt, recomputed_layers, tapped
 from sparsemm.decoding.generation import stock_greedy
 from sparsemm.errors import DataError, SparseMMError
-from sparsemm.methods import PromptStates, pooled_window_scores
+from sparsemm.methods import METHODS, PromptStates, pooled_window_scores
 from sparsemm.models import family_of
 from sparsemm.models.images import open_image
 from sparsemm.models.layers import ragged_layers
@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 GATES = (1.0, 0.75, 0.5, 0.25, 0.0)
 """Where the gradient is taken; the trapezoid rule weighs the two ends by half."""
+
+RANKINGS = {"distortions": pooled_window_scores, "distortions_mixkv": METHODS["mixkv"].score_positions}
+"""Whose rankings of the rows curves are measured for: SnapKV's and MixKV's."""
 
 
 class QuestionPage(Protocol):
@@ -51,7 +54,8 @@ class Prompt:
         memory: Its keys and values.
         logits: `[1, vocab_size]` of its last token.
         rope_deltas: The M-RoPE offset of the tokens behind the prompt, else None.
-        rankings: Per layer int64 `[num_kv_heads, length - window]`, the columns before the window, SnapKV's best first.
+        rankings: For each of `RANKINGS`, per layer int64 `[num_kv_heads, length - window]`: the columns before the
+            window, the best first.
         queries: Per layer `[1, num_query_heads, 1, head_dim]`, of the last token, which predicts the answer's first.
     """
 
@@ -59,7 +63,7 @@ class Prompt:
     memory: Cache
     logits: Tensor
     rope_deltas: Tensor | None
-    rankings: list[Tensor] = field(repr=False)
+    rankings: dict[str, list[Tensor]] = field(repr=False)
     queries: list[Tensor] = field(repr=False)
 
 
@@ -67,17 +71,20 @@ class Prompt:
 def read_prompt(model: PreTrainedModel, inputs: dict[str, Tensor], settings: Settings) -> Prompt:
     """Run one unpadded prompt. `settings` gives window_size and kernel_size."""
     length = inputs["input_ids"].shape[1]
-    rankings: list[Tensor] = []
+    rankings: dict[str, list[Tensor]] = {name: [] for name in RANKINGS}
     queries: list[Tensor] = []
 
-    def ranked(attend: Attend, module: nn.Module, query: Tensor, key: Tensor, *states: Any, **kwargs: Any) -> Any:
+    def ranked(
+        attend: Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kwargs: Any
+    ) -> Any:
         starts = torch.zeros(key.shape[:2], dtype=torch.int32, device=key.device)
         counted = torch.full((1,), length, dtype=torch.int32, device=key.device)
-        prompt = PromptStates(query, key, starts, counted, settings.window_size, kwargs["scaling"])
-        scores = pooled_window_scores(settings, prompt)
-        rankings.append(scores[0].sort(dim=-1, descending=True, stable=True).indices)
+        prompt = PromptStates(query, key, starts, counted, settings.window_size, kwargs["scaling"], value=value)
+        for name, scorer in RANKINGS.items():
+            scores = scorer(settings, prompt)
+            rankings[name].append(scores[0].sort(dim=-1, descending=True, stable=True).indices)
         queries.append(query[:, :, -1:].clone())
-        return attend(module, query, key, *states, **kwargs)
+        return attend(module, query, key, value, *rest, **kwargs)
 
     cache = DynamicCache()
     with tapped(family_of(model).text_model(model), ranked):
@@ -145,24 +152,25 @@ def integrated_gradients(
 
 
 @torch.no_grad()
-def distortion_curves(model: PreTrainedModel, prompt: Prompt, answer: Tensor, window_size: int) -> Tensor:
+def distortion_curves(model: PreTrainedModel, prompt: Prompt, answer: Tensor, window_size: int) -> dict[str, Tensor]:
     """What each head's output loses at each number of rows below the prompt's length, over the residual it is added to.
 
-    Float64 `[num_layers, num_query_heads, points]`, the mean over the answer's tokens that attend to kept rows; points
-    are those of `row_grid`.
+    For each of `RANKINGS` float64 `[num_layers, num_query_heads, points]`: the mean over the answer's tokens that see
+    kept rows; points are those of `row_grid`.
     """
     text_model = family_of(model).text_model(model)
     rows = [each for each in row_grid(window_size, prompt.length) if each < prompt.length]
     residuals: dict[int, Tensor] = {}
-    curves: list[Tensor] = []
+    curves: dict[str, list[Tensor]] = {name: [] for name in prompt.rankings}
 
     def measured(
         attend: Attend, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kwargs: Any
     ) -> Any:
-        ranking, residual = prompt.rankings[len(curves)], residuals[module.layer_idx]
         columns = head_columns(module.o_proj, query.shape[1], query.shape[3], query)
-        lost = distortions(query[0], key[0], value[0], ranking, rows, kwargs["scaling"], columns)
-        curves.append((lost / residual).double().mean(-1).T.cpu())
+        for name, rankings in prompt.rankings.items():
+            ranking = rankings[len(curves[name])]
+            lost = distortions(query[0], key[0], value[0], ranking, rows, kwargs["scaling"], columns)
+            curves[name].append((lost / residuals[module.layer_idx]).double().mean(-1).T.cpu())
         return attend(module, query, key, value, *rest, **kwargs)
 
     def note(index: int) -> Any:
@@ -181,7 +189,7 @@ def distortion_curves(model: PreTrainedModel, prompt: Prompt, answer: Tensor, wi
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack(curves)
+    return {name: torch.stack(layers) for name, layers in curves.items()}
 
 
 @torch.no_grad()
@@ -221,7 +229,7 @@ def calibrate_page(
     """What one page gives, as JSON values; a page that cannot be used gives its reason as `skipped`.
 
     `task`, numbers of `prompt_tokens` and `answer_tokens`, the `losses` along the gates, `gradients`
-    `[num_layers][num_query_heads]`, `distortions` `[num_layers][num_query_heads][points]`, and `retrieval`
+    `[num_layers][num_query_heads]`, those of `RANKINGS` `[num_layers][num_query_heads][points]`, and `retrieval`
     `[num_layers][num_query_heads]`, None where the page does not say where its answer stands.
     """
     try:
@@ -248,7 +256,7 @@ def calibrate_page(
         "answer_tokens": answer.shape[1],
         "losses": losses,
         "gradients": _numbers(gradients),
-        "distortions": _numbers(curves),
+        **{name: _numbers(each) for name, each in curves.items()},
         "retrieval": None if retrieval is None else _numbers(retrieval),
     }
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsemm.calibration.curves import row_grid
-from sparsemm.calibration.page import QuestionPage, calibrate_page
+from sparsemm.calibration.page import RANKINGS, QuestionPage, calibrate_page
 from sparsemm.errors import ConfigError, DataError
 from sparsemm.head_scores import Curves, HeadScores
 from sparsemm.models import family_of
@@ -100,6 +100,7 @@ def calibrate(
         "window_size": window_size,
         "kernel_size": kernel_size,
         "max_new_tokens": max_new_tokens,
+        "rankings": list(RANKINGS),
         "num_kv_heads": family_of(model).text_model(model).config.num_key_value_heads,
     }
     return make_once(
@@ -126,16 +127,14 @@ def _collect(records: list[dict[str, Any]], settings: dict[str, Any]) -> HeadSco
     if not used:
         raise DataError(f"none of {len(records)} pages could be used; see the log for the reasons")
     rows = row_grid(settings["window_size"], max(record["prompt_tokens"] for record in used))
-    gradients, sensitivities, lost = [], [], []
+    gradients, sensitivities, lost = [], [], {name: [] for name in RANKINGS}
     tasks = {task: [record for record in used if record["task"] == task] for task in {each["task"] for each in used}}
     for task in sorted(tasks):
         integrated = _stack(tasks[task], "gradients")
         gradients.append(integrated.mean(0))
         sensitivities.append(integrated.abs().mean(0))
-        lost.append(_curves(tasks[task], len(rows)).mean(0))
-    sensitivity, distortion = _mean(sensitivities), _mean(lost)
-    least = distortion[..., :1]
-    relative = torch.where(least > 0, distortion / least, 0.0)
+        for name in RANKINGS:
+            lost[name].append(_curves(tasks[task], name, len(rows)).mean(0))
     needles = [record for record in used if record["retrieval"] is not None]
     provenance = {
         **settings,
@@ -146,7 +145,9 @@ def _collect(records: list[dict[str, Any]], settings: dict[str, Any]) -> HeadSco
         "num_needles": len(needles),
         "versions": versions(),
     }
-    curves = Curves(rows, sensitivity, relative, _stack(needles, "retrieval").mean(0) if needles else None)
+    relative = {name: _relative(_mean(each)) for name, each in lost.items()}
+    retrieval = _stack(needles, "retrieval").mean(0) if needles else None
+    curves = Curves(rows, _mean(sensitivities), retrieval=retrieval, **relative)
     return HeadScores((-_mean(gradients)).clamp(min=0), curves=curves, **provenance)
 
 
@@ -154,9 +155,15 @@ def _stack(records: list[dict[str, Any]], name: str) -> Tensor:
     return torch.stack([torch.tensor(record[name], dtype=torch.float64) for record in records])
 
 
-def _curves(records: list[dict[str, Any]], points: int) -> Tensor:
+def _relative(lost: Tensor) -> Tensor:
+    """Curves divided by what is lost with the window alone."""
+    least = lost[..., :1]
+    return torch.where(least > 0, lost / least, 0.0)
+
+
+def _curves(records: list[dict[str, Any]], name: str, points: int) -> Tensor:
     """All pages' curves on one grid; nothing is lost where a page has no more rows."""
-    curves = [torch.tensor(record["distortions"], dtype=torch.float64) for record in records]
+    curves = [torch.tensor(record[name], dtype=torch.float64) for record in records]
     return torch.stack([torch.nn.functional.pad(curve, (0, points - curve.shape[-1])) for curve in curves])
 
 

@@ -1,4 +1,4 @@
-"""`sparsemm calibrate`: measure how many rows every head needs, for `--method rate_distortion` and `head_kv`."""
+"""`sparsemm calibrate`: measure how many rows every head needs, for the methods that need a calibration."""
 
 from __future__ import annotations
 

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 ALL_METHODS = (
     "fullkv,streaming_llm,knorm,keydiff,snapkv,pyramidkv,adakv,expected_attention,vl_cache,mixkv,head_kv,sparsemm,"
-    "rate_distortion,random,mask,mask_random"
+    "rate_distortion,rate_distortion_mixkv,random,mask,mask_random"
 )
-QUICK_METHODS = "fullkv,snapkv,pyramidkv,adakv,sparsemm,rate_distortion,random,mask,mask_random"
+QUICK_METHODS = "fullkv,snapkv,pyramidkv,adakv,sparsemm,rate_distortion_mixkv,random,mask,mask_random"
 
 
 @dataclass(frozen=True)

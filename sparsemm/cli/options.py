@@ -172,11 +172,13 @@ def usable_methods(
     from sparsemm.methods import get_method
 
     kinds = {name: get_method(name).head_scores for name in methods}
-    needles = None if calibration is None or calibration.curves is None else calibration.curves.retrieval
+    curves = None if calibration is None else calibration.curves
+    again = "{}; `sparsemm calibrate --fresh` makes them"
     for kind, found, what in (
         ("given", scores, "head scores: {}; `sparsemm chase` makes them"),
         ("calibrated", calibration, "a calibration: {}; `sparsemm calibrate` makes one"),
-        ("retrieval", needles, "retrieval scores: {}; `sparsemm calibrate --fresh` makes them"),
+        ("calibrated_mixkv", curves and curves.distortions_mixkv, f"curves of MixKV's ranking: {again}"),
+        ("retrieval", curves and curves.retrieval, f"retrieval scores: {again}"),
     ):
         left_out = [name for name in methods if kinds.get(name) == kind and found is None]
         if left_out:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from sparsemm.errors import DataError
 from sparsemm.experiments.evaluate import Cell
+from sparsemm.methods import METHODS
 from sparsemm.runs.markdown import table_of, with_error
 from sparsemm.runs.metrics import standard_error
 
@@ -46,7 +47,8 @@ class Pair:
 def pair_with_best(cells: Sequence[Cell], method: str, *, metric: str = "accuracy") -> list[Pair]:
     """`method` in every task and at every budget, beside the best other method that drops rows.
 
-    The documents of a run are the same for every cell, in one order, so scores are paired.
+    The documents of a run are the same for every cell, in one order, so scores are paired. Two
+    methods whose budgets follow the curves of a calibration are no others to one another.
 
     Raises:
         DataError: The method was not run at any budget, or no other one was.
@@ -58,12 +60,21 @@ def pair_with_best(cells: Sequence[Cell], method: str, *, metric: str = "accurac
     pairs = []
     for task in sorted({task for cell in own for task in cell.tasks}, reverse=True):
         for cell in sorted(own, key=lambda each: each.nominal_budget):
-            rivals = [each for each in cells if each.nominal_budget == cell.nominal_budget and each.method != method]
+            rivals = [
+                each
+                for each in cells
+                if each.nominal_budget == cell.nominal_budget and not _same_kind(method, each.method)
+            ]
             if not rivals:
                 raise DataError(f"no other method was run at budget {cell.nominal_budget}; compare needs one")
             best = max(rivals, key=lambda each: each.mean(metric, task))
             pairs.append(_pair(cell, best, task, metric))
     return pairs
+
+
+def _same_kind(first: str, second: str) -> bool:
+    ours = ("calibrated", "calibrated_mixkv")
+    return first == second or all(name in METHODS and METHODS[name].head_scores in ours for name in (first, second))
 
 
 def _pair(cell: Cell, rival: Cell, task: str, metric: str) -> Pair:

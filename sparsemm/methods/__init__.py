@@ -22,7 +22,7 @@ from sparsemm.methods.method import (
 from sparsemm.methods.mixkv import MIXKV
 from sparsemm.methods.pyramidkv import PYRAMIDKV
 from sparsemm.methods.random import RANDOM
-from sparsemm.methods.rate_distortion import RATE_DISTORTION
+from sparsemm.methods.rate_distortion import RATE_DISTORTION, RATE_DISTORTION_MIXKV
 from sparsemm.methods.snapkv import SNAPKV, pooled_window_scores
 from sparsemm.methods.sparsemm import SPARSEMM
 from sparsemm.methods.streaming_llm import STREAMING_LLM
@@ -30,7 +30,7 @@ from sparsemm.methods.vl_cache import VL_CACHE
 
 for _method in (
     FULLKV, STREAMING_LLM, KNORM, KEYDIFF, SNAPKV, PYRAMIDKV, ADAKV, EXPECTED_ATTENTION, VL_CACHE, MIXKV, HEAD_KV,
-    SPARSEMM, RANDOM, RATE_DISTORTION, MASK, MASK_RANDOM,
+    SPARSEMM, RANDOM, RATE_DISTORTION, RATE_DISTORTION_MIXKV, MASK, MASK_RANDOM,
 ):  # fmt: skip
     register_method(_method)
 

@@ -128,7 +128,8 @@ class Method:
         layer_budgets: Rows per head from the position scores of the layer (AdaKV).
         prompt_budgets: Rows per head from what `score_layer` said of all layers, after the last one (VL-Cache).
         head_scores: Where head scores come from: `none`, `given` by the configuration, with the curves of a
-            calibration (`calibrated`) or its retrieval scores (`retrieval`), or drawn at `random`.
+            calibration (`calibrated`; for MixKV's ranking `calibrated_mixkv`) or its retrieval scores (`retrieval`), or
+            drawn at `random`.
         score_positions: Ranks the columns before the window; None is SnapKV's scoring (spec section 2).
         score_layer: In its place where there is a `prompt_budgets`.
         sees: What the scorer reads of `PromptStates` beside keys and queries: "value", "image", "unrotated", "ahead".
@@ -141,7 +142,7 @@ class Method:
     model_budgets: ModelBudgetRule | None = None
     layer_budgets: LayerBudgetRule | None = None
     prompt_budgets: PromptBudgetRule | None = None
-    head_scores: Literal["none", "given", "calibrated", "retrieval", "random"] = "none"
+    head_scores: Literal["none", "given", "calibrated", "calibrated_mixkv", "retrieval", "random"] = "none"
     score_positions: PositionScorer | None = None
     score_layer: LayerScorer | None = None
     sees: tuple[str, ...] = ()
@@ -166,7 +167,7 @@ class Method:
     @property
     def needs_calibration(self) -> bool:
         """Whether those have to be a calibration."""
-        return self.head_scores in ("calibrated", "retrieval")
+        return self.head_scores in ("calibrated", "calibrated_mixkv", "retrieval")
 
     @property
     def compresses(self) -> bool:

@@ -16,6 +16,7 @@ from torch import LongTensor
 from sparsemm.errors import ConfigError
 from sparsemm.head_scores import Curves
 from sparsemm.methods.method import BudgetRequest, Method
+from sparsemm.methods.mixkv import importance_and_diversity
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,16 @@ class Piece:
 
 
 def rate_distortion_budgets(request: BudgetRequest) -> LongTensor:
+    """`hand_out` by the curves of SnapKV's ranking."""
+    return hand_out(request, request.head_scores.curves)
+
+
+def budgets_for_mixkv_rows(request: BudgetRequest) -> LongTensor:
+    """`hand_out` by the curves of MixKV's ranking."""
+    return hand_out(request, request.head_scores.curves.ranked_by_mixkv)
+
+
+def hand_out(request: BudgetRequest, curves: Curves) -> LongTensor:
     """Rows of every kv head, window included: int64 `[num_layers, num_kv_heads]`.
 
     The sum is exact and every head's rows grow with the budget. Equal savings go to the lower layer, then head. Where
@@ -41,7 +52,7 @@ def rate_distortion_budgets(request: BudgetRequest) -> LongTensor:
     settings, length = request.settings, request.prompt_length
     shape = (request.num_layers, request.num_kv_heads)
     request.head_scores.check_shape(request.num_layers, request.num_query_heads)
-    curves, window = request.head_scores.curves, settings.window_size
+    window = settings.window_size
     if window < curves.rows[0]:
         raise ConfigError(
             f"window_size={window} is smaller than the {curves.rows[0]} of the calibration, which measured nothing "
@@ -105,3 +116,13 @@ def split_equally(total: int, rooms: list[int]) -> list[int]:
 RATE_DISTORTION = Method(
     name="rate_distortion", model_budgets=rate_distortion_budgets, head_scores="calibrated", paper_rounding=False
 )
+
+RATE_DISTORTION_MIXKV = Method(
+    name="rate_distortion_mixkv",
+    model_budgets=budgets_for_mixkv_rows,
+    head_scores="calibrated_mixkv",
+    score_positions=importance_and_diversity,
+    sees=("value",),
+    paper_rounding=False,
+)
+"""How many rows a head needs depends on which it gets: ranked as MixKV ranks them, they serve most heads sooner."""

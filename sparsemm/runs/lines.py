@@ -18,6 +18,7 @@ _STYLES = {
     "adakv": ("#CC79A7", "D"),
     "random": ("#7A7A7A", "v"),
     "rate_distortion": ("#000000", "*"),
+    "rate_distortion_mixkv": ("#8B0000", "*"),
     "head_kv": ("#E69F00", "P"),
     "vl_cache": ("#56B4E9", "X"),
     "mixkv": ("#F0A58A", "p"),

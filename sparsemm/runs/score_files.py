@@ -105,7 +105,8 @@ def _curves(document: dict[str, Any]) -> dict[str, Any] | None:
     missing = [name for name in ("rows", "sensitivities", "distortions") if not isinstance(document.get(name), list)]
     if missing:
         raise HeadScoreError(f"the calibration has no {' and no '.join(missing)}")
-    return {name: document.get(name) for name in ("rows", "sensitivities", "distortions", "retrieval")}
+    names = ("rows", "sensitivities", "distortions", "retrieval", "distortions_mixkv")
+    return {name: document.get(name) for name in names}
 
 
 def _numbers(rows: Any) -> list[list[float]]:

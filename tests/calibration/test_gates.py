@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import baselines
 import numpy as np
 import pytest
 import reference
@@ -118,9 +119,10 @@ def test_curves_equal_attention_to_the_rows_kept(family):
     """One row number after the other, the model's own attention run again on what SnapKV would have kept."""
     model, prompt, answer = setting(family, torch.float64)
     with constant_weights(model):
-        found = distortion_curves(model, prompt, answer, WINDOW)
+        curves = distortion_curves(model, prompt, answer, WINDOW)
     rows = [row for row in row_grid(WINDOW, prompt.length) if row < prompt.length]
-    assert found.shape == (2, model.config.text_config.num_attention_heads, len(rows))
+    assert list(curves) == ["distortions", "distortions_mixkv"]
+    assert not torch.equal(*curves.values())
     inputs, hooks, states = {}, [], {}
     for index, layer in enumerate(model.model.language_model.layers):
         hooks.append(layer.register_forward_pre_hook(lambda _, args, index=index: inputs.update({index: args[0]})))
@@ -134,9 +136,11 @@ def test_curves_equal_attention_to_the_rows_kept(family):
     for hook in hooks:
         hook.remove()
     for layer, (query, key, value, module, scaling) in states.items():
-        expected = by_masks(query, key, value, prompt.rankings[layer], rows, scaling, module.o_proj.weight)
-        expected = expected / inputs[layer][0].norm(dim=-1)
-        torch.testing.assert_close(found[layer], expected.mean(-1), rtol=1e-9, atol=1e-12)
+        for name, found in curves.items():
+            assert found.shape == (2, model.config.text_config.num_attention_heads, len(rows))
+            expected = by_masks(query, key, value, prompt.rankings[name][layer], rows, scaling, module.o_proj.weight)
+            expected = expected / inputs[layer][0].norm(dim=-1)
+            torch.testing.assert_close(found[layer], expected.mean(-1), rtol=1e-9, atol=1e-12)
 
 
 def by_masks(query, key, value, ranking, rows, scaling, weight):
@@ -196,20 +200,24 @@ def test_rankings_are_those_of_the_selection():
     model = toy_model("llava-mistral", dtype=torch.float64)
     states = {}
 
-    def noted(attend, module, query, key, *rest, **kwargs):
-        states[module.layer_idx] = (query[0], key[0])
-        return attend(module, query, key, *rest, **kwargs)
+    def noted(attend, module, query, key, value, *rest, **kwargs):
+        states[module.layer_idx] = (query[0].numpy(), key[0].numpy(), value[0].numpy())
+        return attend(module, query, key, value, *rest, **kwargs)
 
     inputs = toy_inputs(model, 1, seed=1)
     with torch.no_grad(), tapped(model.model.language_model, noted):
         model(**inputs)
     prompt = read_prompt(model, inputs, Ranking())
-    for layer, (query, key) in states.items():
-        pooled = reference.pooled_scores(query[:, -WINDOW:].numpy(), key.numpy(), WINDOW, 5, 16**-0.5)
-        for head, columns in enumerate(prompt.rankings[layer].tolist()):
-            values = pooled[head][columns]
-            assert sorted(columns) == list(range(pooled.shape[1]))
-            assert (np.diff(values) <= 1e-6 * values[:-1]).all()  # positions are scored in float32
+    for layer, (query, key, value) in states.items():
+        scores = {
+            "distortions": reference.pooled_scores(query[:, -WINDOW:], key, WINDOW, 5, 16**-0.5),
+            "distortions_mixkv": baselines.mixkv(query, key, value, WINDOW, 16**-0.5),
+        }
+        for name, expected in scores.items():
+            for head, columns in enumerate(prompt.rankings[name][layer].tolist()):
+                values = expected[head][columns]
+                assert sorted(columns) == list(range(expected.shape[1]))
+                assert (np.diff(values) <= 1e-6 * abs(values).max()).all()  # positions are scored in float32
 
 
 def test_the_grid_is_one_for_all_lengths():

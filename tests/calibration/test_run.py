@@ -37,14 +37,15 @@ def test_the_file_is_the_mean_over_pages_and_tasks(undisturbed: Path) -> None:
     plain = np.maximum(0, -sum(task.mean(0) for task in gradients) / 2)
     longest = max(each["prompt_tokens"] for each in used)
     rows = row_grid(4, longest)
-    lost = np.zeros((*sensitivities.shape, len(rows)))
-    for task in tasks:
-        for each in task:
-            curves = np.array(each["distortions"])
-            lost[..., : curves.shape[-1]] += curves / len(task) / 2
+    for name in ("distortions", "distortions_mixkv"):
+        lost = np.zeros((*sensitivities.shape, len(rows)))
+        for task in tasks:
+            for each in task:
+                curves = np.array(each[name])
+                lost[..., : curves.shape[-1]] += curves / len(task) / 2
+        np.testing.assert_allclose(getattr(scores.curves, name), lost / lost[..., :1], rtol=1e-12)
     np.testing.assert_allclose(scores.values, plain, rtol=1e-12)
     np.testing.assert_allclose(scores.curves.sensitivities, sensitivities, rtol=1e-12)
-    np.testing.assert_allclose(scores.curves.distortions, lost / lost[..., :1], rtol=1e-12)
     assert scores.curves.rows == rows and (scores.curves.distortions[..., -1] == 0).all()
     figures = scores.provenance
     assert (figures["model"], figures["num_pages"], figures["num_skipped"], figures["window_size"]) == ("toy", 5, 1, 4)
@@ -123,6 +124,7 @@ def test_bad_settings_and_pages() -> None:
         ({"sensitivities": [[1.0]]}, "do not fit"),
         ({"distortions": [[[1.0, float("inf"), 0.0]] * 2]}, "distortions hold NaN or infinity at layer 0, head 0"),
         ({"distortions": "x"}, "no distortions"),
+        ({"distortions_mixkv": [[[1.0, 0.0]] * 2]}, "distortions_mixkv .* do not fit"),
         ({"values": [[1.0, 2.0, 3.0]]}, "curves are of"),
         ({"retrieval": [[1.0]]}, "retrieval scores .* do not fit"),
         ({"retrieval": [[1.0, -2.0]]}, "retrieval are negative"),

@@ -19,7 +19,8 @@ def test_only_ragged_layers_are_measured() -> None:
     prompt = read_prompt(model, inputs, CompressionConfig(method="snapkv", budget=14, window_size=4))
     gradients, losses = integrated_gradients(model, prompt, answer, 4)
     curves = distortion_curves(model, prompt, answer, 4)
-    assert len(prompt.rankings) == 2 and gradients.shape == (2, 4) and curves.shape[:2] == (2, 4)
+    assert len(prompt.rankings["distortions"]) == 2 and gradients.shape == (2, 4)
+    assert all(each.shape[:2] == (2, 4) for each in curves.values())
     assert bool((gradients != 0).all())
     together = inputs | {
         "input_ids": torch.cat([inputs["input_ids"], answer], dim=1),

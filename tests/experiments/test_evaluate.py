@@ -366,6 +366,8 @@ def test_the_best_other_method_is_compared_page_by_page() -> None:
     lines = format_pairs(pairs, "ours").splitlines()
     assert "+0.150 ± 0.029" in lines[2] and lines[2].rstrip(" |").endswith("ahead") and "behind" in lines[4]
     assert lines[-1].startswith("ours: best in 3 of 4 cells; 1 ahead and 1 behind by more than 2 standard errors")
+    siblings = [dataclasses.replace(cells[1], method=name) for name in ("rate_distortion", "rate_distortion_mixkv")]
+    assert [pair.rival for pair in pair_with_best([*siblings, cells[2]], "rate_distortion_mixkv")] == ["a", "a"]
     with pytest.raises(DataError, match="'fullkv' has no cell with a budget; the results have a, b, ours"):
         pair_with_best(cells, "fullkv")
     with pytest.raises(DataError, match="no other method"):

@@ -82,7 +82,7 @@ def test_budgets_are_exact_and_have_no_release_to_follow(method: str) -> None:
         assert (rows == min(20, length)).all()
 
 
-@pytest.mark.parametrize("method", [*ALIKE, "vl_cache", "head_kv", "rate_distortion"])
+@pytest.mark.parametrize("method", [*ALIKE, "vl_cache", "head_kv", "rate_distortion", "rate_distortion_mixkv"])
 def test_the_releases_rounding_is_refused(method: str) -> None:
     with pytest.raises(ConfigError, match=f"rounding='paper'.*'{method}' is none of them"):
         CompressionConfig(method, 20, HeadScores([[1.0]]), window_size=WINDOW, rounding="paper")

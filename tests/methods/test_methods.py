@@ -19,7 +19,8 @@ from sparsemm.plan import Plan, head_budgets
 def test_the_table() -> None:
     assert list(METHODS) == [
         "fullkv", "streaming_llm", "knorm", "keydiff", "snapkv", "pyramidkv", "adakv", "expected_attention", "vl_cache",
-        "mixkv", "head_kv", "sparsemm", "random", "rate_distortion", "mask", "mask_random",
+        "mixkv", "head_kv", "sparsemm", "random", "rate_distortion", "rate_distortion_mixkv", "mask",
+        "mask_random",
     ]  # fmt: skip
     assert all(METHODS[name].name == name for name in METHODS)
     assert {name for name in METHODS if not METHODS[name].compresses} == {"fullkv", "mask", "mask_random"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -167,6 +168,19 @@ def test_positions_are_snapkvs() -> None:
     pooled = reference.pooled_scores(query[0, :, -4:].numpy(), key[0].numpy(), 4, 5, 8**-0.5)
     expected = reference.top_positions(pooled, counts, 4, 40)
     assert [positions.tolist() for positions in kept] == expected.positions
+
+
+def test_rows_ranked_by_mixkv_have_their_own_curves(tmp_path) -> None:
+    first, second = drawn(2, 2, 4).curves, drawn(3, 2, 4).curves
+    curves = Curves(ROWS, first.sensitivities, first.distortions, distortions_mixkv=second.distortions)
+    HeadScores(torch.ones(2, 4), curves=curves).save(tmp_path / "both.json")
+    shape = {"num_layers": 2, "num_query_heads": 4, "num_kv_heads": 4}
+    config = CompressionConfig("rate_distortion_mixkv", 14, tmp_path / "both.json", window_size=4)
+    found = head_budgets(config, **shape, prompt_length=40)
+    assert torch.equal(found, budgets(calibration(first.sensitivities, second.distortions), shape, 4, 14, 40))
+    assert not torch.equal(found, budgets(HeadScores.load(tmp_path / "both.json"), shape, 4, 14, 40))
+    with pytest.raises(HeadScoreError, match="needs the curves of MixKV's ranking.*calibrate again"):
+        head_budgets(dataclasses.replace(config, head_scores=drawn(2, 2, 4)), **shape, prompt_length=40)
 
 
 def test_corners_of_a_hull_are_where_savings_fall() -> None:

@@ -8,7 +8,13 @@ from fractions import Fraction
 
 import numpy as np
 import torch
-from reference import pooled_scores, round_by_largest_fraction, score_targets, top_positions
+from reference import (
+    pooled_scores,
+    rate_distortion_budgets,
+    round_by_largest_fraction,
+    score_targets,
+    top_positions,
+)
 
 # -- position scores of one unpadded prompt: query [Hq, T, D], key and value [Hkv, T, D] -> [Hkv, T] -------------------
 
@@ -113,8 +119,8 @@ class BaselineTwin:
     What it drops is settled when the prompt has been through all layers, as one of these methods has to.
     """
 
-    def __init__(self, model, settings, image, retrieval=None):
-        self.model, self.settings, self.image, self.retrieval = model, settings, image, retrieval
+    def __init__(self, model, settings, image, curves=None):
+        self.model, self.settings, self.image, self.curves = model, settings, image, curves
         self.states, self.unrotated, self.kept, self.dropped = {}, {}, None, {}
         self.margin = math.inf
         text_model = getattr(model.model, "language_model", model.model)
@@ -152,7 +158,11 @@ class BaselineTwin:
             rows = vl_cache_rows([density for _, density in found], settings.budget, window, self.length)
             rows, found = [[each] * num_kv_heads for each in rows], [scores for scores, _ in found]
         elif settings.method == "head_kv":
-            rows = head_kv_rows(self.retrieval, num_kv_heads, settings.budget, window, self.length).tolist()
+            retrieval = self.curves.retrieval.numpy()
+            rows = head_kv_rows(retrieval, num_kv_heads, settings.budget, window, self.length).tolist()
+        elif settings.method == "rate_distortion_mixkv":
+            tables = self.curves.sensitivities.numpy(), self.curves.distortions_mixkv.numpy(), self.curves.rows
+            rows = rate_distortion_budgets(*tables, num_kv_heads, settings.budget, window, self.length).tolist()
         else:
             rows = alike
         before = self.length - window
@@ -166,7 +176,7 @@ class BaselineTwin:
         query, key, value = self.states[layer]
         if method == "head_kv":
             return pooled_scores(query, key, self.settings.window_size, 5, self.scaling)
-        if method == "mixkv":
+        if method in ("mixkv", "rate_distortion_mixkv"):
             return mixkv(query, key, value, self.settings.window_size, self.scaling)
         if method == "vl_cache":
             return behind_the_image(query, key, self.image, self.scaling)

@@ -33,7 +33,7 @@ def calibration(model, seed=0):
     table = scores(model, seed)
     rows = torch.tensor([8, 10, 13, 18, 25, 40, 64])
     falling = (1 - (rows - 8) / 56)[None, None].double() ** (1 + 9 * table.values.sqrt()[..., None])
-    curves = Curves(rows.tolist(), table.values.flip(0), falling, retrieval=table.values.flip(1))
+    curves = Curves(rows.tolist(), table.values.flip(0), falling, table.values.flip(1), falling.flip(0))
     return sparsemm.HeadScores(table.values, curves=curves)
 
 

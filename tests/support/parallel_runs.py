@@ -147,7 +147,8 @@ def methods(models):
 
 
 def settings_of(whole, method, turns="first"):
-    tables = {"given": scores(whole), "calibrated": calibration(whole), "retrieval": calibration(whole)}
+    kinds = ("calibrated", "calibrated_mixkv", "retrieval")
+    tables = {"given": scores(whole)} | dict.fromkeys(kinds, calibration(whole))
     row = METHODS[method]
     budget, table = BUDGET if row.compresses else None, tables.get(row.head_scores)
     return config(method, budget, head_scores=table, mask_ratio=0.25, compress_turns=turns)
