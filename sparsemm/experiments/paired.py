@@ -47,8 +47,8 @@ class Pair:
 def pair_with_best(cells: Sequence[Cell], method: str, *, metric: str = "accuracy") -> list[Pair]:
     """`method` in every task and at every budget, beside the best other method that drops rows.
 
-    The documents of a run are the same for every cell, in one order, so scores are paired. Two
-    methods whose budgets follow the curves of a calibration are no others to one another.
+    The documents of a run are the same for every cell, in one order, so scores are paired. Two methods whose budgets
+    follow the curves of a calibration are no others to one another.
 
     Raises:
         DataError: The method was not run at any budget, or no other one was.
