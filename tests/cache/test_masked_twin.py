@@ -16,6 +16,7 @@ from masked_twin import MARGIN, MaskedTwin, attend_by
 from toy_models import FAMILIES, IMAGE_ID, toy_inputs, toy_model
 
 import sparsemm
+from sparsemm.methods import METHODS
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -46,20 +47,20 @@ def test_same_logits_as_the_masked_full_cache(family, method, rounding):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", ["expected_attention", "vl_cache", "mixkv", "head_kv"])
+@pytest.mark.parametrize("method", ["expected_attention", "vl_cache", "mixkv", "head_kv", "rate_distortion_mixkv"])
 def test_methods_that_see_more_than_keys_equal_it_too(family, method):
     """Image and text: values, queries before their rotation, tokens behind the image, what other layers say."""
     model = toy_model(family, num_layers=3)
     inputs = toy_inputs(model, 1, [12], seed=1)
-    table = calibration(model) if method == "head_kv" else None
+    table = calibration(model) if METHODS[method].needs_calibration else None
     settings = config(method, 14, head_scores=table)
     with sparsemm.patch(model, settings) as handle:
         ids, logits, _ = greedy(model, inputs, tokens=8)
         kept = handle.stats.kept_rows[0]
         tiled = sparsemm.generate(model, inputs, max_new_tokens=8, do_sample=False, prompt_tile=7)
         assert torch.equal(tiled.new_tokens, ids) and torch.equal(tiled.stats.kept_rows[0], kept)
-    retrieval = None if table is None else table.curves.retrieval.numpy()
-    twin = BaselineTwin(model, settings, (inputs["input_ids"][0] == IMAGE_ID).numpy(), retrieval)
+    image = (inputs["input_ids"][0] == IMAGE_ID).numpy()
+    twin = BaselineTwin(model, settings, image, None if table is None else table.curves)
     attend_by(twin, model)
     expected_ids, expected, _ = greedy(model, inputs, tokens=8)
     assert twin.margin >= MARGIN, "choose another seed: the reference cannot tell which rows to keep"
