@@ -31,10 +31,21 @@ void dot_block(const Compute<T>* query, const T* key, int64_t head_dim, Compute<
   }
 }
 
+// Fetches rows that are read soon. They may lie behind the last one: fetching is no access.
+template <class T>
+inline void prefetch_rows(const T* rows, int64_t count, int64_t head_dim) {
+  for (int64_t i = 0; i < count * head_dim; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(rows + i);
+}
+
+// `ahead`: rows to be fetched meanwhile, as many; or null.
 template <class T, int QB>
-void dot_rows(const Compute<T>* query, const T* key, int64_t rows, int64_t head_dim, Compute<T>* logits) {
+void dot_rows(const Compute<T>* query, const T* key, int64_t rows, int64_t head_dim, Compute<T>* logits,
+              const T* ahead) {
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) dot_block<T, QB, 4>(query, key + r * head_dim, head_dim, logits + r);
+  for (; r + 4 <= rows; r += 4) {
+    if (ahead) prefetch_rows(ahead + r * head_dim, 4, head_dim);
+    dot_block<T, QB, 4>(query, key + r * head_dim, head_dim, logits + r);
+  }
   for (; r < rows; ++r) dot_block<T, QB, 1>(query, key + r * head_dim, head_dim, logits + r);
 }
 
@@ -81,14 +92,18 @@ void decode_piece_typed(const DecodeArgs& a, const DecodePiece& piece, Compute<T
   }
   const T* key = static_cast<const T*>(a.key_buffer) + a.offsets[piece.list] * head_dim;
   const T* value = static_cast<const T*>(a.value_buffer) + a.offsets[piece.list] * head_dim;
+  // A list begins anywhere, and its two streams take turns: the processor sees neither coming. The values of a tile are
+  // fetched while its logits are computed, the keys of the next while its values are added.
   for (int64_t row = piece.row_begin; row < piece.row_end; row += kDecodeTile) {
     const int64_t rows = piece.row_end - row < kDecodeTile ? piece.row_end - row : kDecodeTile;
     int64_t q = 0;
     for (; q + 4 <= count; q += 4) {
-      dot_rows<T, 4>(scaled + q * head_dim, key + row * head_dim, rows, head_dim, weights + q * kDecodeTile);
+      dot_rows<T, 4>(scaled + q * head_dim, key + row * head_dim, rows, head_dim, weights + q * kDecodeTile,
+                     q == 0 ? value + row * head_dim : nullptr);
     }
     for (; q < count; ++q) {
-      dot_rows<T, 1>(scaled + q * head_dim, key + row * head_dim, rows, head_dim, weights + q * kDecodeTile);
+      dot_rows<T, 1>(scaled + q * head_dim, key + row * head_dim, rows, head_dim, weights + q * kDecodeTile,
+                     q == 0 ? value + row * head_dim : nullptr);
     }
     for (q = 0; q < count; ++q) {
       const int64_t visible = seen[q] - row < rows ? seen[q] - row : rows;
@@ -111,7 +126,10 @@ void decode_piece_typed(const DecodeArgs& a, const DecodePiece& piece, Compute<T
       }
       record_q[1] += sum_lanes<C>(sum);
       int64_t r = 0;
-      for (; r + 4 <= visible; r += 4) add_values<T, 4>(w + r, value + (row + r) * head_dim, head_dim, record_q + 2);
+      for (; r + 4 <= visible; r += 4) {
+        if (q == 0) prefetch_rows(key + (row + kDecodeTile + r) * head_dim, 4, head_dim);
+        add_values<T, 4>(w + r, value + (row + r) * head_dim, head_dim, record_q + 2);
+      }
       for (; r < visible; ++r) add_values<T, 1>(w + r, value + (row + r) * head_dim, head_dim, record_q + 2);
     }
   }

@@ -116,11 +116,22 @@ inline Vec<C> splat(C x) {
   return Vec<C>{} + x;
 }
 
+// The sum of all lanes, by halves: few additions wait for another.
+template <class C, int N>
+inline C sum_of(const C* lanes) {
+  if constexpr (N == 1) {
+    return lanes[0];
+  } else {
+    C halves[N / 2];
+    for (int i = 0; i < N / 2; ++i) halves[i] = lanes[i] + lanes[i + N / 2];
+    return sum_of<C, N / 2>(halves);
+  }
+}
 template <class C>
 inline C sum_lanes(Vec<C> v) {
-  C total = 0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
-  return total;
+  C lanes[kLanes];
+  store(lanes, v);
+  return sum_of<C, kLanes>(lanes);
 }
 
 // e^x for x <= 0 to about one unit in the last place: x = k ln2 + r, |r| <= ln2 / 2, degree-6 polynomial in r.

@@ -15,7 +15,7 @@ import sparsemm
 from sparsemm.bench.cells import BenchResults, Times, ratio_of, run_benchmark, take_turns
 from sparsemm.bench.measure import NEVER_ENDS
 from sparsemm.bench.shapes import prompt_inputs, skewed_head_scores
-from sparsemm.bench.steps import kernel_counts, middle_size
+from sparsemm.bench.steps import kernel_counts, middle_size, operator_costs
 from sparsemm.cache import CacheRecord, SparseLayer
 from sparsemm.cache.chunk import Chunk
 from sparsemm.decoding.generation import stock_greedy
@@ -162,7 +162,8 @@ def run(
     output: Path | None = None,
 ) -> BenchResults:
     """All parts, measured anew: `layer` at Vicuna's shape with the prompt and budget given, `token` of `model`,
-    `kernels` of steps by family, and a `step` of a middle size with that prompt and budget, by dtype."""
+    `kernels` of steps by family; by dtype, a `step` of a middle size with that prompt and budget, and its `operators`
+    around attention."""
     shape = {**VICUNA, "prompt_tokens": prompt_tokens, "budget": budget}
     sizes = {"prompt_tokens": prompt_tokens, "budget": budget}
     parts = {
@@ -171,6 +172,8 @@ def run(
         "kernels": lambda: ({}, kernel_counts()),
         "step, float32": lambda: middle_size(torch.float32, **sizes),
         "step, bfloat16": lambda: middle_size(torch.bfloat16, **sizes),
+        "operators, float32": lambda: operator_costs(torch.float32),
+        "operators, bfloat16": lambda: operator_costs(torch.bfloat16),
     }
 
     def measure(place: dict[str, Any], _: Any) -> tuple[Times, dict[str, Any]]:

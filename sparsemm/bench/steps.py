@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import nn
 
 import sparsemm
 from sparsemm.bench.cells import Times, ratio_of, take_turns
+from sparsemm.bench.kernel_calls import CALLS, ONE_TOKEN, Workspace
 from sparsemm.bench.measure import NEVER_ENDS
 from sparsemm.bench.operators import count_operators
-from sparsemm.bench.shapes import prompt_inputs
+from sparsemm.bench.shapes import AttentionShape, prompt_inputs
 from sparsemm.decoding import DecodeLoop
 from sparsemm.patching import active_patch
 
@@ -76,6 +78,32 @@ def kernel_counts() -> dict[str, Any]:
             counts[label] = step_kernels(build)
             counts[f"{label}, merged"] = step_kernels(build, merged=True)
     return counts
+
+
+def operator_costs(
+    dtype: torch.dtype, *, batches: tuple[int, ...] = (1, 16), repeats: int = 15, calls: int = 10
+) -> tuple[Times, dict[str, Any]]:
+    """Seconds of `calls` calls of each operator around attention, at the middle size, and of PyTorch's way, taking
+    turns; and how many times as long PyTorch takes, by operator and batch."""
+    heads, kv_heads = MIDDLE["num_attention_heads"], MIDDLE["num_key_value_heads"]
+    shape = AttentionShape(1, heads, kv_heads, MIDDLE["hidden_size"] // heads)
+    times: Times = {}
+    ratios = {}
+    for batch in batches:
+        slack = 2 * (repeats + 1) * calls  # both ways append
+        counts = [64] * (batch * kv_heads)
+        work = Workspace(shape, batch, 64, counts, torch.device("cpu"), dtype, slack, MIDDLE["intermediate_size"])
+        for name in ONE_TOKEN:
+            ways = {way: partial(_several, run, calls) for way, run in CALLS[name](work)[0].items()}
+            found = take_turns(ways, repeats, work.device)
+            times |= {f"{name}, batch {batch}, {way}": seconds for way, seconds in found.items()}
+            ratios[f"{name}, batch {batch}"] = ratio_of(found, "pytorch", "sparsemm")
+    return times, ratios
+
+
+def _several(run: Callable[[], Any], calls: int) -> None:
+    for _ in range(calls):
+        run()
 
 
 def middle_size(

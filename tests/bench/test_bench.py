@@ -14,7 +14,7 @@ from toy_models import toy_model
 from typer.testing import CliRunner
 
 import sparsemm
-from sparsemm.bench import e2e, steps
+from sparsemm.bench import e2e, kernel_calls, steps
 from sparsemm.bench.baselines import CopyingLoop, kvpress_snapkv
 from sparsemm.bench.cells import BenchCell, BenchResults, duration
 from sparsemm.bench.efficiency import PAPER_SPEEDUP, format_tables, plot_efficiency
@@ -421,9 +421,13 @@ def test_the_host_command(tmp_path, monkeypatch):
     arguments = ["bench", "host", "--model", "tiny", "--rounds", "1", "--prompt-tokens", "128", "--budget", "48"]
     result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "host.json")], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    layer, token, kernels, *steps_of = BenchResults.load(tmp_path / "host.json").runs
+    layer, token, kernels, *by_dtype = BenchResults.load(tmp_path / "host.json").runs
     assert layer.figures["rows_kept"] == 48 * 32 and layer.times["compress"]["count"] == 9
     assert json.loads(result.stdout)["token"]["own_loop_ratio"] == token.figures["own_loop_ratio"]
     assert kernels.figures["llama, float32"] == {"inside": 12, "outside": 7}
-    for cell in steps_of:
+    for cell in by_dtype[2:]:
+        assert set(cell.figures) == {f"{name}, batch {batch}" for name in kernel_calls.ONE_TOKEN for batch in (1, 16)}
+        silu = "silu_mul, batch 16"
+        assert cell.times[f"{silu}, pytorch"]["count"] == cell.times[f"{silu}, sparsemm"]["count"] == 15
+    for cell in by_dtype[:2]:
         assert set(cell.times) == {"step", "matrices", "stock"} and cell.figures["over_matrices"] > 0

@@ -169,6 +169,8 @@ def test_no_operator_waits_for_the_device():
     overflow = overflow.cuda()
     window = [x.cuda() if torch.is_tensor(x) else x for x in cases.window_case(1, 4, 2, 8, 90, 64, torch.bfloat16, 0)]
     select = [x.cuda() if torch.is_tensor(x) else x for x in cases.select_case(4, 90, 8, seed=3)]
+    query, cos = arguments[0], torch.randn(1, 1, 64, device="cuda", dtype=torch.bfloat16)
+    states, weight = cos.expand(3, 1, 64).reshape(3, 64), cos.flatten()
     before = torch.cuda.get_sync_debug_mode()
     try:
         torch.cuda.set_sync_debug_mode("error")
@@ -176,6 +178,9 @@ def test_no_operator_waits_for_the_device():
         OPS.varlen_decode(*arguments)
         OPS.window_scores(*window)
         OPS.select_rows(*select)
+        normed, total = OPS.add_rms_norm(states, states, weight, 1e-6)
+        OPS.rope_append(query, new, new, cos, cos, *arguments[3:5], *arguments[1:3], overflow)
+        OPS.silu_mul(normed, total)
     finally:
         torch.cuda.set_sync_debug_mode(before)
 
