@@ -61,6 +61,9 @@ def generate(
     sampling: Sampling,
     graph: GraphOption = None,
     decode_backend: BackendOption = "auto",
+    exact_prompt: Annotated[
+        bool, typer.Option("--exact-prompt", help="The model's own norms and MLPs for the prompt: stock bits, slower.")
+    ] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print text, figures and settings as JSON.")] = False,
 ) -> None:
@@ -93,6 +96,7 @@ def generate(
         **sampling.arguments(),
         graph=graph,
         decode_backend=decode_backend,
+        exact_prompt=exact_prompt,
         streamer=streamer,
     )
     tokens, stats = output.new_tokens, output.stats

@@ -58,8 +58,9 @@ def test_generate_prints_what_the_library_generates(run: Any, files: dict[str, P
     outcome = run("generate", *arguments, "--prompt", "What is the date?", "--method", "fullkv")
     assert outcome.status == 0 and outcome.out.strip() == text
     assert "[fullkv]" in outcome.err and "100 %" not in outcome.out
-    streamed = run("generate", *arguments, "--prompt", "What is the date?", "--method", "fullkv", "--stream")
-    assert streamed.out.strip() == text
+    for option in ("--stream", "--exact-prompt"):
+        other = run("generate", *arguments, "--prompt", "What is the date?", "--method", "fullkv", option)
+        assert other.out.strip() == text
 
 
 def test_generate_samples_when_asked(run: Any, files: dict[str, Path]) -> None:
