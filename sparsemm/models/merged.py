@@ -21,7 +21,7 @@ def merge_projections(layer: nn.Module) -> list[Callable[[], None]]:
     undo = []
     for owner, names in _TOGETHER:
         parts = [getattr(getattr(layer, owner, None), name, None) for name in names]
-        if all(map(_is_plain, parts)) and len({_kind(part) for part in parts}) == 1:
+        if all(map(is_plain, parts)) and len({_kind(part) for part in parts}) == 1:
             undo += [_merge([part.weight for part in parts])]
             if parts[0].bias is not None:
                 undo += [_merge([part.bias for part in parts])]
@@ -54,7 +54,8 @@ def _merge(tensors: list[Tensor]) -> Callable[[], None]:
     return undo
 
 
-def _is_plain(module: nn.Module | None) -> bool:
+def is_plain(module: nn.Module | None) -> bool:
+    """Whether a module is a linear layer and nothing else: not quantised, divided, offloaded, wrapped or hooked."""
     return (
         type(module) is nn.Linear
         and as_built(module)
