@@ -13,7 +13,7 @@ from sparsemm.errors import UnsupportedModelError
 from sparsemm.models import family_of
 from sparsemm.models.layers import rotary_embeddings
 from sparsemm.models.merged import is_plain
-from sparsemm.models.products import linear_of_rows
+from sparsemm.models.parallel import Product
 
 if TYPE_CHECKING:
     from sparsemm.models.projections import Projections
@@ -57,8 +57,7 @@ class DecodeStep:
         """
         self.model, self.by_model = model, False
         self.text_model = family_of(model).text_model(model)
-        self.lm_head = model.get_output_embeddings()
-        self._plain_head = False
+        self.lm_head = self._head = model.get_output_embeddings()
         hook = getattr(self.text_model, "_hf_hook", None)
         if getattr(hook, "offload", False):
             raise UnsupportedModelError(
@@ -86,7 +85,7 @@ class DecodeStep:
             (layer, None if rule is None else FusedLayer(layer, rule, each, rows)) for layer, rule, each, rows in parts
         ]
         self.norm = None if rules.norm is None else Norm(self.text_model.norm, rules.norm)
-        self._plain_head = is_plain(self.lm_head)
+        self._head = Product.of(self.lm_head) if is_plain(self.lm_head) else self.lm_head
 
     def prepare(self, steps: int) -> None:
         """Compute the rotations of the coming steps at once: no position depends on a token. 0: forget them."""
@@ -144,8 +143,7 @@ class DecodeStep:
             states = self.text_model.norm(_sum(states, residual))
         else:
             states, _ = self.norm(states, residual)
-        head = self.lm_head
-        return linear_of_rows(states, head.weight, head.bias) if self._plain_head else head(states)
+        return self._head(states)
 
     def own_layer(self, layer: nn.Module, states: Tensor, factors: tuple[Tensor, Tensor]) -> Tensor:
         """`[batch, hidden_size]` through a decoder layer's own forward."""

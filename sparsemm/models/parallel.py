@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from sparsemm.errors import ConfigError, SparseMMError, UnsupportedModelError
+from sparsemm.models.products import linear_of_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -157,8 +157,8 @@ class Product:
     def __call__(self, states: Tensor) -> Tensor:
         """`[..., its part of in_features]` to `[..., its part of out_features]`, or all of them where it is summed."""
         if self.group is None:
-            return linear(states, self.weight, self.bias)
-        out = linear(states, self.weight)
+            return linear_of_rows(states, self.weight, self.bias)
+        out = linear_of_rows(states, self.weight)
         dist.all_reduce(out, group=self.group)
         return out if self.bias is None else out.add_(self.bias)  # once, not once a process
 
