@@ -127,7 +127,12 @@ def test_what_runs_in_other_processes_is_tried_there(project: Path, monkeypatch:
 
 
 def test_listed_equivalents_are_of_this_tree() -> None:
-    for entry in json.loads((ROOT / "tests" / "mutants.json").read_text()):
+    listed = json.loads((ROOT / "tests" / "mutants.json").read_text())
+    for entry in listed["equivalent"]:
         assert set(entry) == {"file", "was", "now", "reason"} and len(entry["reason"]) > 20, entry
         lines = [line.strip() for line in (ROOT / entry["file"]).read_text().splitlines()]
         assert set(entry["was"].split("\n")) <= set(lines), f"{entry['file']} holds no line {entry['was']!r}"
+    for draw in listed["draws"]:
+        counts = [draw[name] for name in ("caught", "survived", "equivalent")]
+        assert sum(counts) == draw["tried"] and len(draw["survivors"]) == draw["survived"]
+        assert all(set(each) == {"file", "now", "what became of it"} for each in draw["survivors"])

@@ -343,3 +343,14 @@ def test_images_behind_a_filled_cache_are_refused():
         kinds = {"token_type_ids": torch.zeros_like(text), "attention_mask": twice[:, : seen + 2]}
         model(input_ids=text, **kinds, past_key_values=first)
         assert first.get_seq_length() == seen + 2
+
+
+@pytest.mark.parametrize("method", ["expected_attention", "vl_cache"])
+def test_later_turns_are_chosen_among_by_what_the_method_sees(method):
+    """Two turns of several tokens under "every": the second one's rotations and image tokens are told, too."""
+    model, inputs = toy_model("llava-mistral"), text_inputs(30)
+    with sparsemm.patch(model, config(method, 12, compress_turns="every")) as handle, torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        second = text_inputs(20, seed=1)["input_ids"]
+        model(input_ids=second, attention_mask=torch.ones(1, 50, dtype=torch.long), past_key_values=cache)
+        assert handle.stats.effective_budget == 12 and handle.stats.prompt_tokens == [50]

@@ -20,6 +20,7 @@ from transformers import MllamaConfig, pipeline
 
 from sparsemm.errors import ConfigError, DataError, UnsupportedModelError
 from sparsemm.models import family_of, load_model
+from sparsemm.models.loading import resolve_device
 from sparsemm.models.processing import still_images
 
 
@@ -338,3 +339,10 @@ def test_pan_and_scan_is_as_gemma3_has_it_unless_the_checkpoint_says_otherwise()
         assert family_of(model).call_options(processor)[name] == value, name
     processor.image_processor.do_pan_and_scan = True
     assert family_of(model).call_options(processor)["do_pan_and_scan"] is True
+
+
+def test_devices_are_those_that_torch_sees() -> None:
+    assert resolve_device("auto") == "auto" and resolve_device("cpu") == torch.device("cpu")
+    for device in ("foo", "cuda:99", "meta"):
+        with pytest.raises(ConfigError, match=f"device='{device}' is"):
+            resolve_device(device)

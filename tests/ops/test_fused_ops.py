@@ -5,6 +5,7 @@ from __future__ import annotations
 import fused_cases as cases
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import sparsemm.ops  # noqa: F401
 from sparsemm.ops import library, reference
@@ -96,3 +97,12 @@ def test_wrong_arguments_are_named(ops, name, place, change, message):
 @pytest.mark.parametrize("name", list(cases.opcheck_arguments()))
 def test_opcheck(name):
     torch.library.opcheck(getattr(torch.ops.sparsemm, name).default, cases.opcheck_arguments()[name])
+
+
+def test_opcheck_of_a_norm_without_a_residual():
+    """The sum is an empty tensor then, of the fake, too."""
+    row, _, *rest = cases.opcheck_arguments()["add_rms_norm"]
+    torch.library.opcheck(torch.ops.sparsemm.add_rms_norm.default, (row, None, *rest))
+    with FakeTensorMode() as fake:
+        normed, total = torch.ops.sparsemm.add_rms_norm(fake.from_tensor(row), None, fake.from_tensor(rest[0]), 1e-6)
+    assert normed.shape == row.shape and total.shape == (0,)
