@@ -132,7 +132,7 @@ def test_listed_equivalents_are_of_this_tree() -> None:
         assert set(entry) == {"file", "was", "now", "reason"} and len(entry["reason"]) > 20, entry
         lines = [line.strip() for line in (ROOT / entry["file"]).read_text().splitlines()]
         assert set(entry["was"].split("\n")) <= set(lines), f"{entry['file']} holds no line {entry['was']!r}"
-    for draw in listed["draws"]:
-        counts = [draw[name] for name in ("caught", "survived", "equivalent")]
-        assert sum(counts) == draw["tried"] and len(draw["survivors"]) == draw["survived"]
-        assert all(set(each) == {"file", "now", "what became of it"} for each in draw["survivors"])
+    for drawn in listed["draws"]:
+        counts = [drawn[name] for name in ("caught", "survived", "equivalent")]
+        assert sum(counts) == drawn["tried"] and len(drawn["survivors"]) == drawn["survived"]
+        assert all(set(each) == {"file", "now", "what became of it"} for each in drawn["survivors"])
