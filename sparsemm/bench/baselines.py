@@ -23,6 +23,10 @@ class CopyingLayer(SparseLayer):
         self._spread(chunk.columns)
         super()._append(key, value, chunk)
 
+    def append_rotated(self, *states: Tensor, **how: Any) -> Tensor:
+        self._spread(1)
+        return super().append_rotated(*states, **how)
+
     def grow(self, rows: int) -> None:
         """Every append makes its own room."""
 
