@@ -384,17 +384,14 @@ def test_a_second_cell_of_ocrbench_starts_from_zero(
 
 
 @pytest.mark.parametrize(
-    ("device", "sharing"),
-    [("cpu", ["NUM_PROCESSES"]), ("", ["NUM_PROCESSES"]), ("", ["NUM_PROCESSES", "TENSOR_PARALLEL"])],
-    ids=["named", "default", "divided"],
+    "sharing", [["NUM_PROCESSES"], ["NUM_PROCESSES", "TENSOR_PARALLEL"]], ids=["default", "divided"]
 )
 def test_processes_answer_like_one(
-    device: str, sharing: list[str], finished: tuple[Path, list[grid.Cell]], checkpoints: Path, tmp_path: Path
+    sharing: list[str], finished: tuple[Path, list[grid.Cell]], checkpoints: Path, tmp_path: Path
 ) -> None:
     """Through the script; five documents, so that one process is padded with a document of its own. Two processes, or
-    two models on two each."""
-    if not device and 0 < torch.cuda.device_count() < 2 ** len(sharing):
-        pytest.skip("each process wants a GPU of its own, where there are any")
+    two models on two each; on a device that is named only where there are GPUs, and not one for each."""
+    device = "cpu" if 0 < torch.cuda.device_count() < 2 ** len(sharing) else ""
     output, cells = finished
     settings = {
         "MODEL": str(checkpoints / "qwen2-vl"),
