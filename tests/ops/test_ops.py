@@ -38,29 +38,7 @@ def test_compact_copies_bit_for_bit_and_leaves_the_slack_alone(ops, dtype, head_
 @pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("masked", [False, True])
 def test_append_writes_behind_the_rows_and_refuses_a_full_list(ops, dtype, n, masked):
-    generator = torch.Generator().manual_seed(n)
-    batch, heads, head_dim = 2, 3, 40
-    offsets, lens, slots = cases.ragged_layout([4, 0, 9, 1, 2, 0], slack=[n, n + 1, n - 1, 7, n, 0], lead=1)
-    key = torch.randn(batch, n, heads, head_dim, generator=generator).to(dtype).transpose(1, 2)
-    value = torch.randn(batch, heads, n, head_dim, generator=generator).to(dtype)
-    mask = torch.tensor([[True] * n, [False] + [True] * (n - 1)]) if masked else None
-    buffers = [torch.full((slots, head_dim), cases.poison(dtype), dtype=dtype) for _ in range(2)]
-    expected, expected_lens, full = [b.clone() for b in buffers], lens.clone(), False
-    for r in range(batch * heads):
-        stored = [i for i in range(n) if mask is None or mask[r // heads, i]]
-        if int(lens[r]) + len(stored) > int(offsets[r + 1] - offsets[r]):
-            full = True
-            continue
-        for place, i in enumerate(stored):
-            slot = int(offsets[r] + lens[r]) + place
-            expected[0][slot], expected[1][slot] = key[r // heads, r % heads, i], value[r // heads, r % heads, i]
-        expected_lens[r] += len(stored)
-    assert full, "the case must contain a full list"
-    overflow = torch.zeros(1, dtype=torch.int32)
-    ops.append(key, value, offsets, lens, *buffers, overflow, mask)
-    assert torch.equal(lens, expected_lens)
-    assert int(overflow) == 1
-    assert torch.equal(buffers[0], expected[0]) and torch.equal(buffers[1], expected[1])
+    cases.check_append(ops.append, dtype, 40, n, masked)
 
 
 def test_append_leaves_the_overflow_flag_as_it_was(ops):

@@ -26,30 +26,12 @@ def check_decode(case: cases.DecodeCase) -> None:
     cases.check_decode(case, out, lse)
 
 
-def check_append(dtype: torch.dtype, head_dim: int, n: int, masked: bool) -> None:
-    generator = torch.Generator().manual_seed(n + head_dim)
-    batch, heads = 2, 3
-    offsets, lens, slots = cases.ragged_layout([4, 0, 9, 1, 2, 0], slack=[n, n + 1, n - 1, 7, n, 0], lead=1)
-    slots += n
-    key, value = (torch.randn(batch, heads, n, head_dim, generator=generator).to(dtype) for _ in range(2))
-    mask = (torch.rand(batch, n, generator=generator) < 0.7) if masked else None
-    states = []
-    for device in ("cpu", "cuda"):
-        buffers = [torch.full((slots, head_dim), cases.poison(dtype), dtype=dtype, device=device) for _ in range(2)]
-        moved = [x.to(device) for x in (key, value, offsets, lens.clone())]
-        overflow = torch.zeros(1, dtype=torch.int32, device=device)
-        OPS.append(*moved, *buffers, overflow, None if mask is None else mask.to(device))
-        states.append([x.cpu() for x in (*buffers, moved[3], overflow)])
-    for expected, found in zip(*states, strict=True):
-        assert torch.equal(expected, found)
-
-
 def test_small_run_of_every_operator():
     """What compute-sanitizer watches."""
     case = cases.compact_case([7, 0, 70, 5], 2, 70, 72, torch.bfloat16, seed=1)
     case.check(*case.run(OPS.compact, "cuda"))
-    check_append(torch.bfloat16, 72, 3, True)
-    check_append(torch.float32, 32, 300, True)
+    cases.check_append(OPS.append, torch.bfloat16, 72, 3, True, "cuda")
+    cases.check_append(OPS.append, torch.float32, 32, 300, True, "cuda")
     for dtype, head_dim in ((torch.float32, 40), (torch.bfloat16, 96), (torch.float16, 256)):
         check_decode(cases.decode_case([0, 1, 330, 65], batch=2, group=3, n=2, head_dim=head_dim, dtype=dtype))
     arguments = cases.window_case(2, 2, 3, 9, 90, 64, torch.bfloat16, seed=2)
@@ -94,7 +76,7 @@ def test_compact(dtype, head_dim, strided):
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize(("n", "masked"), [(1, False), (4, True), (300, True), (300, False)])
 def test_append(dtype, head_dim, n, masked):
-    check_append(dtype, head_dim, n, masked)
+    cases.check_append(OPS.append, dtype, head_dim, n, masked, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

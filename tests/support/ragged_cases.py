@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -263,3 +264,51 @@ def opcheck_arguments():
         "window_scores": window_case(1, 2, 2, 4, 10, 32, torch.float32, seed=0),
         "select_rows": select_case(2, 12, 3, seed=0),
     }  # fmt: skip
+
+
+def check_decode_of_ended(decode: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """Sequences that see nothing: with lists shared by blocks, and with a block for each."""
+    later = torch.tensor([[0], [torch.iinfo(torch.int32).max]], dtype=torch.int32)
+    for lens in ([300, 0, 290, 5], [20, 3, 0, 30]):
+        case = decode_case(lens, batch=2, group=2, head_dim=32, dtype=torch.bfloat16, num_later=later)
+        check_decode(case, *decode(*case.arguments()))
+
+
+def check_last_rounding(decode: Callable[..., tuple[Tensor, Tensor]]) -> None:
+    """Most values of 16-bit rows are those of exact arithmetic, rounded once."""
+    case = decode_case([400, 400], group=4, head_dim=64, dtype=torch.bfloat16)
+    out, _ = decode(*case.arguments())
+    assert float((out == decode_reference(case)[0].bfloat16()).double().mean()) > 0.99
+
+
+def check_append(
+    append: Callable[..., None], dtype: torch.dtype, head_dim: int, n: int, masked: bool, device: str = "cpu"
+) -> None:
+    """n rows appended to lists with room for them, and to one without, of which the flag tells."""
+    generator = torch.Generator().manual_seed(n + head_dim)
+    batch, heads = 2, 3
+    offsets, lens, slots = ragged_layout([4, 0, 9, 1, 2, 0], slack=[n, n + 1, n - 1, 7, n, 0], lead=1)
+    slots += n  # rows behind the last list, which nothing may write
+    key = torch.randn(batch, n, heads, head_dim, generator=generator).to(dtype).transpose(1, 2)
+    value = torch.randn(batch, heads, n, head_dim, generator=generator).to(dtype)
+    mask = None
+    if masked:
+        mask = torch.rand(batch, n, generator=generator) < 0.7
+        mask[0] = True  # so that a list is too full for them
+    buffers = [torch.full((slots, head_dim), poison(dtype), dtype=dtype) for _ in range(2)]
+    expected, expected_lens = [b.clone() for b in buffers], lens.clone()
+    for r in range(batch * heads):
+        stored = [i for i in range(n) if mask is None or mask[r // heads, i]]
+        if int(lens[r]) + len(stored) > int(offsets[r + 1] - offsets[r]):
+            continue
+        first = int(offsets[r] + lens[r])
+        for source, target in zip((key, value), expected, strict=True):
+            target[first : first + len(stored)] = source[r // heads, r % heads, stored]
+        expected_lens[r] += len(stored)
+    overflow = torch.zeros(1, dtype=torch.int32)
+    key, value, offsets, lens, overflow = (each.to(device) for each in (key, value, offsets, lens, overflow))
+    buffers = [each.to(device) for each in buffers]
+    append(key, value, offsets, lens, *buffers, overflow, None if mask is None else mask.to(device))
+    assert torch.equal(lens.cpu(), expected_lens)
+    assert int(overflow) == 1
+    assert torch.equal(buffers[0].cpu(), expected[0]) and torch.equal(buffers[1].cpu(), expected[1])

@@ -23,7 +23,7 @@ from cosmic_ray.work_item import TestOutcome, WorkerOutcome, WorkItem, WorkResul
 from mutation.draw import Mutant, Source, draw, statement_lines
 from mutation.trial import clean_run, copy_tree, open_bench, try_mutant
 
-ELSEWHERE = ("tests/ops/test_kernels_emulated.py", "tests/test_mutants.py")
+ELSEWHERE = ("tests/ops/test_kernels_emulated.py", "tests/ops/test_planted_faults.py", "tests/test_mutants.py")
 """Tests that compile csrc/ for minutes, and those of this package: what is mutated is not what they look at."""
 
 
