@@ -205,6 +205,7 @@ def test_processes_that_differ_are_noticed(two):
     assert ranks[0]["one"].startswith("HeadScoreError") and "3 layers x 4" in ranks[0]["one"]
     assert ranks[1]["one"] == f"{ranks[0]['one']} (so says process 0 of the 2 that hold the model)"
     assert ranks[0]["calibrate"].startswith("ConfigError: a calibration")
+    assert ranks[0]["fused"] == [False, True] and ranks[0]["same"] == ranks[0]["tokens"]
 
 
 def test_four_processes_and_two_models_on_two_each(tmp_path):

@@ -315,9 +315,14 @@ def refusals(models):
     table = scores(whole) if rank else sparsemm.HeadScores(torch.ones(3, 4))
     found["one"] = _said(lambda: sparsemm.patch(model, config("sparsemm", head_scores=table)))
     found["calibrate"] = _said(lambda: calibrate(model, toy_processor("qwen2-vl"), []))
-    with sparsemm.patch(model, config()):  # the model is as it was
+    with sparsemm.patch(model, config()) as handle:  # the model is as it was
         tokens, _, _ = greedy(model, toy_inputs(whole))
-    return {**found, "tokens": tokens.tolist()}
+        if rank:  # one process alone would not fuse this layer
+            handle.text_model.layers[0].mlp.register_forward_hook(lambda *_: None)
+        decoding = DecodeLoop(handle)
+        same = model.generate(**toy_inputs(whole), max_new_tokens=tokens.shape[1], custom_generate=decoding)
+    fused = [each is not None for _, each in decoding.step.layers]
+    return {**found, "tokens": tokens.tolist(), "same": same[:, -tokens.shape[1] :].tolist(), "fused": fused}
 
 
 def three(models):
