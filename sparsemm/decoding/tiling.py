@@ -19,6 +19,7 @@ from sparsemm.decoding.fused_layer import (
     norm_rule,
 )
 from sparsemm.models.instances import Findings, as_built, forward_name, set_on_instance
+from sparsemm.models.parallel import TensorParallel, tensor_parallel_of
 from sparsemm.models.rotation import nearly_equal
 from sparsemm.ops.backends import operators
 
@@ -47,7 +48,8 @@ def tiled_prompt(text_model: nn.Module, tile: int | None = PROMPT_TILE) -> Itera
         return
     named = [each for layer in text_model.layers for each in layer.named_children()]
     parts = [part for name, part in named if any(kind in name for kind in _TOKEN_BY_TOKEN)] + [text_model.norm]
-    rules = _found.about(text_model, parts, lambda: [_rule_of(module) for module in parts])
+    parallel = tensor_parallel_of(text_model)
+    rules = _found.about(text_model, parts, lambda: [_rule_of(module, parallel) for module in parts])
     with ExitStack() as stack:
         for module, rule in zip(parts, rules, strict=True):
             stack.enter_context(_in_place(module, rule, tile))
@@ -55,20 +57,28 @@ def tiled_prompt(text_model: nn.Module, tile: int | None = PROMPT_TILE) -> Itera
 
 
 @torch.no_grad()
-def _rule_of(module: nn.Module) -> NormRule | str | None:
-    """How a norm is computed, the operator that gates an MLP, or None for what runs as it is."""
+def _rule_of(module: nn.Module, parallel: TensorParallel) -> NormRule | str | None:
+    """How a norm is computed, the operator that gates an MLP, or None for what runs as it is, in one process or all."""
     try:
-        if not any(True for _ in module.children()):
-            return norm_rule(module)
-        rule, weight = activation_of(module), module.down_proj.weight
-        if not as_built(module) or not weight.is_floating_point():
-            return None
+        rule = parallel.together(lambda: _read(module))
+        if isinstance(rule, NormRule):
+            return rule
+        weight = module.down_proj.weight
         states = torch.randn(1, _PROVED_ON, weight.shape[0], generator=torch.Generator().manual_seed(0))
         states = states.to(weight.device, weight.dtype)
         same = nearly_equal(_forward_by(module, rule)(states), module(states))
     except (NotRecognisedError, AttributeError, TypeError, RuntimeError):  # other parts, or sizes that kernels refuse
         return None
-    return rule if same else None
+    return rule if parallel.all(same) else None
+
+
+def _read(module: nn.Module) -> NormRule | str:
+    """The rule of a norm, or the operator of an MLP as it reads."""
+    if not any(True for _ in module.children()):
+        return norm_rule(module)
+    if not as_built(module) or not module.down_proj.weight.is_floating_point():
+        raise NotRecognisedError("it has hooks, another forward, or weights that are no floats")
+    return activation_of(module)
 
 
 def _forward_by(module: nn.Module, rule: NormRule | str) -> Callable[[Tensor], Tensor]:
