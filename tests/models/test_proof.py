@@ -381,3 +381,4 @@ def test_long_prompts_are_normalised_and_rotated_in_tiles(kind: str, monkeypatch
         tiled = dataclasses.replace(found, rotary=rotary).project(module, hidden_states, embeddings)
     assert tiles == [5, 5, 5, 5, 3]
     assert all(torch.equal(one, other) for one, other in zip(whole, tiled, strict=True))
+    assert all(each.is_contiguous() for each in tiled[1:])  # a head's rows side by side, as attention reads them
