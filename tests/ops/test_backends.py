@@ -65,7 +65,8 @@ def stand_ins(monkeypatch):
     def aten(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, return_aux=None, scale=None, window_size=(-1, -1),
              enable_gqa=False, seqused_k=None):  # fmt: skip
         assert window_size == (-1, 0) and return_aux.lse
-        return plain_varlen(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, scale, float("-inf"))
+        out, lse = plain_varlen(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, seqused_k, scale, float("-inf"))
+        return out, lse if lse.shape[0] == lse.shape[1] else lse.T  # either way round is taken, told by the shape
 
     from torch.nn.attention import varlen
 

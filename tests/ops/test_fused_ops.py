@@ -106,3 +106,11 @@ def test_opcheck_of_a_norm_without_a_residual():
     with FakeTensorMode() as fake:
         normed, total = torch.ops.sparsemm.add_rms_norm(fake.from_tensor(row), None, fake.from_tensor(rest[0]), 1e-6)
     assert normed.shape == row.shape and total.shape == (0,)
+
+
+def test_a_norm_of_one_row(ops):
+    row, weight = torch.randn(2, 32), torch.randn(32)
+    normed, total = ops.add_rms_norm(row[0], None, weight, 1e-6)
+    assert normed.shape == (32,) and total.shape == (0,)
+    expected = row[0].double() * (row[0].double().square().mean() + 1e-6).rsqrt() * weight.double()
+    torch.testing.assert_close(normed.double(), expected, rtol=1e-5, atol=1e-5)
