@@ -275,6 +275,13 @@ def test_nothing_is_disturbed() -> None:
     assert calls == [] and all(parameter.grad is None for parameter in text_model.parameters())
 
 
+def test_a_module_that_names_no_scaling_has_the_default_one() -> None:
+    text_model = language_model("llama")
+    for layer in text_model.layers:
+        layer.self_attn.scaling = None
+    assert {each.scaling for each in proved_projections(text_model)} == {0.25}
+
+
 def test_a_model_in_training_is_proved_without_its_dropout() -> None:
     text_model = language_model("llama").train()
     for layer in text_model.layers:
