@@ -174,7 +174,7 @@ def test_large_files_are_sampled_from_end_to_end(tmp_path: Path, monkeypatch: py
     assert len(digests) == 4  # the last one lies between two blocks
 
 
-@pytest.mark.parametrize("name", common.MINIATURES)
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in ROOT.glob("assets/miniatures/*/config.json")))
 def test_committed_scores_belong_to_the_committed_miniatures(name: str) -> None:
     scores = HeadScores.load(ROOT / "head_scores" / f"{name}.json")
     assert scores.identity == checkpoint_identity(ROOT / "assets" / "miniatures" / name)
