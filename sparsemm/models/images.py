@@ -7,6 +7,8 @@ import binascii
 import io
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +48,7 @@ def open_image(source: Any) -> PIL.Image.Image:
             file = io.BytesIO(source)
         elif text.startswith("data:"):
             file = io.BytesIO(base64.b64decode(text.partition(",")[2], validate=True))
-        with Image.open(file) as image:
+        with _whole_files_only(), Image.open(file) as image:
             return _as_shown(image, shown)
     except FileNotFoundError as error:
         raise DataError(f"image {shown} does not exist; check the path") from error
@@ -57,6 +59,18 @@ def open_image(source: Any) -> PIL.Image.Image:
         Image.DecompressionBombError,
     ) as error:
         raise DataError(f"image {shown} cannot be read ({error})") from error
+
+
+@contextmanager
+def _whole_files_only() -> Iterator[None]:
+    """A truncated file is an error while the context lasts, whatever a library (lmms-eval) has set for the process."""
+    from PIL import ImageFile
+
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _as_shown(image: PIL.Image.Image, name: str) -> PIL.Image.Image:

@@ -294,6 +294,7 @@ def test_no_prompt_attention_matrix_and_no_reads_per_head() -> None:
         model, processor = toy_model("llava-vicuna", num_layers=num_layers), toy_processor("llava-vicuna")
         inputs = family_of(model).build_inputs(processor, [picture(0)], [READ_PROMPT])
         length = inputs["input_ids"].shape[1]
+        read_page(model, inputs, max_new_tokens=1)  # a model is tried out once
         with Watcher() as watcher:
             read_page(model, inputs, max_new_tokens=8)
         assert not any(shape[-2:] == (length, length) and 4 in shape[:-2] for shape in watcher.shapes)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from toy_models import toy_model, toy_processor
 
 from sparsemm.errors import DataError
@@ -127,7 +128,9 @@ def test_no_image_comes_in_another_way() -> None:
 
 
 @pytest.mark.parametrize("make", ["text", "truncated", "folder", "missing"])
-def test_what_is_no_image_is_an_error_of_ours(tmp_path: Path, make: str) -> None:
+@pytest.mark.parametrize("lenient", [False, True])  # lmms-eval makes Pillow so
+def test_what_is_no_image_is_an_error_of_ours(tmp_path: Path, monkeypatch: Any, make: str, lenient: bool) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
     path = tmp_path / "page.png"
     if make == "text":
         path.write_text("hello")
@@ -138,3 +141,4 @@ def test_what_is_no_image_is_an_error_of_ours(tmp_path: Path, make: str) -> None
         path.mkdir()
     with pytest.raises(DataError, match="page.png"):
         open_image(path)
+    assert lenient == ImageFile.LOAD_TRUNCATED_IMAGES
