@@ -9,6 +9,7 @@ import json
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +17,13 @@ import torch
 from PIL import Image
 from toy_models import BOS_ID, FAMILIES, IMAGE_ID, PAD_ID, VIDEO_ID, toy_inputs, toy_model, toy_processor
 from toy_vlms import toy_vlm
-from transformers import MllamaConfig, pipeline
+from transformers import LlamaConfig, MllamaConfig, pipeline
 
 from sparsemm.errors import ConfigError, DataError, UnsupportedModelError
 from sparsemm.models import family_of, load_model
+from sparsemm.models.llava_next import LlavaNext
 from sparsemm.models.loading import resolve_device
+from sparsemm.models.parallel import check_plan
 from sparsemm.models.processing import still_images
 
 
@@ -346,3 +349,30 @@ def test_devices_are_those_that_torch_sees() -> None:
     for device in ("foo", "cuda:99", "meta"):
         with pytest.raises(ConfigError, match=f"device='{device}' is"):
             resolve_device(device)
+
+
+@pytest.mark.parametrize(("device", "placed"), [("cpu", {}), ("auto", {"device_map": "auto"})])
+def test_layers_are_spread_over_devices_only_where_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, device: str, placed: dict[str, str]
+) -> None:
+    given: dict[str, Any] = {}
+    load = LlavaNext.load_weights
+
+    def noted(family: LlavaNext, path: str, **options: Any) -> Any:
+        given.update(options)
+        return load(family, path, **{name: value for name, value in options.items() if name != "device_map"})
+
+    monkeypatch.setattr(LlavaNext, "load_weights", noted)
+    load_model(Path(__file__).parents[2] / "assets" / "miniatures" / "llava-vicuna", device=device)
+    assert {name: value for name, value in given.items() if name == "device_map"} == placed
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "refused"), [(6, 3, "the 3 kv heads"), (6, 6, "the 6 kv heads")])
+def test_a_plan_whose_heads_do_not_divide_says_which(num_heads: int, num_kv_heads: int, refused: str) -> None:
+    config = LlamaConfig(num_attention_heads=num_heads, num_key_value_heads=num_kv_heads, hidden_size=48)
+    check_plan(config, 3)
+    with pytest.raises(ConfigError, match=f"{refused} of the model do not divide"):
+        check_plan(config, 4)
+    config.base_model_tp_plan = {"layers.*.self_attn.q_proj": "colwise"}
+    with pytest.raises(ConfigError, match="the 6 query heads of the model do not divide"):
+        check_plan(config, 4)

@@ -10,7 +10,7 @@ from sparsemm.models.products import linear_of_rows
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_times_weights_are_as_exact_as_those_of_a_linear_layer(
     dtype: torch.dtype, rows: int, with_bias: bool

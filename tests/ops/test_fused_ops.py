@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import fused_cases as cases
 import pytest
 import torch
@@ -114,3 +116,14 @@ def test_a_norm_of_one_row(ops):
     assert normed.shape == (32,) and total.shape == (0,)
     expected = row[0].double() * (row[0].double().square().mean() + 1e-6).rsqrt() * weight.double()
     torch.testing.assert_close(normed.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["add_rms_norm", "rope_append", "silu_mul", "gelu_tanh_mul"])
+def test_twins_have_the_defaults_of_the_schema(name):
+    declared = {
+        argument.name: argument.default_value
+        for argument in getattr(torch.ops.sparsemm, name).default._schema.arguments
+        if argument.has_default_value()
+    }
+    parameters = inspect.signature(getattr(reference, name)).parameters.values()
+    assert declared == {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
