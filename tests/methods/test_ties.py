@@ -7,6 +7,7 @@ import torch
 
 import sparsemm
 from sparsemm.methods import get_method
+from sparsemm.methods.adakv import _counts_in_layer_top
 from sparsemm.methods.budgets import largest_fraction_on_device
 
 
@@ -36,3 +37,12 @@ def test_the_first_heads_are_masked():
     settings = sparsemm.CompressionConfig("mask", None, scores, mask_ratio=0.3)
     masked = get_method("mask").masked_heads(settings, settings.head_scores).flatten()
     assert masked.tolist() == [True] * 12 + [False] * 28
+
+
+def test_of_equal_entries_beside_larger_ones_the_lower_head_takes_no_more_than_are_left() -> None:
+    weighted = torch.tensor([[[9.0, 5, 5, 5], [8.0, 5, 5, 5], [1.0, 5, 0, 0]]])
+    for top in range(13):
+        order = sorted(range(12), key=lambda place: (-weighted.flatten()[place].item(), place))[:top]
+        expected = torch.bincount(torch.tensor(order, dtype=torch.long) // 4, minlength=3)[None]
+        found = _counts_in_layer_top(weighted, torch.ones_like(weighted, dtype=torch.bool), top)
+        assert torch.equal(found, expected), top
