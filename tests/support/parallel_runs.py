@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -376,24 +375,18 @@ GROUPS = {
 
 
 def in_processes(count: int, folder: Path, group: str) -> list[dict]:
-    """What each of `count` processes found."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    place = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder), group],
-            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(count)
-    ]
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    for rank, process in enumerate(processes):
-        if process.returncode:
-            raise RuntimeError(f"process {rank} of {count} failed:\n{errors[rank][-3000:]}")
+    """What each of `count` processes found. Their launcher holds the port at which they meet from the beginning: one
+    that is merely looked up can be another program's a moment later."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    done = subprocess.run(
+        [*launcher, __file__, str(folder), group],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=600,
+    )
+    if done.returncode:
+        raise RuntimeError(f"one of {count} processes failed:\n{done.stderr[-6000:]}")
     return [json.loads((folder / f"{group}-{rank}.json").read_text()) for rank in range(count)]
 
 
