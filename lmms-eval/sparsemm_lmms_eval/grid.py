@@ -22,7 +22,6 @@ from sparsemm.methods import get_method
 from sparsemm.models.identity import checkpoint_identity
 
 METHODS = ("fullkv", "sparsemm", "snapkv", "pyramidkv", "adakv", "random", "mask", "mask_random")
-BUDGETS = (64, 128, 256, 512, 1024, 2048)
 MINIATURE_BUDGETS = (8, 16, 24, 32, 64, 128)
 OFFLINE_TASKS = ("sparsemm_read", "sparsemm_field")
 PAPER_TASKS = ("docvqa_val", "ocrbench", "textvqa_val", "chartqa", "textcaps_val")
@@ -160,7 +159,7 @@ def main_grid(
     chosen.sort(key=lambda name: get_method(name).compresses)
     cells = []
     for task in dict.fromkeys(tasks):
-        default = MINIATURE_BUDGETS if small else SHORT_BUDGETS if task in SHORT_TASKS else BUDGETS
+        default = MINIATURE_BUDGETS if small else SHORT_BUDGETS if task in SHORT_TASKS else LARGE.budgets
         for method in chosen:
             grid = dict.fromkeys(budgets or default) if get_method(method).compresses else (None,)
             cells += [shared.cell(task, method, budget) for budget in grid]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsemm.cli.chase import PAGE_SEED, place_of
-from sparsemm.cli.common import LARGE, SMALL, WIDE, parse_integers
+from sparsemm.cli.common import LARGE, SMALL, WIDE
 from sparsemm.cli.options import DividedModel, FreshOption, Model, NewTokensOption, PixelsOption, QuietOption
 from sparsemm.cli.outputs import claim
 from sparsemm.errors import DataError
@@ -91,6 +91,4 @@ def _pages(model: Model, name: str, split: str, count: int, seed: int) -> Any:
     if name != "miniature":
         return open_questions(name, split=split, limit=count)
     suits = model.defaults
-    return heldout_pages(
-        count, num_words=parse_integers(suits.num_words, "--num-words"), seed=seed, size=suits.page_size
-    )
+    return heldout_pages(count, num_words=suits.num_words, seed=seed, size=suits.page_size)

@@ -70,7 +70,7 @@ def chase(
     words = None if num_words is None else tuple(parse_integers(num_words, "--num-words"))
     suits = model.defaults
     if name == "miniature" and suits.page_size != LARGE.page_size:
-        words = words or tuple(parse_integers(suits.num_words, "--num-words"))
+        words = words or suits.num_words
         source = replace(source, page_size=source.page_size or str(suits.page_size))
     place = output or place_of(model.model)
     claim(place)

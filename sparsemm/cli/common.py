@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,16 +27,16 @@ class Defaults:
 
     window_size: int = 32
     budget: int = 256
-    budgets: str = "64,128,256,512,1024,2048"  # Table 3 of the paper
-    masked_heads: str | None = None
+    budgets: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)  # Table 3 of the paper
+    masked_heads: tuple[int, ...] | None = None
     page_size: int = 224
-    num_words: str = "1,2,3,4"
+    num_words: tuple[int, ...] = (1, 2, 3, 4)
 
 
 LARGE = Defaults()
 # A window of 32 would be a seventh of a miniature's page.
-SMALL = Defaults(window_size=4, budget=128, budgets="8,12,16,24,32,64,128", masked_heads="0,1,2,3,4,6,8")
-WIDE = Defaults(window_size=16, budget=192, budgets="32,48,64,96,128,192", page_size=384, num_words="2,4,8,12")
+SMALL = Defaults(window_size=4, budget=128, budgets=(8, 12, 16, 24, 32, 64, 128), masked_heads=(0, 1, 2, 3, 4, 6, 8))
+WIDE = Defaults(window_size=16, budget=192, budgets=(32, 48, 64, 96, 128, 192), page_size=384, num_words=(2, 4, 8, 12))
 MINIATURES = {**dict.fromkeys(("llava-vicuna", "llava-mistral", "qwen2-vl", "qwen3-vl"), SMALL), "qwen3-vl-wide": WIDE}
 
 
@@ -101,6 +102,11 @@ def parse_list(text: str, name: str | None = None) -> list[str]:
     if name is not None and not parts:
         raise ConfigError(f"{name} is empty; give values separated by commas")
     return parts
+
+
+def listed(values: Iterable[int]) -> str:
+    """Values as a user gives them: with commas between."""
+    return ",".join(map(str, values))
 
 
 def parse_integers(text: str, name: str) -> list[int]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsemm.cli.chase import PAGE_SEED, run_chase
-from sparsemm.cli.common import LARGE, SMALL, file_name, parse_integers, parse_list
+from sparsemm.cli.common import LARGE, SMALL, file_name, listed, parse_integers, parse_list
 from sparsemm.cli.options import (
     DividedModel,
     MethodsOption,
@@ -40,7 +40,10 @@ class Grid:
     methods: MethodsOption = ALL_METHODS
     budgets: Annotated[
         str | None,
-        typer.Option(help=f"Mean prompt rows kept per kv head [default: {LARGE.budgets}, miniatures {SMALL.budgets}]."),
+        typer.Option(
+            help=f"Mean prompt rows kept per kv head [default: {listed(LARGE.budgets)}, miniatures "
+            f"{listed(SMALL.budgets)}]."
+        ),
     ] = None
 
 
@@ -94,7 +97,7 @@ def _evaluate(
         scores = settings.table(model.model)  # says where there is none, and what to do
     options = {
         "methods": usable,
-        "budgets": parse_integers(grid.budgets or model.defaults.budgets, "--budgets"),
+        "budgets": parse_integers(grid.budgets, "--budgets") if grid.budgets else list(model.defaults.budgets),
         "head_scores": scores,
         "calibration": calibration,
     }

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsemm.cli.common import SMALL, file_name, parse_integers, parse_list
+from sparsemm.cli.common import SMALL, file_name, listed, parse_integers, parse_list
 from sparsemm.cli.options import FormatOption, MaskModeOption, Metric, Model, Reading, Scores
 from sparsemm.cli.outputs import claim
 from sparsemm.errors import ConfigError
@@ -20,7 +20,7 @@ def mask(
     model: Model,
     heads: Annotated[
         str | None,
-        typer.Option(help=f"How many heads to mask, in turn [default: miniatures {SMALL.masked_heads}]."),
+        typer.Option(help=f"How many heads to mask, in turn [default: miniatures {listed(SMALL.masked_heads)}]."),
     ] = None,
     shares: Annotated[str | None, typer.Option(help=f"The same as percentages [default: {SHARES}].")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of the random heads.")] = "0,1,2,3,4",
@@ -43,10 +43,10 @@ def mask(
     if heads is not None and shares is not None:
         raise ConfigError("give --heads or --shares, not both")
     table = scores.table(model.model)
-    if heads is None and shares is None:
-        heads = model.defaults.masked_heads
     if heads is not None:
         counts = parse_integers(heads, "--heads")
+    elif shares is None and model.defaults.masked_heads is not None:
+        counts = list(model.defaults.masked_heads)
     else:
         counts = heads_of_shares(_percentages(shares or SHARES), table.values.numel())
     folder = output or Path("results") / "masking" / model.name

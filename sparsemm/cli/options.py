@@ -19,6 +19,7 @@ from sparsemm.cli.common import (
     Defaults,
     defaults_of,
     is_miniature,
+    listed,
     load,
     parse_integers,
     parse_list,
@@ -261,7 +262,8 @@ class Reading:
     documents: Annotated[int, typer.Option(min=1, help="Number of held-out pages.")] = 64
     tasks: Annotated[str, typer.Option(help="read (all words of a page), field (one value of a form).")] = "read,field"
     num_words: Annotated[
-        str | None, typer.Option(help=f"Words of a page, taking turns [default: {LARGE.num_words}, or what suits it].")
+        str | None,
+        typer.Option(help=f"Words of a page, taking turns [default: {listed(LARGE.num_words)}, or what suits it]."),
     ] = None
     page_size: Annotated[
         int | None, typer.Option(help="Side of a page in pixels, a multiple of 16 [default: 224, or the miniature's].")
@@ -277,7 +279,7 @@ class Reading:
         from sparsemm.experiments.session import heldout_pages
 
         suits = model.defaults
-        words = parse_integers(suits.num_words if self.num_words is None else self.num_words, "--num-words")
+        words = suits.num_words if self.num_words is None else parse_integers(self.num_words, "--num-words")
         size = suits.page_size if self.page_size is None else self.page_size
         return heldout_pages(
             self.documents, tasks=parse_list(self.tasks), num_words=words, seed=self.page_seed, size=size

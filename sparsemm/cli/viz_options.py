@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,14 @@ class Picture:
         typer.echo(str(path))
 
 
+@functools.cache
+def _page(size: int) -> Page:
+    """The held-out page that is read where no image is given."""
+    from sparsemm.experiments.session import heldout_pages
+
+    return heldout_pages(1, tasks=("read",), num_words=(4,), seed=25, size=size)[0]
+
+
 @dataclass(frozen=True)
 class Question:
     """A page, and what the model is asked about it."""
@@ -69,14 +78,8 @@ class Question:
 
         if self.image is not None and not self.image.is_file():
             raise DataError(f"image {self.image} does not exist; check the path")
-        image = self.page(model).image if self.image is None else self.image
+        image = _page(model.defaults.page_size).image if self.image is None else self.image
         return {"image": image, "prompt": READ_PROMPT if self.prompt is None else self.prompt}
-
-    def page(self, model: Model) -> Page:
-        """The held-out page that is read where no image is given."""
-        from sparsemm.experiments.session import heldout_pages
-
-        return heldout_pages(1, tasks=("read",), num_words=(4,), seed=25, size=model.defaults.page_size)[0]
 
     @property
     def name(self) -> str:
@@ -85,7 +88,7 @@ class Question:
 
     def words(self, model: Model) -> Sequence[TextBox]:
         """Its words, and where they stand; of an image nothing is known."""
-        return self.page(model).words if self.image is None else ()
+        return _page(model.defaults.page_size).words if self.image is None else ()
 
 
 @dataclass(frozen=True)
