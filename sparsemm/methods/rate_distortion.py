@@ -16,7 +16,7 @@ from torch import LongTensor
 from sparsemm.errors import ConfigError
 from sparsemm.head_scores import Curves
 from sparsemm.methods.method import BudgetRequest, Method
-from sparsemm.methods.mixkv import importance_and_diversity
+from sparsemm.methods.mixkv import MIXKV
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,8 @@ RATE_DISTORTION_MIXKV = Method(
     name="rate_distortion_mixkv",
     model_budgets=budgets_for_mixkv_rows,
     head_scores="calibrated_mixkv",
-    score_positions=importance_and_diversity,
-    sees=("value",),
+    score_positions=MIXKV.score_positions,
+    sees=MIXKV.sees,
     paper_rounding=False,
 )
 """How many rows a head needs depends on which it gets: ranked as MixKV ranks them, they serve most heads sooner."""
