@@ -61,15 +61,22 @@ def _rule_of(module: nn.Module, parallel: TensorParallel) -> NormRule | str | No
     """How a norm is computed, the operator that gates an MLP, or None for what runs as it is, in one process or all."""
     try:
         rule = parallel.together(lambda: _read(module))
-        if isinstance(rule, NormRule):
-            return rule
-        weight = module.down_proj.weight
-        states = torch.randn(1, _PROVED_ON, weight.shape[0], generator=torch.Generator().manual_seed(0))
-        states = states.to(weight.device, weight.dtype)
-        same = nearly_equal(_forward_by(module, rule)(states), module(states))
-    except (NotRecognisedError, AttributeError, TypeError, RuntimeError):  # other parts, or sizes that kernels refuse
+    except (NotRecognisedError, AttributeError, TypeError, RuntimeError):  # other parts
         return None
-    return rule if parallel.all(same) else None
+    return rule if isinstance(rule, NormRule) or parallel.all(_gates_so(module, rule)) else None
+
+
+def _gates_so(module: nn.Module, rule: str) -> bool:
+    """Whether the MLP gives with the operator what it gives without. All processes that hold it call this together."""
+    weight = module.down_proj.weight
+    states = torch.randn(1, _PROVED_ON, weight.shape[0], generator=torch.Generator().manual_seed(0))
+    states = states.to(weight.device, weight.dtype)
+    try:
+        return nearly_equal(_forward_by(module, rule)(states), module(states))
+    except torch.OutOfMemoryError:
+        raise  # in one process alone: the others wait for it inside the MLP
+    except (AttributeError, TypeError, RuntimeError):  # other parts, or sizes that the kernels refuse
+        return False
 
 
 def _read(module: nn.Module) -> NormRule | str:
