@@ -119,14 +119,7 @@ void append(Tensor key, Tensor value, Tensor offsets, Tensor lens, Tensor key_bu
   check_append(key, value, offsets, lens, key_buffer, value_buffer, overflow, mask);
   cuda::AppendArgs a{};
   set_rows(a, key, value, key_buffer, value_buffer);
-  a.offsets = ints(offsets);
-  a.lens = static_cast<int32_t*>(lens.mutable_data_ptr());
-  a.overflow = static_cast<int32_t*>(overflow.mutable_data_ptr());
-  if (mask.has_value()) {
-    a.mask = static_cast<const bool*>(mask->const_data_ptr());
-    a.mask_stride_b = mask->stride(0);
-    a.mask_stride_n = mask->stride(1);
-  }
+  set_lists(a, offsets, lens, overflow, mask);
   a.num_new = static_cast<int>(key.size(2));
   const DeviceScope scope(key);
   check_launch("append", cuda::launch_append(a, scope.stream()));

@@ -49,14 +49,7 @@ Tensor rope_append(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor si
   a.sin = sin.const_data_ptr();
   a.query_weight = pointer(query_weight);
   a.key_weight = pointer(key_weight);
-  a.offsets = ints(offsets);
-  a.lens = static_cast<int32_t*>(lens.mutable_data_ptr());
-  a.overflow = static_cast<int32_t*>(overflow.mutable_data_ptr());
-  if (mask.has_value()) {
-    a.mask = static_cast<const bool*>(mask->const_data_ptr());
-    a.mask_stride_b = mask->stride(0);
-    a.mask_stride_n = mask->stride(1);
-  }
+  set_lists(a, offsets, lens, overflow, mask);
   a.out = out.mutable_data_ptr();
   a.key_buffer = key_buffer.mutable_data_ptr();
   a.value_buffer = value_buffer.mutable_data_ptr();

@@ -33,6 +33,20 @@ inline Tensor empty_beside(const Tensor& like, torch::headeronly::IntHeaderOnlyA
 
 inline const int32_t* ints(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
 
+// The row lists that an operator appends to, and which of the columns [B, n] it stores.
+template <typename Args>
+void set_lists(Args& a, const Tensor& offsets, const Tensor& lens, const Tensor& overflow,
+               const std::optional<Tensor>& mask) {
+  a.offsets = ints(offsets);
+  a.lens = static_cast<int32_t*>(lens.mutable_data_ptr());
+  a.overflow = static_cast<int32_t*>(overflow.mutable_data_ptr());
+  if (mask.has_value()) {
+    a.mask = static_cast<const bool*>(mask->const_data_ptr());
+    a.mask_stride_b = mask->stride(0);
+    a.mask_stride_n = mask->stride(1);
+  }
+}
+
 inline const void* pointer(const std::optional<Tensor>& t) { return t.has_value() ? t->const_data_ptr() : nullptr; }
 
 }  // namespace sparsemm
