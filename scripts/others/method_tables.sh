@@ -4,11 +4,11 @@
 #   bash scripts/others/method_tables.sh
 #
 # What is finished stays: an interrupted run goes on where it stopped, and shows how long the model at hand will take.
-# With the defaults 101 cells of 400 pages for each model: on a CPU core half an hour and more.
+# With the defaults 92 cells of 400 pages for each model: on a CPU core half an hour and more.
 #
 # Variables:
 #   MODELS         miniatures, those not in assets/ are left out   (llava-vicuna llava-mistral qwen2-vl qwen3-vl)
-#   METHODS        methods, or METHOD for a single one             (all)
+#   METHODS        methods, or METHOD for a single one             (all that draw and mask nothing)
 #   BUDGETS        rows per kv head, or BUDGET for one value       (8 12 16 24 32 64 128)
 #   DOCUMENTS      held-out pages, half of them for each task      (400)
 #   PAGE_SEED      another seed draws other pages                  (0; calibrations are made on those of 1)
@@ -19,6 +19,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
 DOCUMENTS="${DOCUMENTS:-400}"
+METHODS="${METHODS:-fullkv streaming_llm knorm keydiff snapkv expected_attention mixkv pyramidkv adakv vl_cache head_kv \
+sparsemm rate_distortion rate_distortion_mixkv}"
 output="${OUTPUT:-results/methods}"
 options_from METHODS BUDGETS DOCUMENTS PAGE_SEED DEVICE DTYPE
 for model in ${MODELS:-llava-vicuna llava-mistral qwen2-vl qwen3-vl}; do

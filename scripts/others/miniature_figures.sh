@@ -4,7 +4,8 @@
 #   scores     head scores and calibration; the scores by other fonts and match rules, and what chasing costs
 #   masks      visual heads masked, and as many random others
 #   pictures   what heads look at, budgets, rows kept, sparsity of the scores, example pages
-#   tables     methods and ablations through lmms-eval, the methods with windows of 8 and 12, too
+#   tables     methods and ablations through lmms-eval, the methods with windows of 8 and 12, too; random heads three
+#              times over
 #   methods    every method, page by page, with paired differences     (scripts/others/method_tables.sh)
 #   rows       single heads given other rows                           (scripts/others/head_rows.sh)
 #
@@ -91,9 +92,19 @@ tables() {
     export MODEL="$model" BATCH_SIZE=16
     OUTPUT="$output/lmms-eval" bash "$scripts_folder/eval/qwen.sh"
     OUTPUT="$output/lmms-eval" bash "$scripts_folder/eval/ablation.sh"
-    export METHODS="snapkv pyramidkv adakv sparsemm random" OUTPUT="$output/lmms-eval"
-    WINDOW_SIZE=8 BUDGETS="8 16 24 32 64 128" bash "$scripts_folder/eval/qwen.sh"
-    WINDOW_SIZE=12 BUDGETS="16 24 32 64 128" bash "$scripts_folder/eval/qwen.sh"
+    export OUTPUT="$output/lmms-eval"
+    SEED=1 METHODS="random mask_random" bash "$scripts_folder/eval/qwen.sh"
+    SEED=2 METHODS="random mask_random" bash "$scripts_folder/eval/qwen.sh"
+    WINDOW_SIZE=8 with_window "8 16 24 32 64 128"
+    WINDOW_SIZE=12 with_window "16 24 32 64 128"
+}
+
+# with_window BUDGETS: the methods with another window, WINDOW_SIZE.
+with_window() {
+    export WINDOW_SIZE BUDGETS="$1"
+    METHODS="snapkv pyramidkv adakv sparsemm random" bash "$scripts_folder/eval/qwen.sh"
+    SEED=1 METHODS=random bash "$scripts_folder/eval/qwen.sh"
+    SEED=2 METHODS=random bash "$scripts_folder/eval/qwen.sh"
 }
 
 methods() {

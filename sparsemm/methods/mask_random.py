@@ -31,4 +31,4 @@ def random_other_heads(settings: Settings, head_scores: HeadScores) -> BoolTenso
     return chosen.view_as(head_scores.values)
 
 
-MASK_RANDOM = Method(name="mask_random", head_scores="given", masked_heads=random_other_heads)
+MASK_RANDOM = Method(name="mask_random", head_scores="given", masked_heads=random_other_heads, seeded=True)

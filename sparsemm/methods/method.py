@@ -136,6 +136,7 @@ class Method:
         positions_ahead: How many positions `PromptStates.ahead` is the mean rotation of.
         masked_heads: Which query heads are masked; None is no head.
         paper_rounding: Whether there is such a thing as the original release's rounding of this method.
+        seeded: Whether something is drawn by `settings.seed`: results with several seeds are then shown as their mean.
     """
 
     name: str
@@ -149,6 +150,7 @@ class Method:
     positions_ahead: int = 0
     masked_heads: MaskRule | None = None
     paper_rounding: bool = True
+    seeded: bool = False
 
     def __post_init__(self) -> None:
         rules = (self.model_budgets, self.layer_budgets, self.prompt_budgets)

@@ -5,4 +5,4 @@ from __future__ import annotations
 from sparsemm.methods.budgets import score_budgets
 from sparsemm.methods.method import Method
 
-RANDOM = Method(name="random", model_budgets=score_budgets, head_scores="random")
+RANDOM = Method(name="random", model_budgets=score_budgets, head_scores="random", seeded=True)

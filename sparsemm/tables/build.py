@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean, variance
 
 from sparsemm.errors import ConfigError
+from sparsemm.methods import get_method
 from sparsemm.miniatures.architectures import FAMILIES
 from sparsemm.runs.plots import LABELS
 from sparsemm.tables.measurements import Measurement
@@ -29,8 +31,10 @@ FULL = "all rows"
 
 @dataclass(frozen=True)
 class Entry:
-    """One cell: what was measured (and its standard error over the documents) and what the paper printed, both in the
-    benchmark's unit; None where absent."""
+    """One cell: what was measured and what the paper printed, both in the benchmark's unit; None where absent.
+
+    The standard error is that over the documents; of the mean over several seeds, with what these differ by.
+    """
 
     measured: float | None = None
     paper: float | None = None
@@ -135,7 +139,9 @@ def _parts(number: str, measurements: Sequence[Measurement], ratio: float, metri
     cells |= {place: others[place] for place in ordered if _is_part(number, place[1], others[place], ratio)}
     for place, here in cells.items():
         for window, chosen in _by_window(here):
-            rows = {(_row(number, m, ratio), _column(number, m)): m for m in chosen}
+            rows: dict[tuple[str, str], list[Measurement]] = {}  # several where something is drawn by a seed
+            for m in chosen:
+                rows.setdefault((_row(number, m, ratio), _column(number, m)), []).append(m)
             if number != "2" or not window or any(row == "window+uniform" for row, _ in rows):
                 yield _table(number, place, rows, metric, window)
 
@@ -180,12 +186,12 @@ def _is_part(number: str, benchmark: str, cells: Sequence[Measurement], ratio: f
 def _table(
     number: str,
     place: tuple[str, str, int | None],
-    measured: dict[tuple[str, str], Measurement],
+    measured: dict[tuple[str, str], list[Measurement]],
     metric: str | None,
     variant: str,
 ) -> Table:
     model, name, budget = place
-    chosen = list(measured.values())
+    chosen = [m for cells in measured.values() for m in cells]
     benchmark = own = _benchmark(name, chosen)
     if metric not in (None, own.metric) and any(metric in m.metrics for m in chosen):
         benchmark = Benchmark(own.name, own.task, metric, metric.replace("_", " "), digits=own.digits)
@@ -199,7 +205,7 @@ def _table(
         for column in ordered:
             # The paper's figures are of its own metric.
             paper = figures.get(row, {}).get(column) if benchmark is own else None
-            entry = _entry(benchmark, measured.get((row, column)), paper)
+            entry = _entry(benchmark, measured.get((row, column), []), paper)
             if not entry.is_empty:
                 rows.setdefault(row, {})[column] = entry
     title = {
@@ -215,14 +221,19 @@ def _benchmark(name: str, chosen: Sequence[Measurement]) -> Benchmark:
     return known or benchmark_of(name, next((m.metrics for m in chosen if m.metrics), None))
 
 
-def _entry(benchmark: Benchmark, m: Measurement | None, paper: float | None) -> Entry:
-    if m is None:
-        return Entry(paper=paper)
-    value = m.metrics.get(benchmark.metric)
-    measured = None if value is None else value * benchmark.scale
-    error = m.standard_errors.get(benchmark.metric)
-    failed = m.error is not None or value is None
-    return Entry(measured, paper, m.effective_budget, failed, None if error is None else error * benchmark.scale)
+def _entry(benchmark: Benchmark, cells: Sequence[Measurement], paper: float | None) -> Entry:
+    """Of several cells, which differ in their seed alone, the mean."""
+    metric, scale = benchmark.metric, benchmark.scale
+    finished = [m for m in cells if m.error is None and metric in m.metrics]
+    if not finished:
+        return Entry(paper=paper, failed=bool(cells))
+    values = [scale * m.metrics[metric] for m in finished]
+    errors = [scale * m.standard_errors[metric] for m in finished if metric in m.standard_errors]
+    budgets = [m.effective_budget for m in finished if m.effective_budget is not None]
+    # All seeds read the same documents, so that a mean over them does not lessen the documents' part.
+    drawn = variance(values) / len(values) if len(values) > 1 else 0.0
+    error = (fmean(each * each for each in errors) + drawn) ** 0.5 if errors else None
+    return Entry(fmean(values), paper, fmean(budgets) if budgets else None, standard_error=error)
 
 
 def _notes(cells: Sequence[Measurement]) -> tuple[str, ...]:
@@ -234,6 +245,8 @@ def _notes(cells: Sequence[Measurement]) -> tuple[str, ...]:
     notes = [f"rounding {', '.join(roundings) or 'of no effect'}"] if finished else []
     notes += [f"window {', '.join(map(str, windows))}"] if windows else []
     notes += [f"{', '.join(map(str, documents))} documents a cell"] if documents else []
+    seeds = sorted({m.seed for m in finished if get_method(m.method).seeded})
+    notes += [f"random heads: mean of seeds {', '.join(map(str, seeds))}"] if len(seeds) > 1 else []
     return (*notes, *(f"failed: {m.method} {m.budget or ''}: {m.error}" for m in cells if m.error is not None))
 
 

@@ -70,7 +70,8 @@ class Measurement(Run):
         """What places it in the tables; two of one key are two runs of one cell."""
         relevant = self.ratio if self.method in ("sparsemm", "random") else None
         window = self.window_size if self.budget is not None else None
-        return self.model, self.task, self.method, self.budget, relevant, window
+        seed = self.seed if get_method(self.method).seeded else None
+        return self.model, self.task, self.method, self.budget, relevant, window, seed
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, without those that are None or empty."""

@@ -291,6 +291,26 @@ def test_a_failed_cell_is_visible() -> None:
     assert "failed / 59.19" in text and "out of memory" in text
 
 
+def test_random_heads_are_shown_as_the_mean_over_their_seeds(tmp_path: Path) -> None:
+    metric = benchmarks()["sparsemm_read"].metric
+    drawn = [
+        cell("qwen2-vl", "sparsemm_read", "random", 8, value, window_size=4, seed=seed, standard_errors={metric: 0.03})
+        for seed, value in enumerate((0.40, 0.46, 0.43))
+    ]
+    plain = [cell("qwen2-vl", "sparsemm_read", "snapkv", 8, 0.5, window_size=4, seed=seed) for seed in (0, 1)]
+    write_measurements([*drawn, *plain], tmp_path / "all.json")
+    (table,) = build_tables(read_measurements([tmp_path / "all.json"]), numbers="3")
+    entry = table.entry("random", "8")
+    assert entry.measured == pytest.approx(0.43 * table.benchmark.scale)
+    # The documents' part stays as it is; what the seeds differ by, .03 of one, is that of a mean of three.
+    assert entry.standard_error == pytest.approx((0.03**2 + 0.03**2 / 3) ** 0.5 * table.benchmark.scale)
+    assert "random heads: mean of seeds 0, 1, 2" in table.notes
+    assert table.entry("snapkv", "8").standard_error is None  # two runs of one cell are no two seeds
+    failed = Measurement("qwen2-vl", "sparsemm_read", "random", 8, window_size=4, seed=3, error="out of memory")
+    (table,) = build_tables([*drawn, failed], numbers="3")
+    assert not table.entry("random", "8").failed and "failed: random 8: out of memory" in table.notes
+
+
 def test_other_models_get_tables_without_the_papers_columns() -> None:
     text = render_tables([part("3", "Document reading")])
     assert "As Table 3" in text and "0.500 [8]" in text and "0.900 [211]" in text and " / " not in text.split("\n\n")[1]
