@@ -143,8 +143,8 @@ def run(
         if place["kind"] == "throughput":
             return 2 * tokens * prompt_seconds + 22 * (step_seconds + limit_bytes / bandwidth)
         once = tokens * prompt_seconds
-        # One run decodes, one looks for the peak, the others are as many as PROMPT_SECONDS allow.
-        runs = 2 + min(PROMPT_RUNS, max(1.0, PROMPT_SECONDS / once))
+        # One run decodes, the others are as many as PROMPT_SECONDS allow.
+        runs = 1 + min(PROMPT_RUNS, max(1.0, PROMPT_SECONDS / once))
         return runs * once + (warmup + steps) * (step_seconds + read / bandwidth)
 
     def measure_place(place: dict[str, Any], tell: Tell) -> tuple[Times, dict[str, Any]]:

@@ -102,17 +102,27 @@ def _ticks(device: torch.device, total: int, tell: Tell) -> _Ticks | None:
     return None if device.type == "cuda" else _Ticks(total, tell)
 
 
-def _first_tokens(run: Callable[[int], float], new_tokens: int, model: nn.Module, tell: Tell) -> list[float]:
-    """Seconds to the first token: of a few runs that end there, while they are short, and of the one that decodes."""
+def _first_tokens(
+    run: Callable[[int], float], new_tokens: int, model: nn.Module, tell: Tell
+) -> tuple[list[float], int]:
+    """Seconds to the first token: of a few runs that end there, while they are short, and of the one that decodes. And
+    the most bytes: of the decoding run, as the GPU's allocator notes them; on a CPU those of the first run's tensors,
+    the watching of which costs nothing beside a prompt that is run no more than twice."""
+    parallel, device, on_gpu = tensor_parallel_of(model), model.device, model.device.type == "cuda"
     seconds: list[float] = []
-    device, parallel = model.device, tensor_parallel_of(model)
+    peak = weight_bytes(model)
     while len(seconds) < PROMPT_RUNS and parallel.collect(sum(seconds))[0] < PROMPT_SECONDS:
         tell(f"prompt, run {len(seconds) + 1}")
-        seconds.append(run(1))
-    if device.type == "cuda":
+        if seconds or on_gpu:
+            seconds.append(run(1))
+        else:
+            peak += peak_new_bytes(lambda: seconds.append(run(1)))
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     seconds.append(run(new_tokens))
-    return seconds[1:] if len(seconds) > 2 else seconds
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated(device)
+    return (seconds[1:] if len(seconds) > 2 else seconds), peak
 
 
 def _measure_ours(
@@ -130,10 +140,11 @@ def _measure_ours(
         return loop.prefill_seconds
 
     generate(3, short)
-    first = _first_tokens(generate, new_tokens, model, tell)
+    first, peak = _first_tokens(generate, new_tokens, model, tell)
     times: Times = {"first_token": first, "step": loop.step_seconds}
     stats = loop.cache.record.stats()
     figures: Figures = {
+        "peak_bytes": peak,
         "graph": loop.runner.captures > 0,
         "cache_bytes": loop.cache.memory_bytes(),
         "effective_budget": stats.effective_budget,
@@ -151,8 +162,7 @@ def _measure_ours(
         count = count_operators(loop.step)
         figures |= {"operators": count.total, "launches": count.launches}
         figures["kernels"] = count_kernels(loop.step, model.device)
-    tell("peak memory")
-    return times, {**figures, "peak_bytes": _peak_bytes(model, lambda: generate(1))}
+    return times, figures
 
 
 def _measure_stock(
@@ -166,11 +176,8 @@ def _measure_stock(
         return first
 
     stock_greedy(model, short, 3, **NEVER_ENDS)
-    times["first_token"] = _first_tokens(generate, new_tokens, model, tell)
-    steps = times["step"]
-    tell("peak memory")
-    figures = {"peak_bytes": _peak_bytes(model, lambda: generate(1))}
-    times["step"] = steps
+    times["first_token"], peak = _first_tokens(generate, new_tokens, model, tell)
+    figures: Figures = {"peak_bytes": peak}
     text = {name: inputs[name][:, -8:] for name in ("input_ids", "attention_mask")}
     if not bool((text["input_ids"] == model.config.image_token_id).any()):  # one step more is one step
         longer, shorter = (
@@ -178,10 +185,3 @@ def _measure_stock(
         )
         figures["operators"], figures["launches"] = longer.total - shorter.total, longer.launches - shorter.launches
     return times, figures
-
-
-def _peak_bytes(model: nn.Module, prompt: Callable[[], Any]) -> int:
-    """What the GPU's allocator noted since its peak was reset; on a CPU, what tensors of one more prompt hold."""
-    if model.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(model.device)
-    return weight_bytes(model) + peak_new_bytes(prompt)
