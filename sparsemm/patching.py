@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from types import TracebackType
@@ -10,28 +9,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
 
 from sparsemm.attention import Observer, head_mask_for, sparse_attention
-from sparsemm.cache import CacheRecord, CacheStats, SparseCache
+from sparsemm.cache import CacheRecord, CacheStats, SparseCache, adopt
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import CacheError, ConfigError, PatchError
-from sparsemm.methods import get_method
 from sparsemm.models import family_of, merged
-from sparsemm.models.identity import identity_of
 from sparsemm.models.instances import Replacement, device_of, forward_name, set_on_instance
-from sparsemm.models.layers import mean_rotation, sliding_windows
-from sparsemm.models.parallel import TensorParallel, tensor_parallel_of
+from sparsemm.models.layers import mean_rotation
 from sparsemm.models.projections import Projections
 from sparsemm.models.proof import proved_projections
-from sparsemm.ops.backends import resolve_backend
-from sparsemm.plan import GROWTH_ROWS, Plan
+from sparsemm.plan import GROWTH_ROWS, agreed_plan
 
 # Kept on the text model itself, so that a model that is dropped under its patch is freed with it.
 _HANDLE = "_sparsemm_patch"
-
-_SHAPE = ("num_layers", "num_kv_heads", "head_dim", "sliding_windows")
-"""What the plans of two caches for one model have in common."""
 
 
 def patch(
@@ -93,7 +84,8 @@ class PatchHandle:
         if _HANDLE in vars(self.text_model):
             raise PatchError("this model is patched already; remove that handle (or leave its with block) first")
         self.projections = proved_projections(self.text_model)
-        self.plan = self._agreed_plan(reserve, decode_backend)
+        own_kv_heads = next(each.num_kv_heads for each in self.projections if each is not None)
+        self.plan = agreed_plan(model, self.text_model, config, own_kv_heads, reserve, decode_backend)
         self.observer: Observer | None = None
         self._record: CacheRecord | None = None
         self._columns: Tensor | None = None  # the mask of the forward under way, before the model made others of it
@@ -131,26 +123,6 @@ class PatchHandle:
         """Restore the model: its outputs are then those from before, bit for bit. Calling it again does nothing."""
         while self._undo:
             self._undo.pop()()
-
-    def _agreed_plan(self, reserve: int, decode_backend: str) -> Plan:
-        """The plan, the same in every process that holds the model. Raises `PatchError` in all of them if it is not."""
-        parallel = tensor_parallel_of(self.text_model)
-        needed = parallel.size > 1 or get_method(self.config.method).needs_head_scores
-        identity = identity_of(self.model) if needed else None
-        own = next(each.num_kv_heads for each in self.projections if each is not None)
-        divided = own != self.text_model.config.num_key_value_heads
-
-        def make() -> Plan:
-            held = dataclasses.replace(parallel, divided=divided)
-            plan = _plan(self.text_model, self.config, reserve, decode_backend, held)
-            if plan.method.needs_head_scores:
-                plan.head_scores.check_model(identity)
-            return plan
-
-        plan = parallel.together(make)
-        if parallel.size > 1:
-            _refuse_differences(parallel.collect({"weights": identity.weights, **plan.describe()}))
-        return plan
 
     # -- installing -----------------------------------------------------------------------------------------------
 
@@ -217,7 +189,7 @@ class PatchHandle:
                 "output_attentions is not offered under the patch, where kept rows have no columns; ask for it with "
                 "use_cache=False, or look at each layer with PatchHandle.observer"
             )
-        cache = self.adopt(cache)
+        cache = adopt(cache, self.plan)
         tokens = _tokens(args, kwargs)
         first = cache.get_seq_length() == 0
         mask = kwargs.get("attention_mask")
@@ -282,39 +254,6 @@ class PatchHandle:
             seen["ahead"] = mean_rotation(self.text_model, last.to(tokens.device), method.positions_ahead)
         return seen
 
-    def adopt(self, cache: Any, plan: Plan | None = None) -> SparseCache:
-        """Our cache, as it is or made of an empty one of transformers, in place.
-
-        Args:
-            cache: What a forward or `generate` was given; None for nothing.
-            plan: Of a cache that is made; the patch's own by default.
-
-        Raises:
-            CacheError: Another kind of cache, a filled one, or one of a model of another shape.
-        """
-        plan = plan or self.plan
-        if cache is None:
-            return SparseCache(plan)
-        if isinstance(cache, SparseCache):
-            its = cache.plan
-            if any(getattr(plan, name) != getattr(its, name) for name in _SHAPE):
-                raise CacheError("past_key_values is the cache of a model of another shape; start without it")
-            return cache
-        if not _is_stock_cache(cache):
-            raise CacheError(
-                f"past_key_values is a {type(cache).__name__}, which cannot hold a different number of rows per head; "
-                "leave cache_implementation and past_key_values unset under the patch"
-            )
-        if cache.get_seq_length() > 0:
-            raise CacheError(
-                "past_key_values was filled before the model was patched; start the patched generation without it"
-            )
-        # `generate` and callers keep a reference to the empty cache they made and expect it filled, so that very
-        # object becomes the sparse cache.
-        cache.__class__ = SparseCache
-        SparseCache.__init__(cache, plan)
-        return cache
-
     def _keep_rope_deltas_with_the_cache(self) -> None:
         """The offset of generated tokens in M-RoPE is kept on the model, where two conversations would mix."""
         inner = self.model.model
@@ -345,46 +284,6 @@ def _tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     if embeddings is not None:
         return embeddings
     return args[0] if args else kwargs["input_ids"]
-
-
-def _is_stock_cache(cache: Any) -> bool:
-    """Whether `cache` is of the kind that `generate` makes where nothing else is asked for."""
-    return type(cache) is DynamicCache and not getattr(cache, "offloading", False)
-
-
-def _plan(
-    text_model: nn.Module, config: CompressionConfig, reserve: int, decode_backend: str, parallel: TensorParallel
-) -> Plan:
-    text_config, windows = text_model.config, sliding_windows(text_model.config)
-    attention = text_model.layers[windows.index(None)].self_attn
-    device = device_of(attention)
-    if decode_backend != "auto" and device.type != "meta":  # better refused here than in the middle of a prompt
-        resolve_backend(decode_backend, device, text_model.dtype, attention.head_dim)
-    return Plan(
-        config=config,
-        num_layers=windows.count(None),
-        num_query_heads=text_config.num_attention_heads,
-        num_kv_heads=text_config.num_key_value_heads,
-        head_dim=attention.head_dim,
-        reserve=reserve,
-        decode_backend=decode_backend,
-        sliding_windows=windows if any(windows) else (),
-        parallel=parallel,
-    )
-
-
-def _refuse_differences(plans: list[dict[str, Any]]) -> None:
-    """Raise `PatchError` unless all processes that hold a model describe the same plan."""
-    differences = [
-        f"{name} is {' / '.join(str(each[name]) for each in plans)}"
-        for name in plans[0]
-        if any(each[name] != plans[0][name] for each in plans)
-    ]
-    if differences:
-        raise PatchError(
-            f"the {len(plans)} processes that hold the model do not agree: {'; '.join(differences)}; start all of them "
-            "with the same settings, files and versions"
-        )
 
 
 def _refuse_assisted_decoding(*args: Any, **kwargs: Any) -> torch.Tensor:

@@ -7,18 +7,23 @@ the answers.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import BoolTensor, LongTensor, Tensor
+from torch import BoolTensor, LongTensor, Tensor, nn
 
 from sparsemm.config import CompressionConfig
-from sparsemm.errors import ConfigError, HeadScoreError
+from sparsemm.errors import ConfigError, HeadScoreError, PatchError
 from sparsemm.head_scores import HeadScores
 from sparsemm.methods import BudgetRequest, Method, get_method
-from sparsemm.models.parallel import ALONE, TensorParallel
+from sparsemm.models.identity import identity_of
+from sparsemm.models.instances import device_of
+from sparsemm.models.layers import sliding_windows
+from sparsemm.models.parallel import ALONE, TensorParallel, tensor_parallel_of
+from sparsemm.ops.backends import resolve_backend
 from sparsemm.runs.results import versions
 
 GROWTH_ROWS = 64
@@ -154,6 +159,73 @@ class Plan:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
         return self  # immutable, shared by copies of a cache
+
+
+def agreed_plan(
+    model: nn.Module,
+    text_model: nn.Module,
+    config: CompressionConfig,
+    own_kv_heads: int,
+    reserve: int,
+    decode_backend: str,
+) -> Plan:
+    """The plan of a model, the same in every process that holds it; `own_kv_heads` are in this one.
+
+    Raises:
+        ConfigError: The backend is unknown or cannot serve this model, or a size is out of range.
+        HeadScoreError: The head scores do not fit the model, belong to another one, or cannot be read.
+        PatchError: The processes differ in settings, files, weights or versions; raised in all of them.
+    """
+    parallel = tensor_parallel_of(text_model)
+    needed = parallel.size > 1 or get_method(config.method).needs_head_scores
+    identity = identity_of(model) if needed else None
+    held = dataclasses.replace(parallel, divided=own_kv_heads != text_model.config.num_key_value_heads)
+
+    def make() -> Plan:
+        plan = _plan_of(text_model, config, reserve, decode_backend, held)
+        if plan.method.needs_head_scores:
+            plan.head_scores.check_model(identity)
+        return plan
+
+    plan = parallel.together(make)
+    if parallel.size > 1:
+        _refuse_differences(parallel.collect({"weights": identity.weights, **plan.describe()}))
+    return plan
+
+
+def _plan_of(
+    text_model: nn.Module, config: CompressionConfig, reserve: int, decode_backend: str, parallel: TensorParallel
+) -> Plan:
+    text_config, windows = text_model.config, sliding_windows(text_model.config)
+    attention = text_model.layers[windows.index(None)].self_attn
+    device = device_of(attention)
+    if decode_backend != "auto" and device.type != "meta":  # better refused here than in the middle of a prompt
+        resolve_backend(decode_backend, device, text_model.dtype, attention.head_dim)
+    return Plan(
+        config=config,
+        num_layers=windows.count(None),
+        num_query_heads=text_config.num_attention_heads,
+        num_kv_heads=text_config.num_key_value_heads,
+        head_dim=attention.head_dim,
+        reserve=reserve,
+        decode_backend=decode_backend,
+        sliding_windows=windows if any(windows) else (),
+        parallel=parallel,
+    )
+
+
+def _refuse_differences(plans: list[dict[str, Any]]) -> None:
+    """Raise `PatchError` unless all processes that hold a model describe the same plan."""
+    differences = [
+        f"{name} is {' / '.join(str(each[name]) for each in plans)}"
+        for name in plans[0]
+        if any(each[name] != plans[0][name] for each in plans)
+    ]
+    if differences:
+        raise PatchError(
+            f"the {len(plans)} processes that hold the model do not agree: {'; '.join(differences)}; start all of them "
+            "with the same settings, files and versions"
+        )
 
 
 def head_budgets(
