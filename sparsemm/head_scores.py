@@ -73,11 +73,6 @@ class Curves:
         names = ("sensitivities", "distortions", "retrieval", "distortions_mixkv")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
-    @functools.cached_property
-    def ranked_by_mixkv(self) -> Curves:
-        """The same with MixKV's distortions for SnapKV's."""
-        return Curves(self.rows, self.sensitivities, self.distortions_mixkv)
-
     def to_dict(self) -> dict[str, Any]:
         """As JSON values, by the names of the fields; what was not measured is left out."""
         return {"rows": self.rows, **{name: table.tolist() for name, table in self.tables.items()}}

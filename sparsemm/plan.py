@@ -53,6 +53,7 @@ class Plan:
             `[num_layers, num_query_heads]`, depends on the seed and the shape only.
         masked_heads: bool `[num_layers, num_query_heads]`, True for the query heads that the method masks (spec
             section 6).
+        rankings: bool `[num_layers, num_kv_heads]`, of a method with two rankings the heads that follow the second.
 
     Raises:
         ConfigError: A size is out of range, or more heads are to be masked than there are.
@@ -71,6 +72,7 @@ class Plan:
     method: Method = field(init=False)
     head_scores: HeadScores | None = field(init=False)
     masked_heads: BoolTensor = field(init=False, repr=False, compare=False)
+    rankings: BoolTensor | None = field(init=False, repr=False, compare=False)
     _budgets: dict[int, LongTensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -91,7 +93,9 @@ class Plan:
         masked = torch.zeros(shape, dtype=torch.bool)
         if method.masked_heads is not None:
             masked = method.masked_heads(self.config, head_scores)
-        for name, value in {"method": method, "head_scores": head_scores, "masked_heads": masked}.items():
+        rankings = None if method.rankings is None else method.rankings(head_scores, self.num_kv_heads)
+        resolved = {"method": method, "head_scores": head_scores, "masked_heads": masked, "rankings": rankings}
+        for name, value in resolved.items():
             object.__setattr__(self, name, value)
 
     def budgets(self, prompt_length: int) -> LongTensor:

@@ -51,6 +51,9 @@ def choose_rows(plan: Plan, layer_idx: int, states: PromptStates, prompt_lengths
             that keeps them all.
     """
     method = plan.method
+    if plan.rankings is not None:
+        (ranking,) = _upload(states.key.device, plan.rankings[layer_idx, plan.parallel.own(plan.num_kv_heads)])
+        states = dataclasses.replace(states, ranking=ranking.bool())
     if method.layer_budgets is not None and not all(is_covered(plan.config, length) for length in prompt_lengths):
         return _choose_by_scores(plan, states, prompt_lengths)
     covered = method.layer_budgets is not None or method.prompt_budgets is not None

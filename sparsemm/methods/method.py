@@ -59,8 +59,9 @@ class PromptStates:
         unrotated: The queries before RoPE, float32 `[batch, num_query_heads, n, head_dim]`.
         ahead: Mean rotation of the positions to come, float32 `[batch, head_dim, head_dim]`: the query that a
             token will have is, in the mean, `ahead @ unrotated`.
+        ranking: bool `[num_kv_heads]`, which heads follow the second of a method's two rankings (`Method.rankings`).
 
-    The last four are there for the methods that name them (`Method.sees`), and may be None for others.
+    The last five are there for the methods that name them (`Method.sees`) or have that rule; else they may be None.
     """
 
     query: Tensor
@@ -73,6 +74,7 @@ class PromptStates:
     image: Tensor | None = None
     unrotated: Tensor | None = None
     ahead: Tensor | None = None
+    ranking: Tensor | None = None
 
     @property
     def columns(self) -> int:
@@ -118,6 +120,11 @@ MaskRule = Callable[[Settings, HeadScores], BoolTensor]
 """`rule(settings, head_scores) -> BoolTensor [num_layers, num_query_heads]`, True where the head is masked."""
 
 
+RankingRule = Callable[[HeadScores, int], BoolTensor]
+"""`rule(head_scores, num_kv_heads) -> BoolTensor [num_layers, num_kv_heads]`, True where the head's rows are ranked by
+the second of the method's two rankings."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the method table (spec section 3).
@@ -131,6 +138,7 @@ class Method:
             calibration (`calibrated`; for MixKV's ranking `calibrated_mixkv`) or its retrieval scores (`retrieval`), or
             drawn at `random`.
         score_positions: Ranks the columns before the window; None is SnapKV's scoring (spec section 2).
+        rankings: Which of two rankings a head follows, for a scorer that has two.
         score_layer: In its place where there is a `prompt_budgets`.
         sees: What the scorer reads of `PromptStates` beside keys and queries: "value", "image", "unrotated", "ahead".
         positions_ahead: How many positions `PromptStates.ahead` is the mean rotation of.
@@ -145,6 +153,7 @@ class Method:
     prompt_budgets: PromptBudgetRule | None = None
     head_scores: Literal["none", "given", "calibrated", "calibrated_mixkv", "retrieval", "random"] = "none"
     score_positions: PositionScorer | None = None
+    rankings: RankingRule | None = None
     score_layer: LayerScorer | None = None
     sees: tuple[str, ...] = ()
     positions_ahead: int = 0

@@ -23,9 +23,13 @@ def importance_and_diversity(settings: Settings, states: PromptStates) -> Tensor
     r is that of the prompt itself: "online" in the paper's Table 4, where it does better than r averaged beforehand
     over other prompts, which the authors' code has.
     """
+    return with_diversity(pooled_window_scores(settings, states), states)
+
+
+def with_diversity(attention: Tensor, states: PromptStates) -> Tensor:
+    """`importance_and_diversity` from SnapKV's score, float32 `[batch, num_kv_heads, columns]`."""
     columns, valid = states.columns, states.valid
     before, length = valid[..., :columns], valid.sum(-1, keepdim=True)
-    attention = pooled_window_scores(settings, states)
     level = _mean(attention, before)
     direction = normalize(states.key.float(), dim=-1) * valid[..., None]
     mean = direction.sum(2, keepdim=True) / length[..., None]

@@ -8,15 +8,17 @@ the head whose hull falls fastest (Shoham and Gersho 1988, bit allocation among 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import LongTensor
+from torch import BoolTensor, LongTensor, Tensor
 
 from sparsemm.errors import ConfigError
-from sparsemm.head_scores import Curves
-from sparsemm.methods.method import BudgetRequest, Method
-from sparsemm.methods.mixkv import MIXKV
+from sparsemm.head_scores import Curves, HeadScores
+from sparsemm.methods.method import BudgetRequest, Method, PromptStates, Settings
+from sparsemm.methods.mixkv import MIXKV, with_diversity
+from sparsemm.methods.snapkv import pooled_window_scores
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,49 @@ class Piece:
 
 def rate_distortion_budgets(request: BudgetRequest) -> LongTensor:
     """`hand_out` by the curves of SnapKV's ranking."""
-    return hand_out(request, request.head_scores.curves)
+    return hand_out(request, snapkv_errors)
 
 
-def budgets_for_mixkv_rows(request: BudgetRequest) -> LongTensor:
-    """`hand_out` by the curves of MixKV's ranking."""
-    return hand_out(request, request.head_scores.curves.ranked_by_mixkv)
+def budgets_of_two_rankings(request: BudgetRequest) -> LongTensor:
+    """`hand_out` by the curves of that ranking which serves a head better."""
+    return hand_out(request, smaller_errors)
 
 
-def hand_out(request: BudgetRequest, curves: Curves) -> LongTensor:
+def served_by_mixkv(head_scores: HeadScores, num_kv_heads: int) -> BoolTensor:
+    """The kv heads that lose less with MixKV's ranking than with SnapKV's: bool `[num_layers, num_kv_heads]`.
+
+    In the mean over the calibration's numbers of rows, which grow by equal factors.
+    """
+    curves = head_scores.curves
+    snapkv, mixkv = (errors_of(curves, num_kv_heads, each) for each in (curves.distortions, curves.distortions_mixkv))
+    return mixkv.mean(-1) < snapkv.mean(-1)
+
+
+def scores_of_two_rankings(settings: Settings, states: PromptStates) -> Tensor:
+    """SnapKV's scores, of the heads that it serves better MixKV's."""
+    scores = pooled_window_scores(settings, states)
+    return torch.where(states.ranking[:, None], with_diversity(scores, states), scores)
+
+
+def errors_of(curves: Curves, num_kv_heads: int, distortions: Tensor) -> Tensor:
+    """c_h s_h(r), summed over the query heads of a kv head: float64 `[num_layers, num_kv_heads, len(rows)]`."""
+    num_layers, _, points = distortions.shape
+    return (curves.sensitivities[..., None] * distortions).view(num_layers, num_kv_heads, -1, points).sum(2)
+
+
+def snapkv_errors(head_scores: HeadScores, num_kv_heads: int) -> Tensor:
+    """`errors_of` SnapKV's ranking."""
+    return errors_of(head_scores.curves, num_kv_heads, head_scores.curves.distortions)
+
+
+def smaller_errors(head_scores: HeadScores, num_kv_heads: int) -> Tensor:
+    """`errors_of` the ranking that `served_by_mixkv` tells."""
+    mixkv = errors_of(head_scores.curves, num_kv_heads, head_scores.curves.distortions_mixkv)
+    chosen = served_by_mixkv(head_scores, num_kv_heads)
+    return torch.where(chosen[..., None], mixkv, snapkv_errors(head_scores, num_kv_heads))
+
+
+def hand_out(request: BudgetRequest, errors: Callable[[HeadScores, int], Tensor]) -> LongTensor:
     """Rows of every kv head, window included: int64 `[num_layers, num_kv_heads]`.
 
     The sum is exact and every head's rows grow with the budget. Equal savings go to the lower layer, then head. Where
@@ -52,7 +88,7 @@ def hand_out(request: BudgetRequest, curves: Curves) -> LongTensor:
     settings, length = request.settings, request.prompt_length
     shape = (request.num_layers, request.num_kv_heads)
     request.head_scores.check_shape(request.num_layers, request.num_query_heads)
-    window = settings.window_size
+    window, curves = settings.window_size, request.head_scores.curves
     if window < curves.rows[0]:
         raise ConfigError(
             f"window_size={window} is smaller than the {curves.rows[0]} of the calibration, which measured nothing "
@@ -62,7 +98,7 @@ def hand_out(request: BudgetRequest, curves: Curves) -> LongTensor:
         return torch.full(shape, length, dtype=torch.long)
     count = shape[0] * shape[1]
     rows, left = [window] * count, (settings.budget - window) * count
-    for piece in hull_pieces(curves, request.num_kv_heads):
+    for piece in hull_pieces(request.head_scores, request.num_kv_heads, errors):
         taken = min(left, min(piece.end, length) - rows[piece.head])
         if taken > 0:
             rows[piece.head] += taken
@@ -73,11 +109,10 @@ def hand_out(request: BudgetRequest, curves: Curves) -> LongTensor:
 
 
 @functools.lru_cache(maxsize=8)
-def hull_pieces(curves: Curves, num_kv_heads: int) -> list[Piece]:
+def hull_pieces(head_scores: HeadScores, num_kv_heads: int, errors: Callable[[HeadScores, int], Tensor]) -> list[Piece]:
     """The pieces of all hulls, largest saving first; of a head, those of fewer rows come first."""
-    num_layers, num_query_heads, points = curves.distortions.shape
-    errors = (curves.sensitivities[..., None] * curves.distortions).view(num_layers * num_kv_heads, -1, points).sum(1)
-    pieces = [piece for head, values in enumerate(errors.tolist()) for piece in lower_hull(head, curves.rows, values)]
+    every, rows = errors(head_scores, num_kv_heads).flatten(0, 1).tolist(), head_scores.curves.rows
+    pieces = [piece for head, values in enumerate(every) for piece in lower_hull(head, rows, values)]
     return sorted(pieces, key=lambda piece: (-piece.saving, piece.head))
 
 
@@ -119,10 +154,12 @@ RATE_DISTORTION = Method(
 
 RATE_DISTORTION_MIXKV = Method(
     name="rate_distortion_mixkv",
-    model_budgets=budgets_for_mixkv_rows,
+    model_budgets=budgets_of_two_rankings,
     head_scores="calibrated_mixkv",
-    score_positions=MIXKV.score_positions,
+    score_positions=scores_of_two_rankings,
+    rankings=served_by_mixkv,
     sees=MIXKV.sees,
     paper_rounding=False,
 )
-"""How many rows a head needs depends on which it gets: ranked as MixKV ranks them, they serve most heads sooner."""
+"""How many rows a head needs depends on which it gets: ranked as MixKV ranks them, they serve most heads sooner. Where
+they do not, as where MixKV passes over the first token, which heads rest on, SnapKV's ranking stays."""

@@ -27,7 +27,7 @@ LABELS = {
     "pyramidkv": "PyramidKV",
     "adakv": "AdaKV",
     "rate_distortion": "Rate-distortion",
-    "rate_distortion_mixkv": "Rate-distortion, MixKV's rows",
+    "rate_distortion_mixkv": "Rate-distortion, also MixKV's rows",
     "streaming_llm": "StreamingLLM",
     "knorm": "Key norms",
     "keydiff": "KeyDiff",

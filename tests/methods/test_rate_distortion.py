@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import baselines
 import numpy as np
 import pytest
 import reference
@@ -170,15 +171,25 @@ def test_positions_are_snapkvs() -> None:
     assert [positions.tolist() for positions in kept] == expected.positions
 
 
-def test_rows_ranked_by_mixkv_have_their_own_curves(tmp_path) -> None:
+def test_every_head_follows_the_ranking_that_serves_it_better(tmp_path) -> None:
     first, second = drawn(2, 2, 4).curves, drawn(3, 2, 4).curves
     curves = Curves(ROWS, first.sensitivities, first.distortions, distortions_mixkv=second.distortions)
     HeadScores(torch.ones(2, 4), curves=curves).save(tmp_path / "both.json")
     shape = {"num_layers": 2, "num_query_heads": 4, "num_kv_heads": 4}
     config = CompressionConfig("rate_distortion_mixkv", 14, tmp_path / "both.json", window_size=4)
     found = head_budgets(config, **shape, prompt_length=40)
-    assert torch.equal(found, budgets(calibration(first.sensitivities, second.distortions), shape, 4, 14, 40))
+    better = second.distortions.mean(-1) < first.distortions.mean(-1)  # by head, as each query head has its own kv head
+    assert better.any() and not better.all()
+    smaller = torch.where(better[..., None], second.distortions, first.distortions)
+    assert torch.equal(found, budgets(calibration(first.sensitivities, smaller), shape, 4, 14, 40))
     assert not torch.equal(found, budgets(HeadScores.load(tmp_path / "both.json"), shape, 4, 14, 40))
+    query, key, value = torch.randn(1, 4, 40, 8), torch.randn(1, 4, 40, 8), torch.randn(1, 4, 40, 8)
+    (kept,) = select_positions(query, key, config, layer_idx=1, num_layers=2, value=value)
+    pooled = reference.pooled_scores(query[0, :, -4:].numpy(), key[0].numpy(), 4, 5, 8**-0.5)
+    mixed = baselines.mixkv(*(each[0].double().numpy() for each in (query, key, value)), 4, 8**-0.5)[:, :36]
+    scores = np.where(better[1].numpy()[:, None], mixed, pooled)
+    expected = reference.top_positions(scores, found[1].tolist(), 4, 40)
+    assert [positions.tolist() for positions in kept] == expected.positions
     with pytest.raises(HeadScoreError, match="needs the curves of MixKV's ranking.*calibrate again"):
         head_budgets(dataclasses.replace(config, head_scores=drawn(2, 2, 4)), **shape, prompt_length=40)
 

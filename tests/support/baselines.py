@@ -150,7 +150,7 @@ class BaselineTwin:
         return (logits.softmax(-1) @ value.repeat_interleave(group, 1)).transpose(1, 2).contiguous(), None
 
     def settle(self):
-        settings, (_, key, _) = self.settings, self.states[0]
+        settings, (query, key, _) = self.settings, self.states[0]
         (num_kv_heads, self.length, head_dim), window = key.shape, settings.window_size
         alike = [[min(settings.budget, self.length)] * num_kv_heads] * self.num_layers
         found = [self.scores(settings.method, layer, head_dim) for layer in range(self.num_layers)]
@@ -161,7 +161,13 @@ class BaselineTwin:
             retrieval = self.curves.retrieval.numpy()
             rows = head_kv_rows(retrieval, num_kv_heads, settings.budget, window, self.length).tolist()
         elif settings.method == "rate_distortion_mixkv":
-            tables = self.curves.sensitivities.numpy(), self.curves.distortions_mixkv.numpy(), self.curves.rows
+            group = query.shape[0] // num_kv_heads
+            distortions = np.where(
+                self.by_mixkv(num_kv_heads).repeat(group, 1)[..., None],
+                self.curves.distortions_mixkv.numpy(),
+                self.curves.distortions.numpy(),
+            )
+            tables = self.curves.sensitivities.numpy(), distortions, self.curves.rows
             rows = rate_distortion_budgets(*tables, num_kv_heads, settings.budget, window, self.length).tolist()
         else:
             rows = alike
@@ -172,12 +178,24 @@ class BaselineTwin:
         ]
         self.margin = min(kept.margin for kept in self.kept if not math.isnan(kept.margin))
 
+    def by_mixkv(self, num_kv_heads):
+        """Of `rate_distortion_mixkv`, the kv heads [L, Hkv] with the smaller mean error under MixKV's ranking."""
+        of_query_heads = self.curves.sensitivities.numpy() * (
+            self.curves.distortions_mixkv.numpy() - self.curves.distortions.numpy()
+        ).sum(-1)
+        return of_query_heads.reshape(self.num_layers, num_kv_heads, -1).sum(-1) < 0
+
     def scores(self, method, layer, head_dim):
         query, key, value = self.states[layer]
         if method == "head_kv":
             return pooled_scores(query, key, self.settings.window_size, 5, self.scaling)
         if method in ("mixkv", "rate_distortion_mixkv"):
-            return mixkv(query, key, value, self.settings.window_size, self.scaling)
+            mixed = mixkv(query, key, value, self.settings.window_size, self.scaling)
+            if method == "mixkv":
+                return mixed
+            pooled = pooled_scores(query, key, self.settings.window_size, 5, self.scaling)
+            before, chosen = pooled.shape[1], self.by_mixkv(len(key))[layer]
+            return np.where(chosen[:, None], mixed[:, :before], pooled)
         if method == "vl_cache":
             return behind_the_image(query, key, self.image, self.scaling)
         unrotated = self.unrotated[layer][0].double().numpy().reshape(self.length, -1, head_dim).transpose(1, 0, 2)
