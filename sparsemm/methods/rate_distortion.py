@@ -161,5 +161,5 @@ RATE_DISTORTION_MIXKV = Method(
     sees=MIXKV.sees,
     paper_rounding=False,
 )
-"""How many rows a head needs depends on which it gets: ranked as MixKV ranks them, they serve most heads sooner. Where
-they do not, as where MixKV passes over the first token, which heads rest on, SnapKV's ranking stays."""
+"""How many rows a head needs depends on which it gets: ranked as MixKV ranks them, they serve many heads sooner. Where
+they do not, as in a first layer whose heads average over the whole page, SnapKV's ranking stays."""
