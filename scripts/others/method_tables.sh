@@ -4,7 +4,7 @@
 #   bash scripts/others/method_tables.sh
 #
 # What is finished stays: an interrupted run goes on where it stopped, and shows how long the model at hand will take.
-# With the defaults 92 cells of 400 pages for each model: on a CPU core half an hour and more.
+# With the defaults 92 cells of 400 pages for each model: on a CPU core about a quarter of an hour.
 #
 # Variables:
 #   MODELS         miniatures, those not in assets/ are left out   (llava-vicuna llava-mistral qwen2-vl qwen3-vl)

@@ -11,8 +11,8 @@
 #
 #   bash scripts/others/miniature_figures.sh
 #
-# What is finished stays: an interrupted run goes on where it stopped. One core of a shared CPU takes about 1.5 hours for
-# each miniature: scores 5 minutes, masks 5, pictures 2, tables 30, methods 35, rows 15.
+# What is finished stays: an interrupted run goes on where it stopped. One core of a shared CPU takes about 1.2 hours for
+# each miniature: scores 5 minutes, masks 5, pictures 2, tables 40, methods 15, rows 5.
 #
 # Variables:
 #   STEPS          of the above                                    (scores masks pictures tables methods rows)
