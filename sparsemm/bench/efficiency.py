@@ -135,7 +135,7 @@ def plot_efficiency(results: BenchResults, path: str | Path, *, budget: int | No
         raise DataError("no latency of batch 1 was measured, so there is nothing to draw")
     large = max(cell.figures["peak_bytes"] for cell in cells) > 1e9
     unit, name = (1e9, "Peak memory (GB)") if large else (1e6, "Peak memory (MB)")
-    latency, memory = Panel(y_label="ms per token"), Panel(y_label=name)
+    latency, memory = Panel(y_label="ms per token", group="ms"), Panel(y_label=name, group="GB")  # a range each
     for cell in cells:
         method, prompt = cell.place["method"], cell.place["prompt_tokens"]
         latency.add(method, prompt, cell.ms("step"))

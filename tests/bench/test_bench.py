@@ -14,7 +14,7 @@ from toy_models import toy_model
 from typer.testing import CliRunner
 
 import sparsemm
-from sparsemm.bench import e2e, kernel_calls, steps
+from sparsemm.bench import e2e, efficiency, kernel_calls, steps
 from sparsemm.bench.baselines import CopyingLoop, kvpress_snapkv
 from sparsemm.bench.cells import BenchCell, BenchResults, duration
 from sparsemm.bench.efficiency import PAPER_SPEEDUP, format_tables, plot_efficiency
@@ -324,11 +324,16 @@ def test_a_baseline_that_is_missing_does_not_end_the_run(tiny):
     assert cells[1].status == "ok"
 
 
-def test_tables_and_figure(finished, tmp_path):
+def test_tables_and_figure(finished, tmp_path, monkeypatch):
     results = BenchResults.load(finished)
     text = format_tables(results)
     assert text.count("\n") + 1 == 2 + 16 + 1 + 2 + 3
     assert "paper" not in text
+    with monkeypatch.context() as patched:
+        drawn = []
+        patched.setattr(efficiency, "draw_panels", lambda rows, *args, **options: drawn.extend(rows[0]))
+        plot_efficiency(results, tmp_path / "efficiency.svg")
+    assert len({panel.group for panel in drawn}) == len(drawn) == 2, "time and memory share no range"
     plot_efficiency(results, tmp_path / "efficiency.svg")
     assert "<svg" in (tmp_path / "efficiency.svg").read_text()
     with pytest.raises(DataError, match="image format"):
