@@ -89,12 +89,10 @@ tables() {
         echo "the pages of lmms-eval's offline tasks are too small for $model: left out"
         return 0
     fi
-    export MODEL="$model" BATCH_SIZE=16
-    OUTPUT="$output/lmms-eval" bash "$scripts_folder/eval/qwen.sh"
-    OUTPUT="$output/lmms-eval" bash "$scripts_folder/eval/ablation.sh"
-    export OUTPUT="$output/lmms-eval"
-    SEED=1 METHODS="random mask_random" bash "$scripts_folder/eval/qwen.sh"
-    SEED=2 METHODS="random mask_random" bash "$scripts_folder/eval/qwen.sh"
+    export MODEL="$model" BATCH_SIZE=16 OUTPUT="$output/lmms-eval"
+    bash "$scripts_folder/eval/qwen.sh"
+    bash "$scripts_folder/eval/ablation.sh"
+    for_other_seeds random mask_random
     WINDOW_SIZE=8 with_window "8 16 24 32 64 128"
     WINDOW_SIZE=12 with_window "16 24 32 64 128"
 }
@@ -103,8 +101,14 @@ tables() {
 with_window() {
     export WINDOW_SIZE BUDGETS="$1"
     METHODS="snapkv pyramidkv adakv sparsemm random" bash "$scripts_folder/eval/qwen.sh"
-    SEED=1 METHODS=random bash "$scripts_folder/eval/qwen.sh"
-    SEED=2 METHODS=random bash "$scripts_folder/eval/qwen.sh"
+    for_other_seeds random
+}
+
+# for_other_seeds METHOD...: methods that draw heads, twice more.
+for_other_seeds() {
+    for seed in 1 2; do
+        SEED=$seed METHODS="$*" bash "$scripts_folder/eval/qwen.sh"
+    done
 }
 
 methods() {

@@ -136,7 +136,7 @@ def _measure_ours(
     def generate(tokens: int, inputs: dict[str, Tensor] = inputs) -> float:
         unset = dict.fromkeys(("temperature", "top_p", "top_k"))
         options = {"max_new_tokens": tokens, "do_sample": False, "num_beams": 1, **NEVER_ENDS, **unset}
-        model.generate(**inputs, **options, custom_generate=loop)
+        loop.generate(**inputs, **options)
         return loop.prefill_seconds
 
     generate(3, short)

@@ -43,8 +43,7 @@ def language_model(name: str, dtype: torch.dtype, **sizes: Any) -> nn.Module:
 def prepared_loop(model: nn.Module, prompt_tokens: int, steps: int) -> DecodeLoop:
     """A loop over a patched model whose cache holds a prompt, and whose step can be called `steps` times."""
     loop = DecodeLoop(active_patch(model), reserve=steps + 2)
-    inputs = prompt_inputs(model, prompt_tokens)
-    model.generate(**inputs, max_new_tokens=2, do_sample=False, custom_generate=loop, **NEVER_ENDS)
+    loop.generate(**prompt_inputs(model, prompt_tokens), max_new_tokens=2, do_sample=False, **NEVER_ENDS)
     loop.cache.begin_steps()
     loop.step.prepare(steps)
     return loop

@@ -83,7 +83,7 @@ def _prepare_ours(
 ) -> tuple[int, Callable[[], None]]:
     """Cache bytes of the batch and its decode step."""
     loop = DecodeLoop(handle, reserve=steps + 4)
-    model.generate(**inputs, max_new_tokens=1, do_sample=False, custom_generate=loop, **NEVER_ENDS)
+    loop.generate(**inputs, max_new_tokens=1, do_sample=False, **NEVER_ENDS)
     cache = loop.cache
     cache.batch_repeat_interleave(batch)
     logits = loop.step.logits.expand(batch, -1)

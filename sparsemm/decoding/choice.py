@@ -50,7 +50,7 @@ class Choice:
         self.sequences[:, : self.length] = input_ids
         self.column = torch.full((1,), self.length, device=device)  # the same as `length`, where a graph can read it
         self.unfinished = torch.ones(batch, dtype=torch.bool, device=device)
-        self.outcome = torch.zeros(batch + 1, dtype=torch.long, device=device)  # the tokens; whether any goes on
+        self.outcome = torch.ones(batch + 1, dtype=torch.long, device=device)  # the tokens; whether any goes on
         ends = [each.eos_token_id for each in criteria if hasattr(each, "eos_token_id")]
         self.ends = torch.cat([each.view(-1).to(device) for each in ends]) if ends else None
         self.pad = config._pad_token_tensor.to(device) if ends else None
@@ -107,7 +107,8 @@ class Choice:
         if self._penalised is not None:
             self._penalised.scatter_(1, token[:, None].clamp(max=self._penalised.shape[1] - 1), True)
         self._hand_over(token)
-        self.outcome[-1] = self.unfinished.any()
+        if self.ends is not None:
+            self.outcome[-1] = self.unfinished.any()
 
     def _choose(self) -> None:
         token = self._draw(self.processors(self.sequences[:, : self.length], self.step.logits.clone()))
@@ -129,8 +130,9 @@ class Choice:
         return (probabilities / torch.empty_like(probabilities).exponential_()).argmax(-1)
 
     def _hand_over(self, token: Tensor) -> None:
-        self.step.token.copy_(token[:, None])
-        self.sequences.index_copy_(1, self.column, token[:, None])
+        column = token[:, None]
+        self.step.token.copy_(column)
+        self.sequences.index_copy_(1, self.column, column)
         self.column += 1
         self.outcome[:-1] = token
 

@@ -90,13 +90,13 @@ class FusedLayer:
         self.before_attention, self.before_mlp = (
             Norm(getattr(layer, name), each) for name, each in zip(_NORMS, rule.norms, strict=True)
         )
-        self.projections, self.widths = _products(attention, ("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
+        parts, self.widths = _products(attention, ("q_proj", "k_proj", "v_proj"), ("qkv_proj",))
         if projections.fused is not None:
             self.widths = list(projections.fused)
-        self.output = _product(attention.o_proj)
-        self.gates, _ = _products(mlp, ("gate_proj", "up_proj"), ("gate_up_proj",))
-        self.down = _product(mlp.down_proj)
-        weight = self.output.weight
+        gates, _ = _products(mlp, ("gate_proj", "up_proj"), ("gate_up_proj",))
+        self.projections, self.gates = [each.bind() for each in parts], [each.bind() for each in gates]
+        self.output, self.down = _product(attention.o_proj).bind(), _product(mlp.down_proj).bind()
+        weight = own(attention.o_proj.weight)
         place = (weight.device, weight.dtype, projections.head_dim)
         self.activate = overload(getattr(operators(*place), rule.activation))
         self.rotation: tuple[Any, ...] = (None, None, 0.0, False, rule.interleaved)

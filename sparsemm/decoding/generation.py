@@ -33,7 +33,7 @@ class GenerationOutput:
         cache: Holds everything but the last token; hand it on as `past_key_values` to continue.
         stats: What the cache kept of the prompts.
         captures: CUDA graphs captured; more than one when the buffers had to grow.
-        prefill_seconds: Until the first token was chosen.
+        prefill_seconds: Until the first token was chosen, vision tower included.
         decode_seconds: From the first token to the last.
     """
 
@@ -129,7 +129,7 @@ def generate(
         if device.type == "meta" and not hasattr(model, "hf_device_map"):  # accelerate brings no weights at need
             raise ConfigError("the model is on the meta device, without weights; load it with sparsemm.load_model")
         tensors = {name: each.to(device) if isinstance(each, Tensor) else each for name, each in inputs.items()}
-        sequences = model.generate(**tensors, **options, custom_generate=loop)
+        sequences = loop.generate(**tensors, **options)
         return GenerationOutput(
             sequences=sequences,
             prompt_columns=loop.prompt_columns,

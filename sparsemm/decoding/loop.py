@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import LongTensor, nn
 
 from sparsemm.cache import SparseCache, SparseLayer, adopt
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class DecodeLoop:
-    """Greedy search and sampling over a patched model; pass it to `model.generate` as `custom_generate`.
+    """Greedy search and sampling over a patched model, by `generate`, or by `model.generate(…, custom_generate=loop)`.
 
     Attributes:
         cache: Of the last call; continue it with `past_key_values`.
@@ -37,7 +36,8 @@ class DecodeLoop:
             by the caller.
         runner: Of the last call; None when the first token was the last.
         step: The forward of one token that the runner repeats.
-        prefill_seconds: From the call to the first token, of the last call.
+        prefill_seconds: To the first token of the last call; from that of `generate`, or else from where transformers
+            called the loop, which may be behind the vision tower.
         decode_seconds: From the first token to the last.
         step_seconds: Of each decode step, when `time_steps` is on.
     """
@@ -70,7 +70,17 @@ class DecodeLoop:
         self.runner: StepRunner | None = None
         self.time_steps = time_steps
         self.prefill_seconds = self.decode_seconds = 0.0
+        self._clock: Clock | None = None
         self.step_seconds: list[float] = []
+
+    def generate(self, **inputs: Any) -> LongTensor:
+        """`model.generate` with this loop: int64 `[batch, prompt + new tokens]`."""
+        model = self.handle.model
+        self._clock = Clock(model.device)
+        try:
+            return model.generate(**inputs, custom_generate=self)
+        finally:
+            self._clock = None
 
     def __call__(
         self,
@@ -84,7 +94,7 @@ class DecodeLoop:
         """Called by `model.generate`. Returns int64 `[batch, prompt + new tokens]`."""
         _refuse_other_modes(generation_config, model_kwargs)
         max_length, self.prompt_columns = stopping_criteria.max_length, input_ids.shape[1]
-        clock = Clock(input_ids.device)
+        clock = self._clock or Clock(input_ids.device)
         position_ids = model_kwargs["position_ids"]
         plan = self.handle.plan.with_reserve(self.reserve or max(1, max_length - self.prompt_columns))
         cache = self.make_cache(model_kwargs.get("past_key_values"), plan)
@@ -165,7 +175,7 @@ def _one_after_the_other(step: DecodeStep, choose: Choice) -> Callable[[], None]
         step()
         choose.choose_on_device()
 
-    return torch.no_grad()(body)
+    return step.mode()(body)
 
 
 def _refuse_other_modes(config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:

@@ -39,6 +39,8 @@ class DecodeStep:
         token: int64 `[batch, 1]`, the token to feed; set before each step.
         positions: int64 `[batch, 1]` or, for M-RoPE, `[3, batch, 1]`.
         logits: float32 `[batch, vocab_size]`, written by each step.
+        mode: Under which a step runs. Fused layers keep nothing of what they compute, so that they can do without
+            autograd's counting of changes; of other modules nobody knows.
         num_later: None, or int32 `[batch, 1]` as for `varlen_decode`: rows that fused layers do not let a token see.
         by_model: Whether steps go through the model's own forward, which is no device work alone.
     """
@@ -56,6 +58,7 @@ class DecodeStep:
             UnsupportedModelError: The language model's weights are kept elsewhere and loaded as a whole.
         """
         self.model, self.by_model = model, False
+        self.mode: type[torch.no_grad | torch.inference_mode] = torch.no_grad
         self.text_model = family_of(model).text_model(model)
         self.lm_head = self._head = model.get_output_embeddings()
         hook = getattr(self.text_model, "_hf_hook", None)
@@ -85,7 +88,10 @@ class DecodeStep:
             (layer, None if rule is None else FusedLayer(layer, rule, each, rows)) for layer, rule, each, rows in parts
         ]
         self.norm = None if rules.norm is None else Norm(self.text_model.norm, rules.norm)
-        self._head = Product.of(self.lm_head) if is_plain(self.lm_head) else self.lm_head
+        if is_plain(self.lm_head):
+            self._head = Product.of(self.lm_head).bind()
+            if None not in (*rules.layers, rules.norm):
+                self.mode = torch.inference_mode
 
     def prepare(self, steps: int) -> None:
         """Compute the rotations of the coming steps at once: no position depends on a token. 0: forget them."""
@@ -111,12 +117,12 @@ class DecodeStep:
             return rotary_embeddings(self.text_model, hidden_states, self.positions)
         return [self._factors.index_select(0, self._turn)[0].unsqueeze(2).unbind(0)] * len(self.layers)
 
-    @torch.no_grad()
     def __call__(self) -> None:
-        self.logits.copy_(self.forward_of_model() if self.by_model else self.forward_of_layers(), non_blocking=True)
-        self.positions += 1
-        if self._factors is not None:
-            self._turn += 1
+        with self.mode():
+            self.logits.copy_(self.forward_of_model() if self.by_model else self.forward_of_layers(), non_blocking=True)
+            self.positions += 1
+            if self._factors is not None:
+                self._turn += 1
 
     def forward_of_model(self) -> Tensor:
         """Logits `[batch, vocab_size]` of the token by the model's own forward, which accounts for it in the cache."""

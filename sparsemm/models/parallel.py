@@ -154,13 +154,19 @@ class Product:
         group = _mesh_of(module.weight).get_group() if by_columns else None
         return cls(own(module.weight), None if module.bias is None else own(module.bias), group)
 
-    def __call__(self, states: Tensor) -> Tensor:
-        """`[..., its part of in_features]` to `[..., its part of out_features]`, or all of them where it is summed."""
+    def bind(self) -> Callable[[Tensor], Tensor]:
+        """The function from `[rows, its part of in_features]` to `[rows, its part of out_features]`, or to all of them
+        where it is summed."""
         if self.group is None:
-            return linear_of_rows(states, self.weight, self.bias)
-        out = linear_of_rows(states, self.weight)
-        dist.all_reduce(out, group=self.group)
-        return out if self.bias is None else out.add_(self.bias)  # once, not once a process
+            return linear_of_rows(self.weight, self.bias)
+        product, bias, group = linear_of_rows(self.weight), self.bias, self.group
+
+        def summed(states: Tensor) -> Tensor:
+            out = product(states)
+            dist.all_reduce(out, group=group)
+            return out if bias is None else out.add_(bias)  # once, not once a process
+
+        return summed
 
 
 # -- processes of a launcher -------------------------------------------------------------------------------------------

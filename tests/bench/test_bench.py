@@ -6,6 +6,7 @@ import functools
 import json
 import shutil
 import statistics
+import time
 
 import pytest
 import torch
@@ -152,9 +153,26 @@ def test_time_steps_are_noted_only_when_asked(tiny):
     with sparsemm.patch(tiny, snapkv()) as handle:
         for asked in (False, True):
             loop = DecodeLoop(handle, time_steps=asked)
-            tiny.generate(**prompt_inputs(tiny, 60), max_new_tokens=5, custom_generate=loop)
+            loop.generate(**prompt_inputs(tiny, 60), max_new_tokens=5)
             assert len(loop.step_seconds) == (4 if asked else 0)
             assert loop.decode_seconds >= sum(loop.step_seconds) > -1
+
+
+def test_the_first_token_waits_for_the_vision_tower(tiny, monkeypatch):
+    """transformers encodes images before it calls a loop that it was given."""
+    inputs, encode = prompt_inputs(tiny, 150), tiny.model.get_image_features
+    assert "pixel_values" in inputs
+
+    @functools.wraps(encode)  # transformers reads its parameters
+    def slowly(*args, **kwargs):
+        time.sleep(0.5)
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(tiny.model, "get_image_features", slowly)
+    for method in ("hf", "snapkv", "original"):
+        times, _ = measure(tiny, inputs, method, snapkv(), steps=2, warmup=1)
+        assert min(times["first_token"]) > 0.5
+    assert sparsemm.generate(tiny, inputs, snapkv(), max_new_tokens=2).prefill_seconds > 0.5
 
 
 def test_peak_of_tensors_alive_at_once():

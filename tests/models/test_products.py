@@ -22,7 +22,7 @@ def test_rows_times_weights_are_as_exact_as_those_of_a_linear_layer(
     whole = torch.randn(600, 1031, generator=generator).to(dtype)
     for each in (weight, whole[7:522]):  # alone, and as a part of merged weights
         given = (states, each, bias if with_bias else None)
-        found, plain = linear_of_rows(*given), linear(*given)
+        found, plain = linear_of_rows(*given[1:])(states), linear(*given)
         exact = linear(*(None if one is None else one.double() for one in given))
         assert found.shape == plain.shape and found.dtype == dtype
         assert (found.double() - exact).norm() <= 1.1 * (plain.double() - exact).norm() + 1e-6 * exact.norm()

@@ -75,6 +75,7 @@ class EmulatedGraphs:
             body()
         recorder.undo()  # a capture changes nothing
 
+        @torch.inference_mode()  # a graph knows nothing of autograd; results of the capture may be written into
         def replay():
             self.replays += 1
             for func, args, kwargs, outputs in recorder.calls:
