@@ -250,3 +250,14 @@ def test_projections_with_something_about_them_are_not_merged(change):
     before = storages(model)
     with sparsemm.patch(model, config("snapkv", 12), merge_projections=True):
         assert len(storages(model)) == len(before) - 2 - 1 - (2 if change is wrap_projection else 1)
+
+
+def test_what_a_hook_keeps_of_a_step_can_be_changed():
+    """Only steps of nothing but fused layers run without autograd's bookkeeping."""
+    model, kept = toy("llama"), []
+    _, _, run = run_of(model)
+    assert run.step.mode is torch.inference_mode
+    model.model.layers[1].register_forward_hook(lambda module, args, output: kept.append(output))
+    _, _, run = run_of(model)
+    assert run.step.mode is torch.no_grad and not kept[-1].is_inference()
+    kept[-1].mul_(2)
