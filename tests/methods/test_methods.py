@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool1d
 
 from sparsemm.cache.selection import select_positions
 from sparsemm.config import CompressionConfig
 from sparsemm.errors import ConfigError, HeadScoreError
 from sparsemm.head_scores import HeadScores
 from sparsemm.methods import METHODS, BudgetRequest, Method, PromptStates, get_method, register_method
+from sparsemm.methods.snapkv import average_pooled
 from sparsemm.plan import Plan, head_budgets
 
 
@@ -143,3 +145,12 @@ def test_masks_need_scores_of_the_models_shape() -> None:
         Plan(config, 4, 2, 2)
     with pytest.raises(ConfigError, match="needs head_scores"):
         CompressionConfig("mask")
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3, 5, 13])
+@pytest.mark.parametrize("columns", [1, 4, 17, 1031])
+def test_pooling_is_that_of_pytorch_bit_for_bit(columns: int, kernel_size: int) -> None:
+    scores = torch.rand(2, 3, columns + 2, generator=torch.Generator().manual_seed(columns))[..., :columns]
+    before = scores.clone()
+    expected = avg_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
+    assert torch.equal(average_pooled(scores, kernel_size), expected) and torch.equal(scores, before)
