@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import LongTensor, nn
+from torch import LongTensor, Tensor, nn
 
 from sparsemm.cache import SparseCache, SparseLayer, adopt
 from sparsemm.decoding.choice import Choice, Monitor
@@ -76,7 +76,8 @@ class DecodeLoop:
     def generate(self, **inputs: Any) -> LongTensor:
         """`model.generate` with this loop: int64 `[batch, prompt + new tokens]`."""
         model = self.handle.model
-        self._clock = Clock(model.device)
+        # Where the prompt lies, the work begins; weights may lie elsewhere.
+        self._clock = Clock(next((each.device for each in inputs.values() if isinstance(each, Tensor)), model.device))
         try:
             return model.generate(**inputs, custom_generate=self)
         finally:
