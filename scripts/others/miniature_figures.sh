@@ -106,6 +106,7 @@ with_window() {
 
 # for_other_seeds METHOD...: methods that draw heads, twice more.
 for_other_seeds() {
+    local seed
     for seed in 1 2; do
         SEED=$seed METHODS="$*" bash "$scripts_folder/eval/qwen.sh"
     done

@@ -17,7 +17,8 @@ from sparsemm.cache import SparseLayer
 from sparsemm.errors import SparseMMError
 from sparsemm.models.instances import as_built
 from sparsemm.models.merged import joined
-from sparsemm.models.parallel import Product, own
+from sparsemm.models.parallel import own
+from sparsemm.models.products import Product
 from sparsemm.models.projections import Projections
 from sparsemm.models.rotation import nearly_equal
 from sparsemm.ops.backends import operators, overload

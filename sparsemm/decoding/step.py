@@ -13,7 +13,7 @@ from sparsemm.errors import UnsupportedModelError
 from sparsemm.models import family_of
 from sparsemm.models.layers import rotary_embeddings
 from sparsemm.models.merged import is_plain
-from sparsemm.models.parallel import Product
+from sparsemm.models.products import Product
 
 if TYPE_CHECKING:
     from sparsemm.models.projections import Projections

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparsemm.errors import ConfigError, SparseMMError, UnsupportedModelError
-from sparsemm.models.products import linear_of_rows
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -113,11 +112,11 @@ def tensor_parallel_of(model: nn.Module) -> TensorParallel:
         return ALONE
     from torch.distributed.tensor import DTensor
 
-    mesh = next((_mesh_of(each) for each in model.parameters() if isinstance(each, DTensor)), None)
+    mesh = next((mesh_of(each) for each in model.parameters() if isinstance(each, DTensor)), None)
     return ALONE if mesh is None else TensorParallel(mesh.get_local_rank(), mesh.size(), mesh.get_group())
 
 
-def _mesh_of(weight: Any) -> DeviceMesh:
+def mesh_of(weight: Any) -> DeviceMesh:
     """The processes that have a part of a weight each."""
     mesh = weight.device_mesh
     return mesh["tp"] if mesh.ndim > 1 else mesh
@@ -131,42 +130,6 @@ def own(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """All of a weight of which each process has a part; another tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-@dataclass(frozen=True)
-class Product:
-    """A linear layer by the part of its weight that this process has, without the bookkeeping of DTensors: one product
-    and, where each process has some of the weight's columns, one all-reduce behind it.
-
-    Attributes:
-        weight: `[out_features, in_features]`, or a part of its rows or columns.
-        bias: `[out_features]`, a part of it, or None.
-        group: Over which results are summed, in place, as a CUDA graph can hold it; None where they are not.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    group: ProcessGroup | None = None
-
-    @classmethod
-    def of(cls, module: nn.Linear) -> Product:
-        by_columns = any(each.is_shard(1) for each in getattr(module.weight, "placements", ()))
-        group = _mesh_of(module.weight).get_group() if by_columns else None
-        return cls(own(module.weight), None if module.bias is None else own(module.bias), group)
-
-    def bind(self) -> Callable[[Tensor], Tensor]:
-        """The function from `[rows, its part of in_features]` to `[rows, its part of out_features]`, or to all of them
-        where it is summed."""
-        if self.group is None:
-            return linear_of_rows(self.weight, self.bias)
-        product, bias, group = linear_of_rows(self.weight), self.bias, self.group
-
-        def summed(states: Tensor) -> Tensor:
-            out = product(states)
-            dist.all_reduce(out, group=group)
-            return out if bias is None else out.add_(bias)  # once, not once a process
-
-        return summed
 
 
 # -- processes of a launcher -------------------------------------------------------------------------------------------
