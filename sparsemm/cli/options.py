@@ -270,7 +270,9 @@ class Reading:
     ] = None
     page_seed: Annotated[int, typer.Option(help="Another seed draws other pages.")] = 0
     batch_size: Annotated[int, typer.Option(min=1, help="Pages generated together.")] = 16
-    max_new_tokens: NewTokensOption = 48
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer [default: 48, or what the pages' answers take].")
+    ] = None
     fresh: FreshOption = False
     no_progress: QuietOption = False
 

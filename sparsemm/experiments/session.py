@@ -94,7 +94,8 @@ class PageReader:
         model, processor: From `sparsemm.load_model`; not patched.
         pages: Objects with `image`, `prompt`, `answer`, `task` and `num_words`.
         batch_size: Pages generated together, left padded.
-        max_new_tokens: Longest answer.
+        max_new_tokens: Longest answer; by default 48, or what the pages' longest answer may take, at most a token a
+            character.
         output: Result file (JSON), complete after every run; a later experiment does only what is missing.
         fresh: Forget what `output` holds.
         model_name: Written in the results; by default the name of the folder it was loaded from.
@@ -110,7 +111,7 @@ class PageReader:
     pages: Iterable[Page]
     _: KW_ONLY
     batch_size: int = 16
-    max_new_tokens: int = 48
+    max_new_tokens: int | None = None
     output: str | Path | None = None
     fresh: bool = False
     model_name: str | None = None
@@ -122,6 +123,8 @@ class PageReader:
             raise DataError("there is no page to read")
         if self.batch_size < 1:
             raise ConfigError(f"batch_size={self.batch_size} is too small; it must be at least 1")
+        if self.max_new_tokens is None:
+            self.max_new_tokens = max(48, 8 + max(len(page.answer) for page in self.pages))
 
     @functools.cached_property
     def batches(self) -> list[tuple[list[Page], dict[str, Tensor]]]:

@@ -57,6 +57,13 @@ def run(reader: tuple[Any, Any], pages: list[Any], **settings: Any) -> list[Cell
     return engine.evaluate(page_reader, **{**defaults, **settings})
 
 
+def test_answers_have_room_for_what_the_pages_hold(reader: tuple[Any, Any], pages: list[Any]) -> None:
+    long = heldout_pages(1, tasks=["read"], num_words=[20], size=384)
+    assert PageReader(*reader, pages).max_new_tokens == 48
+    assert PageReader(*reader, pages + long).max_new_tokens == len(long[0].answer) + 8 > 48
+    assert PageReader(*reader, long, max_new_tokens=5).max_new_tokens == 5
+
+
 def test_cells_hold_what_was_run(reader: tuple[Any, Any], pages: list[Any], tmp_path: Path) -> None:
     cells = run(reader, pages, output=tmp_path / "results.json", model_name="toy")
     wanted = [("fullkv", None), ("snapkv", 16), ("snapkv", 1000), ("sparsemm", 16), ("sparsemm", 1000), ("mask", None)]
