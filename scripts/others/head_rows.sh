@@ -5,7 +5,7 @@
 #   bash scripts/others/head_rows.sh
 #
 # Variables:
-#   CASES          model:method[:budget], in turn     (the seven that README.md reports)
+#   CASES          model:method[:budget], in turn     (the five that assets/benchmarks/README.md shows)
 #   DOCUMENTS      held-out pages of both tasks       (128)
 #   OUTPUT         folder of the JSON files and maps  (assets/benchmarks/head_rows)
 #   FRESH          1 measures again what OUTPUT holds
@@ -13,8 +13,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
 
-cases="llava-vicuna:fullkv llava-mistral:fullkv qwen2-vl:fullkv llava-vicuna:sparsemm:16 llava-vicuna:adakv:32"
-cases="$cases llava-vicuna:pyramidkv:32 qwen2-vl:sparsemm:32"
+cases="llava-vicuna:fullkv llava-mistral:fullkv qwen2-vl:fullkv llava-vicuna:sparsemm:16 qwen2-vl:sparsemm:32"
 options_from DEVICE DTYPE FRESH
 for each in ${CASES:-$cases}; do
     IFS=: read -r model method budget <<<"$each"

@@ -118,7 +118,8 @@ methods() {
 
 rows() {
     local cases="$model:fullkv"
-    [[ "$model" != llava-vicuna ]] || cases="$cases $model:sparsemm:16 $model:adakv:32 $model:pyramidkv:32"
+    [[ "$model" != llava-vicuna ]] || cases="$cases $model:sparsemm:16"
+    [[ "$model" != qwen2-vl ]] || cases="$cases $model:sparsemm:32"
     CASES="$cases" bash "$scripts_folder/others/head_rows.sh"
 }
 
