@@ -85,8 +85,13 @@ pictures() {
 }
 
 tables() {
+    local seed
     if [[ "$model" == *-wide ]]; then
-        echo "the pages of lmms-eval's offline tasks are too small for $model: left out"
+        echo "the pages of lmms-eval's offline tasks are too small for $model: random heads alone, on its own"
+        for seed in 0 1 2; do
+            run_sparsemm evaluate --model "$model" --methods random --seed "$seed" --documents 200 \
+                --output "$output/random/$seed"
+        done
         return 0
     fi
     export MODEL="$model" BATCH_SIZE=16 OUTPUT="$output/lmms-eval"
@@ -113,7 +118,9 @@ for_other_seeds() {
 }
 
 methods() {
-    MODELS="$model" OUTPUT="$output/methods" bash "$scripts_folder/others/method_tables.sh"
+    local pages=400
+    [[ "$model" != *-wide ]] || pages=200 # of more than twice as many tokens
+    MODELS="$model" OUTPUT="$output/methods" DOCUMENTS="${DOCUMENTS:-$pages}" bash "$scripts_folder/others/method_tables.sh"
 }
 
 rows() {

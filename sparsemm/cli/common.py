@@ -36,7 +36,10 @@ class Defaults:
 LARGE = Defaults()
 # A window of 32 would be a seventh of a miniature's page.
 SMALL = Defaults(window_size=4, budget=128, budgets=(8, 12, 16, 24, 32, 64, 128), masked_heads=(0, 1, 2, 3, 4, 6, 8))
-WIDE = Defaults(window_size=16, budget=192, budgets=(32, 48, 64, 96, 128, 192), page_size=384, num_words=(2, 4, 8, 12))
+WIDE = Defaults(
+    window_size=16, budget=192, budgets=(32, 48, 64, 96, 128, 192), masked_heads=(0, 1, 4, 6, 9, 19), page_size=384,
+    num_words=(2, 4, 8, 12),
+)  # fmt: skip
 MINIATURES = {**dict.fromkeys(("llava-vicuna", "llava-mistral", "qwen2-vl", "qwen3-vl"), SMALL), "qwen3-vl-wide": WIDE}
 
 

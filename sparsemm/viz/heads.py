@@ -156,7 +156,7 @@ def draw_masking(
         marker="o", linewidth=2.2, label="highest visual scores",
     )  # fmt: skip
     counts = [row["num_heads"] for row in rows]
-    axes.set_xticks(counts, [f"{row['num_heads']}\n{100 * row['share']:.1f} %" for row in rows], fontsize=8)
+    axes.set_xticks(counts, [f"{row['num_heads']}\n{round(100 * row['share'], 1):g} %" for row in rows], fontsize=8)
     axes.set(xlabel="Masked query heads, and their share", ylabel=label)
     axes.set_ylim(bottom=0)
     plain_axes(axes, title, grid="y")
