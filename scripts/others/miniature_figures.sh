@@ -87,11 +87,12 @@ pictures() {
 tables() {
     local seed
     if [[ "$model" == *-wide ]]; then
-        echo "the pages of lmms-eval's offline tasks are too small for $model: random heads alone, on its own"
+        echo "the pages of lmms-eval's offline tasks are too small for $model: random heads and another ratio, on its own"
         for seed in 0 1 2; do
             run_sparsemm evaluate --model "$model" --methods random --seed "$seed" --documents 200 \
-                --output "$output/random/$seed"
+                --output "$output/random-$seed"
         done
+        run_sparsemm evaluate --model "$model" --methods sparsemm --ratio 0.5 --documents 200 --output "$output/ratio-0.5"
         return 0
     fi
     export MODEL="$model" BATCH_SIZE=16 OUTPUT="$output/lmms-eval"
