@@ -5,14 +5,15 @@
 #   masks      visual heads masked, and as many random others
 #   pictures   what heads look at, budgets, rows kept, sparsity of the scores, example pages
 #   tables     methods and ablations through lmms-eval, the methods with windows of 8 and 12, too; random heads three
-#              times over
+#              times over (qwen3-vl-wide, whose pages lmms-eval's tasks have not: random heads, and another ratio)
 #   methods    every method, page by page, with paired differences     (scripts/others/method_tables.sh)
 #   rows       single heads given other rows                           (scripts/others/head_rows.sh)
 #
 #   bash scripts/others/miniature_figures.sh
 #
 # What is finished stays: an interrupted run goes on where it stopped. One core of a shared CPU takes about 1.2 hours for
-# each miniature: scores 5 minutes, masks 5, pictures 2, tables 40, methods 15, rows 5.
+# each miniature: scores 5 minutes, masks 5, pictures 2, tables 40, methods 15, rows 5 (qwen3-vl-wide: tables 15,
+# methods 45).
 #
 # Variables:
 #   STEPS          of the above                                    (scores masks pictures tables methods rows)
