@@ -32,6 +32,7 @@ output="${OUTPUT:-results/miniatures}"
 pictures="${PICTURES:-assets/pictures}"
 steps="${STEPS:-scores masks pictures tables methods rows}"
 options_from FRESH
+wide_pages=200 # instead of 400, for they have more than twice as many tokens
 models=()
 score_files=()
 for model in ${MODELS:-llava-vicuna llava-mistral qwen2-vl qwen3-vl qwen3-vl-wide}; do
@@ -90,10 +91,9 @@ tables() {
     if [[ "$model" == *-wide ]]; then
         echo "the pages of lmms-eval's offline tasks are too small for $model: random heads and another ratio, on its own"
         for seed in 0 1 2; do
-            run_sparsemm evaluate --model "$model" --methods random --seed "$seed" --documents 200 \
-                --output "$output/random-$seed"
+            evaluate_wide "random-$seed" --methods random --seed "$seed"
         done
-        run_sparsemm evaluate --model "$model" --methods sparsemm --ratio 0.5 --documents 200 --output "$output/ratio-0.5"
+        evaluate_wide ratio-0.5 --methods sparsemm --ratio 0.5
         return 0
     fi
     export MODEL="$model" BATCH_SIZE=16 OUTPUT="$output/lmms-eval"
@@ -102,6 +102,11 @@ tables() {
     for_other_seeds random mask_random
     WINDOW_SIZE=8 with_window "8 16 24 32 64 128"
     WINDOW_SIZE=12 with_window "16 24 32 64 128"
+}
+
+# evaluate_wide NAME option...: as `methods` does, with its pages, into a folder of its own.
+evaluate_wide() {
+    run_sparsemm evaluate --model "$model" --documents "${DOCUMENTS:-$wide_pages}" --output "$folder/$1" "${@:2}"
 }
 
 # with_window BUDGETS: the methods with another window, WINDOW_SIZE.
@@ -121,7 +126,7 @@ for_other_seeds() {
 
 methods() {
     local pages=400
-    [[ "$model" != *-wide ]] || pages=200 # of more than twice as many tokens
+    [[ "$model" != *-wide ]] || pages=$wide_pages
     MODELS="$model" OUTPUT="$output/methods" DOCUMENTS="${DOCUMENTS:-$pages}" bash "$scripts_folder/others/method_tables.sh"
 }
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparsemm.cli.chase import PAGE_SEED, run_chase
-from sparsemm.cli.common import LARGE, SMALL, file_name, listed, parse_integers, parse_list
+from sparsemm.cli.common import LARGE, SMALL, WIDE, file_name, listed, parse_integers, parse_list
 from sparsemm.cli.options import (
     DividedModel,
     MethodsOption,
@@ -42,7 +42,7 @@ class Grid:
         str | None,
         typer.Option(
             help=f"Mean prompt rows kept per kv head [default: {listed(LARGE.budgets)}, miniatures "
-            f"{listed(SMALL.budgets)}]."
+            f"{listed(SMALL.budgets)}, or {listed(WIDE.budgets)}]."
         ),
     ] = None
 

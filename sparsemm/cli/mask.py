@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsemm.cli.common import SMALL, file_name, listed, parse_integers, parse_list
+from sparsemm.cli.common import SMALL, WIDE, file_name, listed, parse_integers, parse_list
 from sparsemm.cli.options import FormatOption, MaskModeOption, Metric, Model, Reading, Scores
 from sparsemm.cli.outputs import claim
 from sparsemm.errors import ConfigError
@@ -20,7 +20,10 @@ def mask(
     model: Model,
     heads: Annotated[
         str | None,
-        typer.Option(help=f"How many heads to mask, in turn [default: miniatures {listed(SMALL.masked_heads)}]."),
+        typer.Option(
+            help=f"How many heads to mask, in turn [default: miniatures {listed(SMALL.masked_heads)}, or "
+            f"{listed(WIDE.masked_heads)}]."
+        ),
     ] = None,
     shares: Annotated[str | None, typer.Option(help=f"The same as percentages [default: {SHARES}].")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of the random heads.")] = "0,1,2,3,4",

@@ -73,6 +73,11 @@ class Page:
     seed: int
 
 
+def room_for_answers(pages: Iterable[Page]) -> int:
+    """Tokens that hold the longest answer, at most one a character, and a few that a model may add to it."""
+    return max(len(page.answer) for page in pages) + 8
+
+
 def page_generator(index: int, *, split: str, task: str, num_words: int | None, seed: int) -> np.random.Generator:
     """The random numbers of one page: a function of its arguments only."""
     key = zlib.crc32(f"{split}/{task}/{num_words}".encode())

@@ -118,13 +118,15 @@ class PageReader:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        from sparsemm.documents import room_for_answers
+
         self.pages = list(self.pages)
         if not self.pages:
             raise DataError("there is no page to read")
         if self.batch_size < 1:
             raise ConfigError(f"batch_size={self.batch_size} is too small; it must be at least 1")
         if self.max_new_tokens is None:
-            self.max_new_tokens = max(48, 8 + max(len(page.answer) for page in self.pages))
+            self.max_new_tokens = max(48, room_for_answers(self.pages))
 
     @functools.cached_property
     def batches(self) -> list[tuple[list[Page], dict[str, Tensor]]]:

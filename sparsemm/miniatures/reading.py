@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsemm.decoding.generation import generate_greedy
-from sparsemm.documents import Page, make_page
+from sparsemm.documents import Page, make_page, room_for_answers
 from sparsemm.models import family_of, load_model
 from sparsemm.runs.metrics import mean_metrics
 
@@ -25,7 +25,7 @@ def answers(model: Any, processor: Any, pages: list[Page], *, batch_size: int = 
         chunk = pages[start : start + batch_size]
         images, prompts = [page.image for page in chunk], [page.prompt for page in chunk]
         inputs = family.build_inputs(processor, images, prompts, model.device)
-        tokens, _ = generate_greedy(model, inputs, max(len(page.answer) for page in chunk) + 8)
+        tokens, _ = generate_greedy(model, inputs, room_for_answers(chunk))
         texts += processor.batch_decode(tokens, skip_special_tokens=True)
     return texts
 
